@@ -1,0 +1,50 @@
+# Set-up happens once, in $(VENV), and again when a file that it depends on has changed.
+VENV ?= .venv
+PYTHON ?=
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.seda_fast_installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_NO_INPUT = 1
+
+.PHONY: help train test lint bench clean
+
+help:
+	@echo "make train   set up, then train on the embedded digits; results in runs/digits"
+	@echo "make test    set up, then ruff, mypy and the tests"
+	@echo "make lint    set up, then ruff and mypy"
+	@echo "make bench   set up, then the benchmarks that this machine can run"
+	@echo "make clean   remove .venv, caches and what builds leave behind; runs/ stays"
+	@echo "PYTHON=/path/to/python3 chooses the interpreter, VENV=folder the environment."
+
+train: $(STAMP)
+	$(PY) -m seda_fast.train --data digits --out runs/digits --overwrite
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m mypy --strict seda_fast
+
+bench: $(STAMP)
+	$(PY) -m pytest benchmarks --benchmark-only
+
+# The lock file goes first: with its torch in place pip has no reason to fetch another.
+$(STAMP): requirements.lock pyproject.toml setup.py
+	@test -x $(PY) || { \
+	  for python in $(CANDIDATES); do \
+	    if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	    then exec "$$python" -m venv $(VENV); fi; \
+	  done; \
+	  echo "seda_fast needs Python 3.11 or newer with its venv module, and none of these is one: $(CANDIDATES);" \
+	    "name one with make PYTHON=/path/to/python3." >&2; exit 1; }
+	@echo "Installing requirements.lock and seda_fast into $(VENV); the first time this downloads PyTorch."
+	@$(PY) -m pip install --quiet -r requirements.lock
+	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find seda_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,125 @@
+"""One interaction block, forward and backward, with dropout, against the module that a good engineer would write."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seda_fast import reference
+from seda_fast.ops import interaction_block
+
+WIDTH, EXPANSION, STEPS, DROPOUT = 512, 2, 1000, 0.1
+ROWS = {"cuda": 16_384, "cpu": 1024}
+
+
+def operands(rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    def draw(*shape: int, scale: float) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
+
+    hidden = EXPANSION * WIDTH
+    return {
+        "h": draw(rows, WIDTH, scale=1.0),
+        "gate": (1 + draw(rows, hidden, scale=0.3)).detach().requires_grad_(),
+        "shift": draw(STEPS, WIDTH, scale=0.3),
+        "scale": draw(STEPS, WIDTH, scale=0.3),
+        "alpha": draw(STEPS, WIDTH, scale=0.3),
+        "w_h": draw(hidden, WIDTH, scale=WIDTH**-0.5),
+        "b_h": draw(hidden, scale=0.1),
+        "w_o": draw(WIDTH, hidden, scale=hidden**-0.5),
+        "b_o": draw(WIDTH, scale=0.1),
+    }
+
+
+def eager(
+    h: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    alpha: Tensor,
+    w_h: Tensor,
+    b_h: Tensor,
+    w_o: Tensor,
+    b_o: Tensor,
+    tau: Tensor,
+    dropout: float,
+) -> Tensor:
+    z = F.layer_norm(h, (WIDTH,)) * (1 + scale[tau]) + shift[tau]
+    u = F.dropout(F.silu(F.linear(z, w_h, b_h)) * gate, dropout)
+    return h + (1 + alpha[tau]) * F.linear(u, w_o, b_o)
+
+
+def swiglu_peer(given: dict[str, Tensor]) -> Any:
+    """xformers' SwiGLU of the same sizes: three products, no norm, no tables, no dropout; None where it is absent."""
+    try:
+        from xformers.ops import SwiGLU
+    except ImportError:
+        return None
+    h = given["h"]
+    return SwiGLU(WIDTH, EXPANSION * WIDTH, WIDTH, bias=True).to(device=h.device, dtype=h.dtype)
+
+
+def bench_interaction(
+    contest: Any, device: torch.device, quick: bool, workload: Any, compile_variants: Any, close: Any
+) -> None:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = 64 if quick else ROWS[device.type]
+    given = operands(rows, dtype, device)
+    leaves = list(given.values())
+    tau = torch.randint(0, STEPS, (rows,), device=device).sort().values
+    weight = torch.randn(rows, WIDTH, device=device).to(dtype)
+    keys: dict[str, Any] = {
+        "seed": torch.tensor(1, device=device),
+        "step": torch.tensor(2, device=device),
+        "sample_ids": torch.arange(rows, device=device),
+    }
+    with_backward = lambda value: torch.autograd.grad(value, leaves, weight)  # noqa: E731
+    competitors = {
+        "seda_fast": lambda: with_backward(interaction_block(**given, timesteps=tau, dropout=DROPOUT, **keys)),
+        "eager": lambda: with_backward(eager(**given, tau=tau, dropout=DROPOUT)),
+    }
+    for name, variant in compile_variants(eager, device).items():
+        competitors[name] = lambda variant=variant: with_backward(variant(**given, tau=tau, dropout=DROPOUT))
+    peer = swiglu_peer(given)
+    if peer is not None:
+        parameters = [given["h"], *peer.parameters()]
+        competitors["xformers SwiGLU"] = lambda: torch.autograd.grad(peer(given["h"]), parameters, weight)
+    wide = {name: value.detach().double().requires_grad_() for name, value in given.items()}
+    exact = torch.autograd.grad(
+        reference.interaction_block(**wide, timesteps=tau, dropout=DROPOUT, **keys),
+        list(wide.values()),
+        weight.double(),
+    )
+
+    def check(name: str, result: tuple[Tensor, ...]) -> None:
+        if name == "seda_fast":
+            for part, got, expected in zip(given, result, exact, strict=True):
+                close(got, expected, 64, f"{name}, gradient of {part}")
+
+    # Dropout masks differ, so the others are compared without: their own rate 0 against ours.
+    plain = interaction_block(**given, timesteps=tau)
+    close(eager(**given, tau=tau, dropout=0.0), plain, 64, "eager without dropout")
+    hidden = EXPANSION * WIDTH
+    # Read once: h, gate, the gradient; written once: the result and the gradients of h and gate.
+    moved = given["h"].element_size() * rows * (4 * WIDTH + 2 * hidden)
+    title = f"interaction forward + backward, B = {rows} {str(dtype)[6:]}"
+    contest(
+        workload(title, "interaction_block", moved=moved, flops=6 * 2 * rows * WIDTH * hidden, dtype=dtype),
+        competitors,
+        check,
+    )
+
+
+@pytest.mark.gpu
+def bench_interaction_needs_no_more_memory_than_eager(device: torch.device, benchmark: Any) -> None:
+    benchmark.pedantic(lambda: None, rounds=1)
+    given = operands(ROWS["cuda"], torch.bfloat16, device)
+    tau = torch.randint(0, STEPS, (ROWS["cuda"],), device=device).sort().values
+    peaks = []
+    for block in (interaction_block, eager):
+        torch.cuda.reset_peak_memory_stats()
+        arguments = {"timesteps": tau} if block is interaction_block else {"tau": tau, "dropout": 0.0}
+        block(**given, **arguments).sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[0] <= peaks[1]

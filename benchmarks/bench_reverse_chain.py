@@ -1,0 +1,95 @@
+"""One stage's reverse chain of five steps, no gradients, against a loop over the network as one would write it."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seda_fast.ops import ChainWeights, reverse_chain
+
+DIM, WIDTH, HIDDEN, BLOCKS, STEPS = 768, 512, 1024, 3, 5
+ROWS = {"cuda": [65_536, 1], "cpu": [1024, 1]}
+
+
+class Network(nn.Module):
+    """The denoiser as a plain module, with the modulation of every step and block in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.condition = nn.Linear(DIM, WIDTH), nn.Linear(DIM, WIDTH)
+        self.gates = nn.Linear(WIDTH, BLOCKS * HIDDEN)
+        self.hidden = nn.ModuleList(nn.Linear(WIDTH, HIDDEN) for _ in range(BLOCKS))
+        self.output = nn.ModuleList(nn.Linear(HIDDEN, WIDTH) for _ in range(BLOCKS))
+        self.last = nn.Linear(WIDTH, DIM)
+        self.register_buffer("modulation", torch.randn(STEPS, BLOCKS, 3, WIDTH) * 0.2)
+        self.modulation: Tensor
+
+    def forward(self, x: Tensor, condition: Tensor, i: int) -> Tensor:
+        c = F.layer_norm(self.condition(condition), (WIDTH,))
+        gates = (1 + self.gates(c)).chunk(BLOCKS, dim=1)
+        h = self.input(x) + c
+        for layer in range(BLOCKS):
+            shift, scale, alpha = self.modulation[i, layer]
+            z = F.layer_norm(h, (WIDTH,)) * (1 + scale) + shift
+            h = h + (1 + alpha) * self.output[layer](F.silu(self.hidden[layer](z)) * gates[layer])
+        return self.last(F.layer_norm(h, (WIDTH,)))
+
+    def weights(self) -> ChainWeights:
+        hidden, output = list(self.hidden), list(self.output)
+        return ChainWeights(
+            *(self.input.weight, self.input.bias, self.condition.weight, self.condition.bias),
+            *(self.gates.weight, self.gates.bias),
+            *([layer.weight for layer in hidden], [layer.bias for layer in hidden]),
+            *([layer.weight for layer in output], [layer.bias for layer in output]),
+            *(self.last.weight, self.last.bias),
+        )
+
+
+def loop(network: Network, x: Tensor, condition: Tensor, coefficients: list[list[float]]) -> Tensor:
+    """Deterministic sampling (DDIM): no noise, so that results can be compared."""
+    clean = x
+    for i, (a, b, *_) in enumerate(coefficients):
+        clean = network(x, condition, i)
+        x = a * clean + b * x
+    return clean
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["large batch", "one row"])
+@torch.no_grad()
+def bench_reverse_chain(
+    contest: Any, device: torch.device, quick: bool, workload: Any, compile_variants: Any, close: Any, place: int
+) -> None:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = [32, 1][place] if quick else ROWS[device.type][place]
+    network = Network().to(device=device, dtype=dtype)
+    x, condition = (torch.randn(rows, DIM, device=device).to(dtype) for _ in range(2))
+    table = torch.tensor([[0.3, 0.7, 0.0, 0.0, 0.0]] * (STEPS - 1) + [[0.0, 0.0, 0.0, 0.0, 1.0]])
+    coefficients, steps = table.to(device=device, dtype=dtype), table.tolist()
+    ids, weights = torch.arange(rows, device=device), network.weights()
+    seed, step = torch.tensor(1, device=device), torch.tensor(0, device=device)
+    keys: dict[str, Any] = {"seed": seed, "step": step, "sample_ids": ids, "stream": 4, "noisy": False}
+    competitors = {
+        "seda_fast": lambda: reverse_chain(x, x, condition, coefficients, network.modulation, weights, **keys),
+        "eager": lambda: loop(network, x, condition, steps),
+    }
+    for name, variant in compile_variants(loop, device).items():
+        competitors[name] = lambda variant=variant: variant(network, x, condition, steps)
+    wide = Network().to(device).double()
+    wide.load_state_dict(network.state_dict())
+    exact = loop(wide, x.double(), condition.double(), steps)
+
+    def check(name: str, result: Tensor) -> None:
+        close(result, exact, 256, name)
+
+    per_block = 2 * WIDTH * HIDDEN
+    once = WIDTH * DIM + BLOCKS * WIDTH * HIDDEN
+    flops = 2.0 * rows * (once + STEPS * (2 * WIDTH * DIM + BLOCKS * per_block))
+    parameters = sum(p.nbytes for p in network.parameters())
+    title = f"reverse chain of {STEPS} steps, B = {rows} {str(dtype)[6:]}"
+    contest(
+        workload(title, "reverse_chain", moved=parameters + 3 * x.nbytes, flops=flops, dtype=dtype),
+        competitors,
+        check,
+    )

@@ -1,0 +1,369 @@
+"""The harness of all benchmarks: measures the machine, checks that competitors agree, times them interleaved, reports.
+
+    pytest benchmarks --benchmark-only [--quick] [--results DIR]
+
+A benchmark takes the fixture ``contest`` and calls it once for each workload. Every figure of a table is from one run:
+the copy rate and the matrix rate too, against which a share of the ceiling is given. Times are kept from GPUs alone; on
+a CPU, whose clock and neighbours change, only ratios are.
+"""
+
+import dataclasses
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seda_fast.ops import _dispatch
+
+REPEATS = 30
+QUICK_REPEATS = 3
+# A CPU timing shorter than this is noise; the call is repeated inside it.
+SHORTEST = 2e-3
+PACKAGES = ("torch", "triton", "numpy", "xformers", "liger_kernel", "diffusers")
+OURS = "seda_fast"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed, and the least that any implementation must move and multiply.
+
+    Attributes:
+        name: operation and sizes, one line of the table.
+        operation: the registered op, whose backend is reported.
+        moved: bytes that must be read and written.
+        flops: floating-point operations of the matrix products; 0 without one.
+        dtype: dtype of the products.
+    """
+
+    name: str
+    operation: str
+    moved: float
+    flops: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One competitor in one workload; times in seconds, None where only ratios count."""
+
+    workload: str
+    competitor: str
+    backend: str
+    ratio: float
+    spread: float
+    median: float | None
+    floor: float | None
+    share_of_ceiling: float
+    bound: str
+    extra: dict[str, float]
+
+
+class Clock:
+    """Times calls on one device; on a GPU with events and a cold L2 cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+
+    def __call__(self, call: Callable[[], object], calls: int = 1) -> float:
+        """Seconds of one of ``calls`` calls."""
+        if self._flush is None:
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - start) / calls
+        self._flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def calls_for(self, call: Callable[[], object]) -> int:
+        """How many calls make a timing long enough."""
+        if self._flush is not None:
+            return 1
+        return max(1, round(SHORTEST / max(self(call), 1e-9)))
+
+
+class Contest:
+    """Runs workloads and keeps their rows."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats, self.rows = device, repeats, list[Row]()
+        self.clock = Clock(device)
+        self.matrix_rate = {dtype: self._matrix_rate(dtype) for dtype in self._dtypes()}
+        self.copy_rate = self._copy_rate(2**31 if device.type == "cuda" else 2**27)
+
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        return (torch.float32, torch.bfloat16) if self.device.type == "cuda" else (torch.float32,)
+
+    def _copy_rate(self, moved: float) -> float:
+        """Bytes a second, read and written, of a copy that moves ``moved`` bytes."""
+        source = torch.zeros(max(1, round(moved / 2)), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        calls = self.clock.calls_for(lambda: target.copy_(source))
+        return 2 * source.nbytes / min(self.clock(lambda: target.copy_(source), calls) for _ in range(self.repeats))
+
+    def _matrix_rate(self, dtype: torch.dtype) -> float:
+        """FLOP a second of PyTorch's own product of two large square matrices."""
+        side = 8192 if self.device.type == "cuda" else 1024
+        left, right = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
+        return 2 * side**3 / min(self.clock(lambda: left @ right) for _ in range(self.repeats))
+
+    def __call__(
+        self,
+        workload: Workload,
+        competitors: dict[str, Callable[[], Any]],
+        check: Callable[[str, Any], None],
+        extra: dict[str, float] | None = None,
+    ) -> None:
+        """Check and time the competitors, `OURS` among them.
+
+        Args:
+            check: called with each competitor's name and result; raises where the result is wrong.
+            extra: further figures of our own row.
+        """
+        for name, call in competitors.items():
+            check(name, call())
+        counts = {name: self.clock.calls_for(call) for name, call in competitors.items()}
+        times: dict[str, list[float]] = {name: [] for name in competitors}
+        for _ in range(self.repeats):
+            for name, call in competitors.items():
+                times[name].append(self.clock(call, counts[name]))
+        floor, bound = self.floor(workload)
+        ours = statistics.median(times[OURS])
+        backend = _dispatch.choose(workload.operation, self.device.type, workload.dtype)[0]
+        for name, taken in times.items():
+            median = statistics.median(taken)
+            quarter, _, last = statistics.quantiles(taken, n=4)
+            absolute = self.device.type == "cuda"
+            self.rows.append(
+                Row(
+                    workload=workload.name,
+                    competitor=name,
+                    backend=backend if name == OURS else "",
+                    ratio=median / ours,
+                    spread=(last - quarter) / median,
+                    median=median if absolute else None,
+                    floor=floor if absolute else None,
+                    share_of_ceiling=floor / median,
+                    bound=bound,
+                    extra=extra or {} if name == OURS else {},
+                )
+            )
+
+    def floor(self, workload: Workload) -> tuple[float, str]:
+        """Least seconds on this machine, and what binds: "copy" or "matrix"."""
+        # On a CPU the operands of a small workload stay in the caches, so a copy of its own size is the measure.
+        rate = self.copy_rate if self.device.type == "cuda" else self._copy_rate(workload.moved)
+        copy = workload.moved / rate
+        matrix = workload.flops / self.matrix_rate[workload.dtype] if workload.flops else 0.0
+        return max((copy, "copy"), (matrix, "matrix"))
+
+
+def compiled(call: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
+    """``call`` as `torch.compile` makes it: by default, and on a GPU also with max-autotune."""
+    variants = {"compiled": torch.compile(call, fullgraph=True)}
+    if device.type == "cuda":
+        variants["compiled, max-autotune"] = torch.compile(call, fullgraph=True, mode="max-autotune-no-cudagraphs")
+    return variants
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the installed packages that matter."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit(root: Path) -> str:
+    """The checkout's commit, marked where files differ from it."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def as_json(contest: Contest, root: Path) -> dict[str, Any]:
+    rates = {str(dtype).removeprefix("torch."): rate for dtype, rate in contest.matrix_rate.items()}
+    absolute = contest.device.type == "cuda"
+    return {
+        "device": device_name(contest.device),
+        "commit": commit(root),
+        "versions": versions(),
+        "repeats": contest.repeats,
+        "copy_bytes_per_second": contest.copy_rate if absolute else None,
+        "matrix_flops_per_second": rates if absolute else None,
+        "rows": [dataclasses.asdict(row) for row in contest.rows],
+    }
+
+
+def as_table(rows: list[Row]) -> str:
+    """The table that a run prints: ratio = the competitor's time over ours."""
+    head = ("workload", "competitor", "ratio", "spread", "time", "share of ceiling")
+    cells = [head]
+    for row in rows:
+        taken = "" if row.median is None else f"{row.median * 1e6:.1f} us"
+        name = f"{row.competitor} ({row.backend})" if row.backend else row.competitor
+        share = f"{row.share_of_ceiling:.0%} of {row.bound}"
+        cells.append((row.workload, name, f"{row.ratio:.2f}", f"{row.spread:.0%}", taken, share))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def draw(rows: list[Row], title: str, file: Path) -> bool:
+    """Bars of every competitor's time over ours, as a PNG; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(9, 1 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{row.workload}: {row.competitor}" for row in rows]
+    colours = ["tab:blue" if row.competitor == OURS else "tab:grey" for row in rows]
+    axes.barh(labels, [row.ratio for row in rows], color=colours)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time relative to seda_fast (longer is slower)")
+    axes.set_title(title)
+    figure.savefig(file, dpi=120)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("seda_fast benchmarks")
+    group.addoption(
+        "--quick", action="store_true", help="few repeats of small workloads, nothing written: a check only"
+    )
+    group.addoption("--results", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and PNG")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-benchmark selects the benchmarks; its own table would mix absolute CPU times into the report.
+    config.option.benchmark_quiet = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; the reason names it."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=f"{item.nodeid} needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether sizes should be small."""
+    return bool(request.config.getoption("--quick"))
+
+
+@pytest.fixture(scope="session")
+def _contest(request: pytest.FixtureRequest, device: torch.device, quick: bool) -> Contest:
+    torch.manual_seed(0)
+    contest = Contest(device, QUICK_REPEATS if quick else REPEATS)
+    request.config.stash[_KEY] = contest
+    return contest
+
+
+_KEY = pytest.StashKey[Contest]()
+
+
+@pytest.fixture
+def contest(_contest: Contest, benchmark: Any) -> Contest:
+    """The session's contest. Depending on ``benchmark`` is what --benchmark-only selects by."""
+    benchmark.pedantic(lambda: None, rounds=1)
+    return _contest
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table; write JSON and PNG unless the run was a quick check or something failed."""
+    contest = config.stash.get(_KEY, None)
+    if contest is None or not contest.rows:
+        return
+    terminalreporter.section(f"benchmarks on {device_name(contest.device)}")
+    terminalreporter.write_line(as_table(contest.rows))
+    if contest.device.type != "cuda":
+        terminalreporter.write_line("GPU workloads: not measured (no CUDA device).")
+    if config.getoption("--quick") or terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line("Nothing was written: a quick check, or not every benchmark passed.")
+        return
+    folder: Path = config.getoption("--results")
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(contest.device).lower()).strip("-")
+    result = as_json(contest, Path(__file__).resolve().parents[1])
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    drawn = draw(contest.rows, f"{result['device']}, commit {result['commit']}", folder / f"{name}.png")
+    picture = " and .png" if drawn else "; no picture, as matplotlib is not installed"
+    terminalreporter.write_line(f"Written: {folder / name}.json{picture}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For the benchmarks' files
+
+
+@pytest.fixture(scope="session")
+def ours() -> str:
+    """Our own competitor's name."""
+    return OURS
+
+
+@pytest.fixture(scope="session")
+def workload() -> type[Workload]:
+    """The class that describes a workload."""
+    return Workload
+
+
+@pytest.fixture(scope="session")
+def compile_variants() -> Callable[[Callable[..., Any], torch.device], dict[str, Callable[..., Any]]]:
+    """`torch.compile` with the settings that this device is measured with."""
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def close() -> Callable[..., None]:
+    """Asserts that tensors agree to a few roundings of the coarser dtype, relative to the largest entry."""
+
+    def check(got: Tensor, expected: Tensor, roundings: float, name: str) -> None:
+        allowed = roundings * torch.finfo(got.dtype).eps * expected.abs().max().item()
+        error = (got.double() - expected.double()).abs().max().item()
+        assert error <= allowed, f"{name}: off by {error:.2e}, {allowed:.2e} allowed"
+
+    return check

@@ -1,0 +1,39 @@
+// Compiled once per instruction set, with -DSEDA_ISA=baseline, avx2 or avx512 and the matching target flags.
+#include "interaction.h"
+#include "noising.h"
+#include "projection.h"
+#include "reverse_chain.h"
+
+#define SEDA_JOIN_(a, b) a##b
+#define SEDA_JOIN(a, b) SEDA_JOIN_(a, b)
+#define SEDA_STRING_(a) #a
+#define SEDA_STRING(a) SEDA_STRING_(a)
+
+namespace seda {
+
+const RowKernels& SEDA_JOIN(SEDA_ISA, _kernels)() {
+  static const RowKernels kernels = {
+      .name = SEDA_STRING(SEDA_ISA),
+      .noising = SEDA_ISA::noising,
+      .noising_backward = SEDA_ISA::noising_backward,
+      .box_muller = SEDA_ISA::box_muller,
+      .modulated_norm = SEDA_ISA::modulated_norm,
+      .gated_silu = SEDA_ISA::gated_silu,
+      .gated_residual = SEDA_ISA::gated_residual,
+      .modulated_norm_backward = SEDA_ISA::modulated_norm_backward,
+      .gated_silu_backward = SEDA_ISA::gated_silu_backward,
+      .gated_residual_backward = SEDA_ISA::gated_residual_backward,
+      .add = SEDA_ISA::add,
+      .plain_norm = SEDA_ISA::plain_norm,
+      .chain_step = SEDA_ISA::chain_step,
+      .folded_step = SEDA_ISA::folded_step,
+      .product = SEDA_ISA::product,
+      .logits = SEDA_ISA::logits,
+      .logits_backward = SEDA_ISA::logits_backward,
+      .centre = SEDA_ISA::centre,
+      .centre_backward = SEDA_ISA::centre_backward,
+  };
+  return kernels;
+}
+
+}  // namespace seda

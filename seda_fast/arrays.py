@@ -1,0 +1,195 @@
+"""Arrays of features and labels: the checks of one array, float32 rows of it, its mean and deviation.
+
+Every check raises DataError with one sentence that names the array and, where one is at fault, the first row.
+Large arrays, memory maps among them, are walked in blocks of rows and never copied or cast whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal
+from unicodedata import category
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .files import DataError
+
+Unpaired = Literal["refuse", "keep"]
+Features = NDArray[Any]  # (N, D) float32, or a memory map of float16, float32 or float64
+Labels = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Moments = NDArray[np.float64]
+Index = slice | NDArray[np.integer[Any]] | NDArray[np.bool_]
+
+_FLOATS = tuple(np.dtype(name) for name in ("float16", "float32", "float64"))
+_BLOCK = 2**20  # elements looked at together: 4 MiB of float32
+
+
+def rows(array: Features, index: Index) -> NDArray[np.float32]:
+    """The rows `index` of an (N, D) array as a fresh, contiguous, writable float32 array.
+
+    This is where memory maps of another dtype are cast. What overflows becomes infinite; checks refuse it.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.array(array[index], dtype=np.float32, order="C")
+
+
+def mean_and_scale(array: Features, rows: Index | None = None) -> tuple[Moments, Moments]:
+    """Mean and population standard deviation per dimension, (D,) float64 each, in one pass over blocks.
+
+    rows: those to use, all by default. Rows with a NaN (missing text) are left out; a dimension that never
+    changes gets scale 1. Raises DataError when no row is left.
+    """
+    chosen = np.arange(len(array))[slice(None) if rows is None else rows]
+    count, origin = 0, None
+    mean = spread = np.zeros(array.shape[1])
+    step = max(1, _BLOCK // max(1, array.shape[1]))
+    for start in range(0, len(chosen), step):
+        take = slice(start, start + step) if rows is None else chosen[start : start + step]
+        block = np.asarray(array[take], dtype=np.float64)
+        block = block[~np.isnan(block).any(axis=1)]
+        if not len(block):
+            continue
+        # Distances from the first row: a constant dimension is exactly 0, a large offset costs no digits.
+        origin = block[0].copy() if origin is None else origin
+        block = block - origin
+        total, block_mean = count + len(block), block.mean(axis=0)
+        shift = block_mean - mean
+        spread = spread + ((block - block_mean) ** 2).sum(axis=0) + shift**2 * (count * len(block) / total)
+        mean = mean + shift * (len(block) / total)  # merging of moments, Chan, Golub & LeVeque 1983
+        count = total
+    if origin is None:
+        raise DataError("there is no row to take a mean of")
+    scale = np.sqrt(spread / count)
+    return origin + mean, np.where(scale > 0, scale, 1.0)
+
+
+def _blocks(array: Features) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(first row, rows as float32), a bounded number of rows at a time."""
+    step = max(1, _BLOCK // array.shape[1])
+    for start in range(0, len(array), step):
+        with np.errstate(over="ignore", invalid="ignore"):
+            block = np.asarray(array[start : start + step], dtype=np.float32)
+        yield start, block
+
+
+def has_text(text: Features) -> Mask:
+    """A row is all NaN or has none, so its first column tells."""
+    return ~np.isnan(text[:, 0]) if text.shape[1] else np.zeros(len(text), dtype=bool)
+
+
+def check_layout(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Raises DataError unless rank, dtype and size suit the array called `name`."""
+    if dtype.hasobject:
+        raise DataError(f"'{name}' holds Python objects, which are never used")
+    if name == "class_names":
+        rank, fits, needed = 1, dtype.kind == "U" and dtype.itemsize > 0, "strings are"
+    elif name.startswith("label"):
+        rank, fits, needed = 1, dtype.kind in "iu", "integers are"
+    else:
+        rank, fits, needed = 2, dtype.newbyteorder("=") in _FLOATS, "float16, float32 or float64 is"
+    if len(shape) != rank:
+        raise DataError(f"'{name}' has {len(shape)} dimensions, {rank} needed")
+    if not fits:
+        raise DataError(f"'{name}' has dtype {dtype}, {needed} needed")
+    if shape[0] == 0:
+        raise DataError(f"'{name}' is empty")
+    if rank == 2 and shape[1] == 0:
+        raise DataError(f"'{name}' has no columns")
+
+
+def _as_array(name: str, value: Any) -> NDArray[Any]:
+    if isinstance(value, np.ma.MaskedArray):
+        raise DataError(f"'{name}' is a masked array; write NaN for missing text, or leave the rows out")
+    try:
+        array = value if isinstance(value, np.memmap) else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"'{name}' is no array: {error}") from error
+    check_layout(name, array.shape, array.dtype)
+    return array
+
+
+def _features(name: str, value: Any) -> Features:
+    array = _as_array(name, value)
+    if isinstance(array, np.memmap):
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def check_visual(name: str, value: Any) -> Features:
+    """Checked visual features: every entry finite in float32."""
+    array = _features(name, value)
+    for start, block in _blocks(array):
+        bad = ~np.isfinite(block)
+        if bad.any():
+            row, column = (int(i) for i in np.argwhere(bad)[0])
+            raise DataError(f"'{name}' {_bad_entry(_as_array(name, value), start + row, column)}")
+    return array
+
+
+def _bad_entry(array: NDArray[Any], row: int, column: int) -> str:
+    """What the entry is, in the dtype it came in: a finite float64 may be infinite in float32."""
+    entry = float(array[row, column])
+    what = "NaN" if np.isnan(entry) else "infinity" if np.isinf(entry) else f"{entry:.3g}, beyond float32,"
+    return f"holds {what} in row {row}, column {column}"
+
+
+def check_text(name: str, value: Any, unpaired: Unpaired) -> tuple[Features, Mask]:
+    """Checked textual features and the (N,) mask of rows that have any.
+
+    A row is finite or all NaN; a row of the second kind has no text, and with unpaired="refuse" is refused.
+    """
+    array = _features(name, value)
+    paired = np.ones(len(array), dtype=bool)
+    for start, block in _blocks(array):
+        finite = np.isfinite(block)
+        paired[start : start + len(block)] = present = ~np.isnan(block).all(axis=1)
+        bad = present & ~finite.all(axis=1)
+        if bad.any():
+            row = int(np.argmax(bad))
+            place = _bad_entry(_as_array(name, value), start + row, int(np.argmin(finite[row])))
+            raise DataError(f"'{name}' {place}; only a row of nothing but NaN means that text is missing")
+    missing = len(array) - int(paired.sum())
+    if missing and unpaired == "refuse":
+        raise DataError(
+            f"'{name}' lacks the text of {missing} of {len(array)} rows (all NaN, first in row "
+            f"{int(np.argmin(paired))}); unpaired='keep' (--unpaired keep) admits them"
+        )
+    return array, paired
+
+
+def check_labels(name: str, value: Any, *, need_one: bool = True) -> Labels:
+    """Checked labels, copied to memory: -1 or a class number; with need_one, not all of them -1."""
+    array = _as_array(name, value)
+    bad = array < -1 if array.dtype.kind == "i" else array > np.iinfo(np.int64).max
+    if bad.any():
+        row = int(np.argmax(bad))
+        needed = "a class from 0 up, or -1 for unlabelled, is needed"
+        raise DataError(f"'{name}' holds {array[row]} in row {row}; {needed}")
+    labels = np.array(array, dtype=np.int64)
+    if need_one and (labels < 0).all():
+        raise DataError(f"'{name}' has no labelled row (all are -1)")
+    return labels
+
+
+def check_class_names(value: Any) -> tuple[str, ...]:
+    """Checked names: at least one, different, not blank, without control characters."""
+    if isinstance(value, np.ndarray):
+        check_layout("class_names", value.shape, value.dtype)
+        codes = np.ascontiguousarray(value).view(np.dtype("u4").newbyteorder(value.dtype.byteorder))
+        if codes.max() > sys.maxunicode:
+            raise DataError("'class_names' holds characters that are not Unicode")
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
+        raise DataError("'class_names' is not a list of strings")
+    first: dict[str, int] = {}
+    for i, name in enumerate(value):
+        if not name.strip() or any(category(character) in ("Cc", "Cs") for character in name):
+            raise DataError(f"'class_names' entry {i} is blank or holds control characters")
+        if name in first:
+            raise DataError(f"'class_names' gives entries {first[name]} and {i} the same name")
+        first[name] = i
+    return tuple(str(name) for name in value)

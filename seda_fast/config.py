@@ -1,0 +1,130 @@
+"""Settings of the model and of a run: frozen, validated, and the one place where defaults stand."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or out of range; the message is one sentence that names it."""
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+SamplerName = Literal["ddim", "renoise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeDAConfig:
+    """The model's shape and how it predicts.
+
+    Symbols are the method's: d width, m expansion, L blocks, T diffusion steps, S sampling steps per stage, R draws.
+    """
+
+    visual_dim: int = setting(0, "size of a visual feature, Dv (taken from the data)")
+    text_dim: int = setting(0, "size of a textual feature, Dt (taken from the data)")
+    n_classes: int = setting(0, "number of classes, K (taken from the data)")
+    width: int = setting(512, "width of the networks, d")
+    expansion: int = setting(2, "hidden size of a block over its width, m")
+    blocks: int = setting(3, "interaction blocks in each network, L")
+    time_embedding: int = setting(64, "size of the sinusoidal timestep embedding and its hidden layer")
+    diffusion_steps: int = setting(1000, "timesteps of the noise schedule, T")
+    semantic_sampler: SamplerName = setting("renoise", "sampler of the semantic stage")
+    semantic_steps: int = setting(5, "sampling steps of the semantic stage, S")
+    textual_sampler: SamplerName = setting("ddim", "sampler of the textual stage")
+    textual_steps: int = setting(10, "sampling steps of the textual stage for aligned features, S")
+    classification_steps: int = setting(
+        1, "sampling steps of the textual stage for classification (1: the posterior mean)"
+    )
+    textual_weight: float = setting(0.5, "weight of the textual head's log-probabilities, 0 .. 1")
+    noise_draws: int = setting(1, "noise draws that a prediction averages over, R")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        sizes = ("visual_dim", "text_dim", "n_classes")
+        for name in sizes:
+            check_range(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("width", "blocks", "expansion", "semantic_steps", "textual_steps", "classification_steps"):
+            check_range(self, name, getattr(self, name) >= 1, "at least 1")
+        check_range(
+            self, "time_embedding", self.time_embedding >= 2 and self.time_embedding % 2 == 0, "even, at least 2"
+        )
+        check_range(self, "diffusion_steps", self.diffusion_steps >= 2, "at least 2")
+        for name in ("semantic_steps", "textual_steps", "classification_steps"):
+            check_range(self, name, getattr(self, name) <= self.diffusion_steps, "at most diffusion_steps")
+        check_range(self, "textual_weight", 0 <= self.textual_weight <= 1, "in 0 .. 1")
+        check_range(self, "noise_draws", 1 <= self.noise_draws <= 65535, "in 1 .. 65535")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained. Loss weights are the method's w1 .. w6."""
+
+    epochs: int = setting(20, "passes over the training part")
+    batch_size: int = setting(256, "rows of an optimiser step")
+    learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
+    weight_decay: float = setting(0.05, "decoupled weight decay of the matrices")
+    warmup: float = setting(0.05, "share of the steps in which the learning rate rises")
+    clip_norm: float = setting(1.0, "largest gradient norm")
+    ema_decay: float = setting(0.995, "decay of the weights' exponential moving average")
+    dropout: float = setting(0.1, "dropout rate inside the interaction blocks")
+    label_smoothing: float = setting(0.1, "label smoothing of the class terms")
+    centre_weight: float = setting(1.0, "w1: distance of s to its category centre")
+    semantic_weight: float = setting(1.0, "w2: cross entropy of the semantic head")
+    text_weight: float = setting(1.0, "w3: distance of t_ to the paired text")
+    mapped_weight: float = setting(1.0, "w4: cross entropy of the textual head on t_ (gradient stopped)")
+    textual_head_weight: float = setting(1.0, "w5: cross entropy of the textual head on the text itself")
+    teacher_weight: float = setting(1.0, "w6: divergence of both heads from the textual head on the text")
+    teacher_temperature: float = setting(2.0, "temperature of the text as teacher")
+    seed: int = setting(0, "seed of initial weights, order, noise, dropout and split")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("epochs", "batch_size"):
+            check_range(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "clip_norm", "teacher_temperature"):
+            check_range(self, name, getattr(self, name) > 0, "positive")
+        for f in dataclasses.fields(self):
+            if f.name.endswith("_weight") or f.name == "weight_decay":
+                check_range(self, f.name, getattr(self, f.name) >= 0, "at least 0")
+        for name in ("warmup", "ema_decay", "dropout", "label_smoothing"):
+            check_range(self, name, 0 <= getattr(self, name) < 1, "in 0 .. 1, 1 excluded")
+        check_range(self, "seed", 0 <= self.seed < 2**63, "in 0 .. 2**63 - 1")
+
+
+def check_types(config: Any) -> None:
+    """Refuse a dataclass whose values are not of their fields' types (ints pass as floats, bools do not as ints).
+
+    Raises:
+        ConfigError: one sentence that names the setting.
+    """
+    hints = get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise ConfigError(f"{f.name} must be one of {', '.join(get_args(hint))}, not {value!r}")
+        elif hint is float:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+                raise ConfigError(f"{f.name} must be a number, not {value!r}")
+            object.__setattr__(config, f.name, float(value))
+        elif hint in (int, bool, str) and type(value) is not hint:
+            raise ConfigError(f"{f.name} must be of type {hint.__name__}, not {value!r}")
+
+
+def check_range(config: Any, name: str, good: bool, expected: str) -> None:
+    """Raise a `ConfigError` naming the setting unless ``good``."""
+    if not good:
+        raise ConfigError(f"{name} must be {expected}, not {getattr(config, name)!r}")
+
+
+def check_given(config: Any, *names: str) -> None:
+    """Raise a `ConfigError` naming the first of the text settings that is empty."""
+    for name in names:
+        if not getattr(config, name):
+            raise ConfigError(f"{name} is missing: give --{name.replace('_', '-')} or {name} in --config")

@@ -1,0 +1,447 @@
+"""Paired features: read, check, split, standardise.
+
+A set is a `.npz` or `.safetensors` file or a folder of `.npy` files with the arrays of `KEYS`, or "digits",
+the embedded set. Everything is checked on reading; what cannot be used raises DataError with one sentence.
+
+Features are float16, float32 or float64 (bfloat16 in safetensors). Those read into memory are cast to float32
+on reading; the arrays of a folder stay read-only memory maps in their own dtype, never loaded whole, and
+`rows` casts what it takes from them. Labels are integers of any width, -1 meaning unlabelled; floating labels
+are refused even when they hold whole numbers, since that is where a wrong column shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import digits
+from .arrays import (
+    Features,
+    Labels,
+    Mask,
+    Unpaired,
+    check_class_names,
+    check_labels,
+    check_layout,
+    check_text,
+    check_visual,
+    has_text,
+    mean_and_scale,
+    rows,
+)
+from .files import DataError, naming, read_arrays, read_npy, refuse_too_large
+
+__all__ = [
+    "KEYS",
+    "DataError",
+    "EvaluationRows",
+    "FeatureSet",
+    "VisualRows",
+    "load_visual",
+    "mean_and_scale",
+    "rows",
+]
+
+KEYS = ("visual_train", "text_train", "label_train", "visual_test", "label_test", "text_test", "class_names")
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationRows:
+    """Rows to measure a model on.
+
+    visual (M, Dv); labels (M,) int64, -1 = unlabelled; text (M, Dt) or None, a row all NaN where text is
+    missing; class_names or None where the source names none; ids (M,) int64.
+    """
+
+    visual: Features
+    labels: Labels
+    text: Features | None
+    class_names: tuple[str, ...] | None
+    ids: Labels
+    source: str
+
+    @property
+    def labelled(self) -> Mask:
+        """(M,) bool, true where the label is known."""
+        return np.asarray(self.labels >= 0)
+
+    @cached_property
+    def paired(self) -> Mask:
+        """(M,) bool, true where there is text."""
+        return np.zeros(len(self.visual), dtype=bool) if self.text is None else has_text(self.text)
+
+
+@dataclass(frozen=True, eq=False)
+class VisualRows:
+    """Rows to predict.
+
+    visual (M, Dv); ids (M,) int64; where the source has them, labels (M,) int64, -1 = unlabelled, and
+    class_names.
+    """
+
+    visual: Features
+    labels: Labels | None
+    class_names: tuple[str, ...] | None
+    ids: Labels
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """A checked training and test part; make it with `load` or `from_arrays`.
+
+    visual_train (N, Dv) and text_train (N, Dt): a text row is all NaN where text is missing, which happens
+    only with unpaired="keep"; Dt = 0 where there is no text at all, only with need_text=False. label_train
+    (N,) int64, -1 = unlabelled. visual_test (M, Dv), label_test (M,), text_test (M, Dt) or None; the text of
+    the test part is there to measure alignment. ids_train (N,) and ids_test (M,) int64: the row number within
+    the part, or within the whole set where it was split here.
+    """
+
+    visual_train: Features
+    text_train: Features
+    label_train: Labels
+    visual_test: Features
+    label_test: Labels
+    text_test: Features | None
+    class_names: tuple[str, ...]
+    ids_train: Labels
+    ids_test: Labels
+    source: str
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def visual_dim(self) -> int:
+        return int(self.visual_train.shape[1])
+
+    @property
+    def text_dim(self) -> int:
+        return int(self.text_train.shape[1])
+
+    @cached_property
+    def paired_train(self) -> Mask:
+        """(N,) bool, true where there is text."""
+        return has_text(self.text_train)
+
+    @property
+    def labelled_train(self) -> Mask:
+        """(N,) bool, true where the label is known."""
+        return np.asarray(self.label_train >= 0)
+
+    @property
+    def test_part(self) -> EvaluationRows:
+        """The test part as `load_test` gives it."""
+        return EvaluationRows(
+            self.visual_test, self.label_test, self.text_test, self.class_names, self.ids_test, self.source
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        unpaired: Unpaired = "refuse",
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        need_text: bool = True,
+    ) -> FeatureSet:
+        """Reads a set with a training part from `path`, or the embedded one for "digits". Raises DataError.
+
+        unpaired: "refuse" rows whose text is missing (all NaN), or "keep" them.
+        test_fraction, seed: where the source has no test part, this share of the labelled rows becomes one,
+            stratified by class; unlabelled rows stay in training. Both parts are then float32 in memory.
+        need_text: False lets `text_train` be absent.
+        """
+        if str(path) == "digits":
+            return _load_digits(test_fraction, seed)
+        arrays = read_arrays(Path(path), wanted=KEYS, known=KEYS, layout=check_layout)
+        with naming(path):
+            return _build(arrays, str(path), unpaired, test_fraction, seed, need_text)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        visual_train: Any,
+        text_train: Any,
+        label_train: Any,
+        visual_test: Any = None,
+        label_test: Any = None,
+        text_test: Any = None,
+        class_names: Sequence[str] | None = None,
+        *,
+        unpaired: Unpaired = "refuse",
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        need_text: bool = True,
+        source: str = "arrays",
+    ) -> FeatureSet:
+        """Makes a set from anything that numpy takes as an array, with the checks and options of `load`.
+
+        float32 arrays are kept without a copy, memory maps as they are. text_train may be None with
+        need_text=False. Raises DataError.
+        """
+        given = (visual_train, text_train, label_train, visual_test, label_test, text_test, class_names)
+        arrays = {key: value for key, value in zip(KEYS, given, strict=True) if value is not None}
+        with naming(source):
+            return _build(arrays, source, unpaired, test_fraction, seed, need_text)
+
+    @staticmethod
+    def load_test(
+        path: str | Path,
+        *,
+        visual_dim: int | None = None,
+        text_dim: int | None = None,
+        class_names: Sequence[str] | None = None,
+        unpaired: Unpaired = "refuse",
+        test_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> EvaluationRows:
+        """Reads the test part alone; `visual_test` and `label_test` are needed, `text_test` is optional.
+
+        visual_dim, text_dim, class_names: the model's, where known; rows that do not fit them are refused.
+        A source with a training part only is split as `load` splits it, so the same fraction and seed give
+        the rows that training did not see. At least one row must be labelled. Raises DataError.
+        """
+        if str(path) == "digits":
+            part = _load_digits(test_fraction, seed).test_part
+        else:
+            part = _load_test_file(path, unpaired, test_fraction, seed)
+        with naming(path):
+            _check_width("visual_test", part.visual, visual_dim, "the model")
+            if part.text is not None:
+                _check_width("text_test", part.text, text_dim, "the model")
+            _check_against_model(part.labels, part.class_names, class_names)
+        return part
+
+
+def load_visual(
+    path: str | Path, *, visual_dim: int | None = None, test_fraction: float = 0.2, seed: int = 0
+) -> VisualRows:
+    """Reads rows to predict: the array `visual`, or else `visual_test`, or one single `.npy` array.
+
+    Text is not read. `label_test` and `class_names` are taken along where they are there. "digits" gives the
+    test part of that split. visual_dim: the model's, where known. Raises DataError.
+    """
+    if str(path) == "digits":
+        part = _load_digits(test_fraction, seed).test_part
+        found = VisualRows(part.visual, part.labels, part.class_names, part.ids, part.source)
+    elif Path(path).suffix.lower() == ".npy" and not Path(path).is_dir():
+        arrays: dict[str, Any] = {"visual": read_npy(Path(path), "visual", check_layout)}
+        with naming(path):
+            found = _visual_rows(arrays, str(path))
+    else:
+        wanted = ("visual", "visual_test", "label_test", "class_names")
+        arrays = read_arrays(Path(path), wanted=wanted, known=("visual", *KEYS), layout=check_layout)
+        with naming(path):
+            found = _visual_rows(arrays, str(path))
+    with naming(path):
+        _check_width("the visual array", found.visual, visual_dim, "the model")
+    return found
+
+
+def _require(arrays: Mapping[str, Any], *names: str) -> None:
+    missing = [f"'{name}'" for name in names if name not in arrays]
+    if missing:
+        raise DataError(f"lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
+
+
+def _check_length(name: str, array: NDArray[Any], other: str, length: int) -> None:
+    if len(array) != length:
+        raise DataError(f"'{name}' has {len(array)} rows but '{other}' has {length}")
+
+
+def _check_width(name: str, array: Features, width: int | None, other: str) -> None:
+    if width is not None and array.shape[1] != width:
+        raise DataError(f"'{name}' has {array.shape[1]} columns but {other} has {width}")
+
+
+def _check_named(name: str, labels: Labels, class_names: Sequence[str], owner: str = "'class_names'") -> None:
+    row = int(np.argmax(labels))
+    if labels[row] >= len(class_names):
+        raise DataError(f"'{name}' holds {labels[row]} in row {row} but {owner} has {len(class_names)} entries")
+
+
+def _named(labels: Labels, class_names: Any) -> tuple[str, ...]:
+    """The class names: those given, else the numbers of the classes, which must then run without a gap."""
+    if class_names is not None:
+        names = check_class_names(class_names)
+        _check_named("label_train", labels, names)
+        return names
+    present = np.unique(labels[labels >= 0])
+    gap = np.flatnonzero(present != np.arange(len(present)))
+    if len(gap):
+        raise DataError(
+            f"'label_train' holds class {present[-1]} but no class {gap[0]}; number the classes without gaps "
+            "or give 'class_names'"
+        )
+    return tuple(str(label) for label in present)
+
+
+def _check_options(unpaired: str, test_fraction: float, seed: int) -> None:
+    if unpaired not in ("refuse", "keep"):
+        raise DataError(f"unpaired is {unpaired!r}; 'refuse' or 'keep' is needed")
+    if not 0 < test_fraction < 1:
+        raise DataError(f"test_fraction is {test_fraction}; a number between 0 and 1 is needed")
+    if seed < 0:
+        raise DataError(f"the seed is {seed}; 0 or more is needed")
+
+
+def _build(
+    arrays: Mapping[str, Any],
+    source: str,
+    unpaired: Unpaired,
+    test_fraction: float,
+    seed: int,
+    need_text: bool,
+) -> FeatureSet:
+    _check_options(unpaired, test_fraction, seed)
+    _require(arrays, "visual_train", "label_train", *(["text_train"] if need_text else []))
+    visual = check_visual("visual_train", arrays["visual_train"])
+    labels = check_labels("label_train", arrays["label_train"])
+    _check_length("label_train", labels, "visual_train", len(visual))
+    if "text_train" in arrays:
+        text, paired = check_text("text_train", arrays["text_train"], unpaired)
+        _check_length("text_train", text, "visual_train", len(visual))
+    else:
+        text, paired = np.zeros((len(visual), 0), dtype=np.float32), np.zeros(len(visual), dtype=bool)
+    if need_text and not paired.any():
+        raise DataError("'text_train' has no row with text (all are NaN)")
+    names = _named(labels, arrays.get("class_names"))
+    ids = np.arange(len(visual), dtype=np.int64)
+    if any(key in arrays for key in ("visual_test", "label_test", "text_test")):
+        test = _evaluation_rows(arrays, source, unpaired, names)
+        _check_width("visual_test", test.visual, visual.shape[1], "'visual_train'")
+        if test.text is not None and text.shape[1]:
+            _check_width("text_test", test.text, text.shape[1], "'text_train'")
+        _check_known_classes(labels, test.labels)
+        made = FeatureSet(visual, text, labels, test.visual, test.labels, test.text, names, ids, test.ids, source)
+    else:
+        train, held_out = _split(labels, test_fraction, seed)
+        refuse_too_large(4 * (visual.size + text.size))
+        made = FeatureSet(
+            rows(visual, train), rows(text, train), labels[train],
+            rows(visual, held_out), labels[held_out], rows(text, held_out) if text.shape[1] else None,
+            names, train, held_out, source,
+        )  # fmt: skip
+        paired = paired[train]
+        if need_text and not paired.any():
+            raise DataError("no row with text is left in the training part of the split")
+    vars(made)["paired_train"] = paired  # known already: saves a pass over a memory map
+    return made
+
+
+def _evaluation_rows(
+    arrays: Mapping[str, Any], source: str, unpaired: Unpaired, names: tuple[str, ...] | None
+) -> EvaluationRows:
+    _require(arrays, "visual_test", "label_test")
+    visual = check_visual("visual_test", arrays["visual_test"])
+    labels = check_labels("label_test", arrays["label_test"])
+    _check_length("label_test", labels, "visual_test", len(visual))
+    text = None
+    if "text_test" in arrays:
+        text = check_text("text_test", arrays["text_test"], unpaired)[0]
+        _check_length("text_test", text, "visual_test", len(visual))
+    if names is not None:
+        _check_named("label_test", labels, names, "'class_names'")
+    return EvaluationRows(visual, labels, text, names, np.arange(len(visual), dtype=np.int64), source)
+
+
+def _check_known_classes(train: Labels, test: Labels) -> None:
+    unknown = (test >= 0) & ~np.isin(test, train)
+    if unknown.any():
+        row = int(np.argmax(unknown))
+        raise DataError(f"'label_test' holds class {test[row]} in row {row}, which 'label_train' lacks")
+
+
+def _load_test_file(path: str | Path, unpaired: Unpaired, test_fraction: float, seed: int) -> EvaluationRows:
+    wanted = ("visual_test", "label_test", "text_test", "class_names")
+    arrays = read_arrays(Path(path), wanted=wanted, known=KEYS, layout=check_layout)
+    if not set(arrays) - {"class_names"}:
+        whole = read_arrays(Path(path), wanted=KEYS, known=KEYS, layout=check_layout)
+        with naming(path):
+            if "visual_train" not in whole:
+                _require(arrays, "visual_test", "label_test")
+            return _build(whole, str(path), unpaired, test_fraction, seed, need_text=False).test_part
+    with naming(path):
+        _check_options(unpaired, test_fraction, seed)
+        names = check_class_names(arrays["class_names"]) if "class_names" in arrays else None
+        return _evaluation_rows(arrays, str(path), unpaired, names)
+
+
+def _check_against_model(labels: Labels, found: Sequence[str] | None, model: Sequence[str] | None) -> None:
+    if model is None:
+        return
+    _check_named("label_test", labels, model, "the model")
+    if found is not None and tuple(found) != tuple(model):
+        raise DataError(f"'class_names' are not the model's: {_difference(found, model)}")
+
+
+def _difference(found: Sequence[str], model: Sequence[str]) -> str:
+    for i, (one, other) in enumerate(zip(found, model, strict=False)):
+        if one != other:
+            return f"entry {i} is '{one[:60]}' here and '{other[:60]}' there"
+    return f"{len(found)} here and {len(model)} there"
+
+
+def _visual_rows(arrays: Mapping[str, Any], source: str) -> VisualRows:
+    if "visual" in arrays and "visual_test" in arrays:
+        raise DataError("holds both 'visual' and 'visual_test'; one is needed")
+    name = "visual" if "visual" in arrays else "visual_test"
+    if name not in arrays:
+        raise DataError("lacks the key 'visual' or 'visual_test'")
+    visual = check_visual(name, arrays[name])
+    labels = names = None
+    if "label_test" in arrays:
+        labels = check_labels("label_test", arrays["label_test"], need_one=False)
+        _check_length("label_test", labels, name, len(visual))
+    if "class_names" in arrays:
+        names = check_class_names(arrays["class_names"])
+        if labels is not None:
+            _check_named("label_test", labels, names)
+    return VisualRows(visual, labels, names, np.arange(len(visual), dtype=np.int64), source)
+
+
+def _split(labels: Labels, test_fraction: float, seed: int) -> tuple[Labels, Labels]:
+    """Ascending row numbers of the training and of the test part: stratified, unlabelled rows in training."""
+    labelled = np.flatnonzero(labels >= 0)
+    classes, counts = np.unique(labels[labelled], return_counts=True)
+    if counts.min() < 2:
+        raise DataError(
+            f"class {classes[np.argmin(counts)]} has one labelled row, so no test part can be split off; "
+            "give 'visual_test' and 'label_test', or leave the class out"
+        )
+    state = int(np.random.SeedSequence(seed).generate_state(1)[0])  # scikit-learn takes 32 bits only
+    split = digits.scikit_learn("model_selection").train_test_split
+    too_few = (
+        f"a test_fraction of {test_fraction} of {len(labelled)} labelled rows leaves too few rows in a part "
+        f"for {len(classes)} classes"
+    )
+    try:
+        train, test = split(labelled, test_size=test_fraction, stratify=labels[labelled], random_state=state)
+    except ValueError as error:
+        raise DataError(too_few) from error
+    if len(np.unique(labels[train])) < len(classes):
+        raise DataError(too_few)
+    train = np.concatenate([train, np.flatnonzero(labels < 0)])
+    return np.sort(train).astype(np.int64), np.sort(test).astype(np.int64)
+
+
+def _load_digits(test_fraction: float, seed: int) -> FeatureSet:
+    with naming("digits"):
+        _check_options("refuse", test_fraction, seed)
+        visual, labels = digits.pixels()
+        train, test = _split(labels, test_fraction, seed)
+        texts = digits.compose_texts(labels)
+        text_train, text_test = digits.text_features([texts[i] for i in train], [texts[i] for i in test])
+        return FeatureSet(
+            visual[train], text_train, labels[train], visual[test], labels[test], text_test,
+            digits.CLASS_NAMES, train, test, "digits",
+        )  # fmt: skip

@@ -1,0 +1,75 @@
+"""``python -m seda_fast.evaluate``: measure a saved model on the test part of a data set."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from . import _eval_extra  # noqa: F401 - checks first that what measuring needs is installed
+from .command import choose_device, progress, run, settings_of, split_settings
+from .config import check_given, check_range, check_types, setting
+from .data import FeatureSet
+from .measure import outputs_metrics, table
+from .nn import SeDA
+from .outputs import PREDICTION_SEED, model_outputs
+
+PROGRAM = "seda_fast.evaluate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured on what."""
+
+    model: str = setting("", "folder written by seda_fast.train")
+    data: str = setting("", "as for seda_fast.train; its test part is used")
+    json: bool = setting(False, "print the metrics as JSON instead of a table")
+    seed: int = setting(PREDICTION_SEED, "seed of the prediction's noise")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_given(self, "model", "data")
+        check_range(self, "seed", 0 <= self.seed < 2**63, "in 0 .. 2**63 - 1")
+
+
+def measure(config: EvaluateConfig) -> dict[str, Any]:
+    """The metrics of a saved model on a test part."""
+    folder = Path(config.model)
+    model = SeDA.from_pretrained(folder, choose_device(config.device))
+    fraction, split_seed = split_settings(folder)
+    part = FeatureSet.load_test(
+        config.data,
+        visual_dim=model.config.visual_dim,
+        text_dim=model.config.text_dim,
+        class_names=model.class_names,
+        unpaired="keep",
+        test_fraction=fraction,
+        seed=split_seed,
+    )
+    with progress(len(part.visual), "predicting") as bar:
+        outputs = model_outputs(model, part, seed=config.seed, on_rows=bar.update)
+    return {**outputs_metrics(outputs, model, part), "data": part.source}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 with one sentence on stderr."""
+
+    def body() -> None:
+        config = EvaluateConfig(**settings_of(PROGRAM, __doc__, {"evaluate": EvaluateConfig}, argv)["evaluate"])
+        metrics = measure(config)
+        if config.json:
+            print(json.dumps(metrics, indent=1, allow_nan=False))
+            return
+        heads = {f"  {name} head": values for name, values in metrics["heads"].items()}
+        point = {**metrics, "alignment": metrics["alignment_point"]}
+        print(table({"SeDA": metrics, **heads, "SeDA, point estimate": point}))
+
+    return run(body, PROGRAM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

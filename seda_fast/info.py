@@ -1,0 +1,89 @@
+"""``python -m seda_fast.info``: versions, devices, and which implementation serves each operation, in one screen."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+import textwrap
+from collections.abc import Sequence
+
+import torch
+
+from . import __version__
+from .command import Parser
+from .ops import BACKENDS, choose, operations, refusal
+
+PROGRAM = "seda_fast.info"
+PACKAGES = ("torch", "triton", "xformers", "numpy", "safetensors", "scikit-learn", "matplotlib")
+
+
+def version_of(package: str) -> str:
+    """The installed version, or that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> list[str]:
+    """One line a device that PyTorch can use."""
+    lines = [f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return [*lines, "cuda: none found" if built else "cuda: this PyTorch was built without CUDA"]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        lines.append(f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    return lines
+
+
+def _device_types() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def operation_lines() -> list[str]:
+    """One line an operation: who serves it on each device now."""
+    served = {op: [f"{device}: {choose(op, device)[0]}" for device in _device_types()] for op in operations()}
+    return [f"{op:<28} {', '.join(by_device)}" for op, by_device in served.items()]
+
+
+def unavailable_lines() -> list[str]:
+    """Which backends cannot run here, and why; a reason shared by several operations is told once."""
+    reasons: dict[str, list[str]] = {}
+    for op in operations():
+        for backend in BACKENDS[1:]:
+            for device in _device_types():
+                reason = refusal(op, backend, device)
+                if reason is not None:
+                    reasons.setdefault(f"{backend} on {device}: {reason}", []).append(op)
+    return [
+        line
+        for text, ops in reasons.items()
+        for line in textwrap.wrap(f"{text} ({len(ops)} operations)", width=110, subsequent_indent="  ")
+    ]
+
+
+def report() -> str:
+    """The whole text."""
+    lines = [f"seda_fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
+    lines += ["", "packages", *(f"  {package:<14} {version_of(package)}" for package in PACKAGES)]
+    lines += ["", "devices", *(f"  {line}" for line in devices())]
+    built = importlib.util.find_spec("seda_fast._C") is not None
+    lines += ["", "compiled extension", f"  seda_fast._C {'found' if built else 'not built'}"]
+    lines += ["", "operations (float32)", *(f"  {line}" for line in operation_lines())]
+    if unavailable := unavailable_lines():
+        lines += ["", "not available here", *(f"  {line}" for line in unavailable)]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    Parser(prog=f"python -m {PROGRAM}", description=(__doc__ or "").strip()).parse_args(argv)
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

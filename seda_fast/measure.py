@@ -1,0 +1,98 @@
+"""How good a trained model is on a test part: metrics of its outputs, and the table that shows them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .arrays import rows as float_rows
+from .data import EvaluationRows
+from .metrics import alignment_metrics, classification_metrics
+from .nn import SeDA
+from .outputs import Outputs
+
+Float = NDArray[np.float32]
+
+
+def outputs_metrics(outputs: Outputs, model: SeDA, rows: EvaluationRows) -> dict[str, Any]:
+    """The metrics of `Outputs`: the combined prediction's keys, ``heads`` and ``alignment`` of both settings."""
+    text = standardised_text(model, rows)
+    return {
+        **classification_metrics(outputs.log_proba, rows.labels),
+        "heads": {
+            "semantic": classification_metrics(outputs.semantic_log_proba, rows.labels),
+            "textual": classification_metrics(outputs.textual_log_proba, rows.labels),
+        },
+        "alignment": alignment(outputs.aligned, text),
+        "alignment_point": alignment(outputs.aligned_point, text),
+    }
+
+
+def standardised_text(model: SeDA, rows: EvaluationRows) -> Float | None:
+    """The rows' text (M, Dt), standardised as the model does, NaN where it is missing; None with fewer than 4 texts."""
+    if rows.text is None or rows.paired.sum() < 4:
+        return None
+    text = float_rows(rows.text, np.arange(len(rows.text)))
+    with torch.inference_mode():
+        return model.standardise_text(torch.from_numpy(text).to(model.centres.device)).cpu().numpy()
+
+
+def alignment(aligned: Float, text: Float | None) -> dict[str, float] | None:
+    """`alignment_metrics` on the rows that have a text, or None without text, or different texts, to compare with."""
+    if text is None:
+        return None
+    paired = ~np.isnan(text).all(axis=1)
+    if np.ptp(text[paired], axis=0).max() == 0:
+        return None
+    return alignment_metrics(aligned[paired], text[paired], seed=0)
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A plain table of methods, in percent; ``rows`` maps a method to its metrics with an ``alignment`` or None."""
+    columns = (
+        ("top-1", "top1", 1),
+        ("top-5", "top5", 1),
+        ("balanced", "balanced_accuracy", 1),
+        ("ECE", "ece", 1),
+    )
+    aligned = (("Frechet", "frechet", 1), ("MMD", "mmd", 3), ("cosine", "cosine", 3), ("R@1", "recall_at_1", 1),
+               ("R@10", "recall_at_10", 1))  # fmt: skip
+    header = ["", *(name for name, _, _ in columns), *(name for name, _, _ in aligned)]
+    lines = [header]
+    for method, values in rows.items():
+        line = [method, *(f"{values[key]:.{digits}f}" for _, key, digits in columns)]
+        found = values.get("alignment")
+        line += [f"{found[key]:.{digits}f}" if found else "-" for _, key, digits in aligned]
+        lines.append(line)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    padded = [
+        [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(cells) for cells in padded)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The device's peak of allocated memory, or on a CPU this process's peak of resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it ran on."""
+    found = {"python": platform.python_version()}
+    for name in ("seda_fast", "torch", "numpy", "triton", "xformers"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

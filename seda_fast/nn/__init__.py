@@ -1,0 +1,20 @@
+"""The networks: schedule, semantic space, PFIN, and the two stages joined."""
+
+from .interaction import PFIN, Dropout, InteractionBlock
+from .schedule import NoiseSchedule, Sampler
+from .seda import WEIGHTS_FILE, Losses, SeDA, SemanticLearner, SemanticTranslator
+from .space import category_centres
+
+__all__ = [
+    "PFIN",
+    "WEIGHTS_FILE",
+    "Dropout",
+    "InteractionBlock",
+    "Losses",
+    "NoiseSchedule",
+    "Sampler",
+    "SeDA",
+    "SemanticLearner",
+    "SemanticTranslator",
+    "category_centres",
+]

@@ -1,0 +1,179 @@
+"""PFIN, the Progressive Feature Interaction Network: the denoiser of both stages."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import ChainWeights, chained_interaction_block, embed_condition, interaction_block, layer_norm, reverse_chain
+from .schedule import Sampler
+
+
+class Dropout(NamedTuple):
+    """Dropout of one pass: its rate and what keys its mask. ``stream`` is that of the network's first block."""
+
+    rate: float
+    seed: Tensor
+    step: Tensor
+    sample_ids: Tensor
+    stream: int
+
+
+class InteractionBlock(nn.Module):
+    """One block: modulated norm, gated cross-feature interaction, gated residual. See `ops.interaction_block`."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, expansion * width)
+        self.output = nn.Linear(expansion * width, width)
+
+    def forward(
+        self,
+        h: Tensor,
+        gate: Tensor,
+        timesteps: Tensor,
+        modulation: Tensor,
+        dropout: Dropout | None,
+        layer: int,
+        statistics: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``h`` (B, d), ``gate`` (B, m*d), ``timesteps`` (B,), ``modulation`` (3, T, d) -> (B, d).
+
+        Beside it the row statistics that spare the following block a pass over the state, on a GPU only: the
+        CPU's norm sees whole rows anyway.
+        """
+        shift, scale, alpha = modulation.unbind(0)
+        operands = (h, gate, timesteps, shift, scale, alpha)
+        weights = (self.hidden.weight, self.hidden.bias, self.output.weight, self.output.bias)
+        keys: dict[str, Any] = {}
+        if dropout is not None and dropout.rate > 0:
+            keys = {**dropout._asdict(), "dropout": dropout.rate, "stream": dropout.stream + layer}
+            del keys["rate"]
+        if h.is_cuda:
+            return chained_interaction_block(*operands, *weights, statistics=statistics, **keys)
+        return interaction_block(*operands, *weights, **keys), None
+
+
+class TimestepModulation(nn.Module):
+    """Shift, scale and alpha tables from a sinusoidal embedding of the timesteps (Vaswani et al. 2017, sec. 3.5).
+
+    The small network runs over timesteps, never over rows; its last layer starts at 0, so a new block is unmodulated.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, blocks: int, embedding: int) -> None:
+        super().__init__()
+        self.width, self.blocks = width, blocks
+        half = torch.arange(embedding // 2, dtype=torch.float64) / (embedding // 2)
+        self.register_buffer("frequencies", (-math.log(10_000.0) * half).exp().float(), persistent=False)
+        self.embed = nn.Linear(embedding, embedding)
+        self.tables = nn.Linear(embedding, blocks * 3 * width)
+        nn.init.zeros_(self.tables.weight)
+        nn.init.zeros_(self.tables.bias)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """``timesteps`` (n,) integer -> (L, 3, n, d), a view."""
+        angles = timesteps.to(self.frequencies.dtype)[:, None] * self.frequencies
+        embedding = torch.cat((angles.sin(), angles.cos()), dim=1)
+        rows: Tensor = self.tables(torch.nn.functional.silu(self.embed(embedding)))
+        tables: Tensor = rows.unflatten(1, (self.blocks, 3, self.width))
+        return tables.permute(1, 2, 0, 3)
+
+
+class PFIN(nn.Module):
+    """``PFIN(x, c, tau)``: predicts the clean target from a noised state and a condition (SeDA, PFIN).
+
+    Args:
+        dim: size D of the state and of the prediction.
+        condition_dim: size Dc of the condition.
+        width, expansion, blocks: d, m, L.
+        time_embedding: size of the timestep embedding.
+        steps: T.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        condition_dim: int,
+        *,
+        width: int,
+        expansion: int,
+        blocks: int,
+        time_embedding: int,
+        steps: int,
+    ) -> None:
+        super().__init__()
+        self.steps = steps
+        self.input = nn.Linear(dim, width)
+        self.condition = nn.Linear(condition_dim, width)
+        self.gates = nn.Linear(width, blocks * expansion * width)
+        self.modulation = TimestepModulation(width, blocks, time_embedding)
+        self.blocks = nn.ModuleList(InteractionBlock(width, expansion) for _ in range(blocks))
+        self.output = nn.Linear(width, dim)
+        nn.init.zeros_(self.gates.weight)
+        nn.init.zeros_(self.gates.bias)
+
+    def forward(self, x: Tensor, condition: Tensor, timesteps: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """``x`` (B, D) noised state times its gain, ``condition`` (B, Dc), ``timesteps`` (B,) int64 -> (B, D)."""
+        if x.shape[0] < self.steps:
+            # Fewer rows than timesteps: a table of the rows' own timesteps is the smaller one with the same entries.
+            modulation = self.modulation(timesteps)
+            timesteps = torch.arange(x.shape[0], device=x.device)
+        else:
+            modulation = self.modulation(torch.arange(self.steps, device=x.device))
+        normed, gates = embed_condition(
+            condition, self.condition.weight, self.condition.bias, self.gates.weight, self.gates.bias
+        )
+        h = self.input(x) + normed
+        statistics = None
+        # unbind, not an index a layer: the gradient of an index is the whole table again, in zeros.
+        parts = zip(self.blocks, gates.chunk(len(self.blocks), dim=1), modulation.unbind(0), strict=True)
+        for layer, (block, gate, tables) in enumerate(parts):
+            h, statistics = block(h, gate, timesteps, tables, dropout, layer, statistics)
+        prediction: Tensor = self.output(layer_norm(h))
+        return prediction
+
+    def chain(
+        self,
+        initial: Tensor,
+        source: Tensor,
+        condition: Tensor,
+        sampler: Sampler,
+        *,
+        seed: Tensor,
+        step: Tensor,
+        sample_ids: Tensor,
+        stream: int,
+    ) -> Tensor:
+        """The reverse chain of this network; see `ops.reverse_chain`. (B, D) -> (B, D)."""
+        weights = ChainWeights(
+            self.input.weight,
+            self.input.bias,
+            self.condition.weight,
+            self.condition.bias,
+            self.gates.weight,
+            self.gates.bias,
+            [block.hidden.weight for block in self.blocks],  # type: ignore[union-attr, misc]
+            [block.hidden.bias for block in self.blocks],  # type: ignore[union-attr, misc]
+            [block.output.weight for block in self.blocks],  # type: ignore[union-attr, misc]
+            [block.output.bias for block in self.blocks],  # type: ignore[union-attr, misc]
+            self.output.weight,
+            self.output.bias,
+        )
+        return reverse_chain(
+            initial,
+            source,
+            condition,
+            sampler.coefficients,
+            self.modulation(sampler.timesteps).permute(2, 0, 1, 3),
+            weights,
+            seed=seed,
+            step=step,
+            sample_ids=sample_ids,
+            stream=stream,
+            noisy=sampler.noisy,
+        )

@@ -1,0 +1,458 @@
+"""SeDA: the semantic learner (DCSL), the semantic translator (DCST), and the model that joins them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config import SeDAConfig, TrainConfig
+from ..files import DataError, atomic_path
+from ..ops import q_sample, semantic_projection, stratified_timesteps
+from .interaction import PFIN, Dropout
+from .schedule import NoiseSchedule, Sampler
+from .space import category_centres
+
+# Stream ids of the randomness contract.
+VISUAL_NOISE, TEXTUAL_NOISE = 0, 1
+SEMANTIC_TIMESTEPS, TEXTUAL_TIMESTEPS = 2, 3
+SEMANTIC_CHAIN, TEXTUAL_CHAIN = 4, 5
+FIRST_DROPOUT = 6
+
+UNLABELLED = -1
+# The counter step of noise draw r starts at r << 16; a chain has fewer steps than that.
+_DRAW_SHIFT = 16
+# Rows of one prediction block. A sample's result must not depend on its neighbours, and a matrix product's rounding
+# depends on its shape: every block has this many rows, the last one padded. On a CPU core 64 rows reach the matrix
+# rate of 256 (71 against 63 GFLOP/s seen, 32 rows 57); a GPU needs many more to be filled.
+BLOCK_ROWS = {"cpu": 64, "cuda": 2048}
+
+WEIGHTS_FILE = "model.safetensors"
+# One metadata key only: safetensors writes several in an arbitrary order, and files must be bit-identical.
+_METADATA_KEY = "seda_fast"
+
+
+class Losses(NamedTuple):
+    """The terms of the objective, unweighted scalars, and their weighted sum ``total``."""
+
+    total: Tensor
+    centre: Tensor
+    semantic: Tensor
+    text: Tensor
+    mapped: Tensor
+    textual_head: Tensor
+    teacher: Tensor
+
+
+class SemanticLearner(nn.Module):
+    """Diffusion-Controlled Semantic Learner (DCSL): from noised visual features to their category centre."""
+
+    def __init__(self, config: SeDAConfig) -> None:
+        super().__init__()
+        self.network = _network(config, config.visual_dim, config.visual_dim)
+        self.head = nn.Linear(config.visual_dim, config.n_classes)
+
+    def forward(self, x: Tensor, visual: Tensor, timesteps: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """``x`` (B, Dv) noised, ``visual`` (B, Dv) the condition, ``timesteps`` (B,) -> s (B, Dv)."""
+        return self.network(x, visual, timesteps, dropout)  # type: ignore[no-any-return]
+
+
+class SemanticTranslator(nn.Module):
+    """Diffusion-Controlled Semantic Translator (DCST): from noise, given [s, v], to the textual features."""
+
+    def __init__(self, config: SeDAConfig) -> None:
+        super().__init__()
+        self.network = _network(config, config.text_dim, 2 * config.visual_dim)
+        self.head = nn.Linear(config.text_dim, config.n_classes)
+
+    def forward(self, x: Tensor, condition: Tensor, timesteps: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """``x`` (B, Dt) noised, ``condition`` (B, 2 Dv), ``timesteps`` (B,) -> t_ (B, Dt)."""
+        return self.network(x, condition, timesteps, dropout)  # type: ignore[no-any-return]
+
+
+def _network(config: SeDAConfig, dim: int, condition_dim: int) -> PFIN:
+    return PFIN(
+        dim,
+        condition_dim,
+        width=config.width,
+        expansion=config.expansion,
+        blocks=config.blocks,
+        time_embedding=config.time_embedding,
+        steps=config.diffusion_steps,
+    )
+
+
+class SeDA(nn.Module):
+    """Semantic-Space-Intervened Diffusive Alignment (IJCAI 2025) as a classifier of visual features.
+
+    Args:
+        config: shape and prediction settings.
+        class_names: K names, kept with the checkpoint; "0", "1", ... by default.
+
+    Buffers ``visual_mean, visual_scale, text_mean, text_scale`` standardise raw features; ``centres`` (K, Dv) are the
+    category centres of standardised visual features. All are set by `fit_statistics` and travel with the checkpoint.
+    """
+
+    visual_mean: Tensor
+    visual_scale: Tensor
+    text_mean: Tensor
+    text_scale: Tensor
+    centres: Tensor
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(self, config: SeDAConfig, class_names: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        names = [str(k) for k in range(config.n_classes)] if class_names is None else list(class_names)
+        if len(names) != config.n_classes:
+            raise ValueError(f"class_names has {len(names)} names for {config.n_classes} classes")
+        self.class_names = tuple(names)
+        self.learner = SemanticLearner(config)
+        self.translator = SemanticTranslator(config)
+        self.register_buffer("visual_mean", torch.zeros(config.visual_dim))
+        self.register_buffer("visual_scale", torch.ones(config.visual_dim))
+        self.register_buffer("text_mean", torch.zeros(config.text_dim))
+        self.register_buffer("text_scale", torch.ones(config.text_dim))
+        self.register_buffer("centres", torch.zeros(config.n_classes, config.visual_dim))
+        self.schedule = NoiseSchedule(config.diffusion_steps)
+        signal, noise = self.schedule.training_tables()
+        self.register_buffer("signal", signal, persistent=False)
+        self.register_buffer("noise", noise, persistent=False)
+
+    # ---- data statistics -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit_statistics(
+        self,
+        visual_mean: Tensor,
+        visual_scale: Tensor,
+        text_mean: Tensor,
+        text_scale: Tensor,
+        visual: Tensor,
+        labels: Tensor,
+    ) -> None:
+        """Set the standardisation, and the centres from *standardised* ``visual`` (N, Dv) and ``labels`` (N,)."""
+        self.visual_mean.copy_(visual_mean)
+        self.visual_scale.copy_(visual_scale)
+        self.text_mean.copy_(text_mean)
+        self.text_scale.copy_(text_scale)
+        self.centres.copy_(category_centres(visual, labels, self.config.n_classes))
+
+    def standardise_visual(self, visual: Tensor) -> Tensor:
+        """Raw (B, Dv) -> zero mean and unit deviation on the training part."""
+        return (visual - self.visual_mean) / self.visual_scale
+
+    def standardise_text(self, text: Tensor) -> Tensor:
+        """Raw (B, Dt) -> zero mean and unit deviation on the training part."""
+        return (text - self.text_mean) / self.text_scale
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def losses(
+        self,
+        visual: Tensor,
+        text: Tensor,
+        labels: Tensor,
+        paired: Tensor,
+        sample_ids: Tensor,
+        *,
+        seed: Tensor,
+        step: Tensor,
+        settings: TrainConfig,
+    ) -> Losses:
+        """The training objective on one batch of standardised triples.
+
+        Args:
+            visual: (B, Dv). text: (B, Dt), finite also where ``paired`` is false (its values are not used there).
+            labels: (B,) int64, -1 unlabelled. paired: (B,) bool, whether the row has a text.
+            sample_ids: (B,) int64. seed, step: int64 (), key all randomness of the step.
+            settings: dropout, smoothing and the weights of the terms.
+
+        Rows without text train the semantic terms only; unlabelled rows train the text and teacher terms only.
+        """
+        tau_s, tau_t = (
+            stratified_timesteps(seed, step, sample_ids, self.config.diffusion_steps, stream)
+            for stream in (SEMANTIC_TIMESTEPS, TEXTUAL_TIMESTEPS)
+        )
+        dropout = Dropout(settings.dropout, seed, step, sample_ids, FIRST_DROPOUT)
+        tables, key = (self.signal, self.noise), {"seed": seed, "step": step, "sample_ids": sample_ids}
+        x_v = q_sample(visual, tau_s, *tables, **key, stream=VISUAL_NOISE)
+        s = self.learner(x_v, visual, tau_s, dropout)
+        x_t = q_sample(text, tau_t, *tables, **key, stream=TEXTUAL_NOISE)
+        t = self.translator(
+            x_t,
+            torch.cat((s, visual), dim=1),
+            tau_t,
+            dropout._replace(stream=FIRST_DROPOUT + self.config.blocks),
+        )
+        centre, semantic = self._class_terms(s, labels, self.centres, self.learner.head, settings)
+        pairs = paired.to(text.dtype)
+        n_pairs = pairs.sum().clamp(min=1)
+        text_loss = ((t - text).square().mean(1) * pairs).sum() / n_pairs
+        text_labels = labels.masked_fill(~paired, UNLABELLED)
+        head = self.translator.head
+        _, mapped = self._class_terms(t.detach(), text_labels, None, head, settings)
+        _, textual_head = self._class_terms(text, text_labels, None, head, settings)
+        teacher = self._teacher(s, t.detach(), text, pairs / n_pairs, settings)
+        terms = (centre, semantic, text_loss, mapped, textual_head, teacher)
+        weights = (
+            settings.centre_weight,
+            settings.semantic_weight,
+            settings.text_weight,
+            settings.mapped_weight,
+            settings.textual_head_weight,
+            settings.teacher_weight,
+        )
+        total = sum((w * term for w, term in zip(weights, terms, strict=True)), torch.zeros_like(centre))
+        return Losses(total, *terms)
+
+    def _class_terms(
+        self, features: Tensor, labels: Tensor, centres: Tensor | None, head: nn.Linear, settings: TrainConfig
+    ) -> tuple[Tensor, Tensor]:
+        return semantic_projection(
+            features,
+            labels,
+            centres,
+            head.weight,
+            head.bias,
+            label_smoothing=settings.label_smoothing,
+            ignore_index=UNLABELLED,
+        )
+
+    def _teacher(
+        self, s: Tensor, t: Tensor, text: Tensor, row_weights: Tensor, settings: TrainConfig
+    ) -> Tensor:
+        """Mean divergence of the two heads from the text's, softened; the text itself learns nothing from it."""
+        temperature = settings.teacher_temperature
+        with torch.no_grad():
+            target = F.log_softmax(self.translator.head(text) / temperature, dim=1)
+        divergence = torch.zeros_like(row_weights)
+        for student in (self.learner.head(s), self.translator.head(t)):
+            log_q = F.log_softmax(student / temperature, dim=1)
+            divergence = divergence + (target.exp() * (target - log_q)).sum(1)
+        return temperature**2 / 2 * (divergence * row_weights).sum()
+
+    # ---- prediction ----------------------------------------------------------------------------------------------
+
+    def align(
+        self,
+        visual: Tensor,
+        sample_ids: Tensor | None = None,
+        *,
+        steps: int | None = None,
+        semantic_steps: int | None = None,
+        seed: int = 0,
+        draw: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry raw visual features through both stages.
+
+        Args:
+            visual: (B, Dv) floating, raw.
+            sample_ids: (B,) int64, non-negative; 0 .. B-1 by default. A row's result depends on its features, its id
+                and ``seed`` alone, not on the batch it comes in.
+            steps: sampling steps of the textual stage; by default `SeDAConfig.textual_steps`. 1 gives the posterior
+                mean, more give a sample that lies on the textual distribution.
+            semantic_steps: sampling steps of the semantic stage; by default `SeDAConfig.semantic_steps`.
+            seed, draw: which noise.
+
+        Returns:
+            ``(s, t_)``: (B, Dv) in the semantic space and (B, Dt) in the textual space, both standardised.
+
+        Raises:
+            ValueError: ``visual`` or ``sample_ids`` has the wrong shape or dtype.
+        """
+        samplers = self._samplers(semantic_steps, steps, visual.device)
+
+        def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            return self._align_block(rows, ids, samplers, seed, draw)
+
+        s, t = self._in_blocks(visual, sample_ids, block)
+        return s, t
+
+    def alignment_path(
+        self, visual: Tensor, sample_ids: Tensor | None = None, *, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The estimates of `align` after each step, for pictures: (S, B, Dv) and, from the final s, (S', B, Dt)."""
+        semantic, textual = self._samplers(None, None, visual.device)
+
+        def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            cuts = [(semantic.first(i + 1), textual.first(1)) for i in range(len(semantic.timesteps))]
+            along_s = [self._align_block(rows, ids, cut, seed, 0)[0] for cut in cuts]
+            cuts = [(semantic, textual.first(i + 1)) for i in range(len(textual.timesteps))]
+            along_t = [self._align_block(rows, ids, cut, seed, 0)[1] for cut in cuts]
+            return torch.stack(along_s, dim=1), torch.stack(along_t, dim=1)
+
+        along_s, along_t = self._in_blocks(visual, sample_ids, block)
+        return along_s.transpose(0, 1), along_t.transpose(0, 1)
+
+    def predict_log_proba(
+        self,
+        visual: Tensor,
+        sample_ids: Tensor | None = None,
+        *,
+        seed: int = 0,
+        noise_draws: int | None = None,
+        heads: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Class log-probabilities of raw visual features, (B, Dv) -> (B, K).
+
+        Both heads' log-probabilities are combined with weight `SeDAConfig.textual_weight` on the textual one,
+        normalised, and probabilities are averaged over ``noise_draws``. With ``heads`` the result is ``(combined,
+        semantic head's, textual head's)``. ``sample_ids`` and ``seed`` as in `align`.
+        """
+        config = self.config
+        draws = config.noise_draws if noise_draws is None else noise_draws
+        if not 1 <= draws < 1 << _DRAW_SHIFT:
+            raise ValueError(f"noise_draws must be in 1 .. {(1 << _DRAW_SHIFT) - 1}, not {draws}")
+        samplers = self._samplers(None, config.classification_steps, visual.device)
+
+        def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            found: list[list[Tensor]] = [[], [], []]
+            for draw in range(draws):
+                s, t = self._align_block(rows, ids, samplers, seed, draw)
+                semantic = F.log_softmax(self.learner.head(s), dim=1)
+                textual = F.log_softmax(self.translator.head(t), dim=1)
+                w = config.textual_weight
+                combined = F.log_softmax((1 - w) * semantic + w * textual, dim=1)
+                for kept, value in zip(found, (combined, semantic, textual), strict=True):
+                    kept.append(value)
+            return tuple(torch.logsumexp(torch.stack(kept), dim=0) - math.log(draws) for kept in found)
+
+        combined, semantic, textual = self._in_blocks(visual, sample_ids, block)
+        return (combined, semantic, textual) if heads else combined
+
+    def forward(self, visual: Tensor, sample_ids: Tensor | None = None) -> Tensor:
+        """Class log-probabilities, (B, Dv) -> (B, K); see `predict_log_proba`."""
+        result = self.predict_log_proba(visual, sample_ids)
+        assert isinstance(result, Tensor)
+        return result
+
+    def _samplers(
+        self, semantic_steps: int | None, textual_steps: int | None, device: torch.device
+    ) -> tuple[Sampler, Sampler]:
+        config = self.config
+        chosen = (
+            (config.semantic_sampler, semantic_steps or config.semantic_steps),
+            (config.textual_sampler, textual_steps or config.textual_steps),
+        )
+        for _, steps in chosen:
+            if not 1 <= steps <= config.diffusion_steps:
+                raise ValueError(f"steps must be in 1 .. {config.diffusion_steps}, not {steps}")
+        semantic, textual = (self.schedule.sampler(name, steps).to(device) for name, steps in chosen)
+        return semantic, textual
+
+    def _align_block(
+        self, visual: Tensor, sample_ids: Tensor, samplers: tuple[Sampler, Sampler], seed: int, draw: int
+    ) -> tuple[Tensor, Tensor]:
+        v = self.standardise_visual(visual)
+        s = self._stage(self.learner.network, v, v, samplers[0], sample_ids, seed, draw, SEMANTIC_CHAIN)
+        blank = v.new_zeros(v.shape[0], self.config.text_dim)
+        condition = torch.cat((s, v), dim=1)
+        t = self._stage(
+            self.translator.network, blank, condition, samplers[1], sample_ids, seed, draw, TEXTUAL_CHAIN
+        )
+        return s, t
+
+    def _stage(
+        self,
+        network: PFIN,
+        source: Tensor,
+        condition: Tensor,
+        sampler: Sampler,
+        sample_ids: Tensor,
+        seed: int,
+        draw: int,
+        stream: int,
+    ) -> Tensor:
+        seeds = torch.tensor(seed, dtype=torch.int64, device=source.device)
+        step = torch.tensor(draw << _DRAW_SHIFT, dtype=torch.int64, device=source.device)
+        first = torch.zeros(source.shape[0], dtype=torch.int64, device=source.device)
+        initial = q_sample(
+            source,
+            first,
+            sampler.initial_signal,
+            sampler.initial_noise,
+            seed=seeds,
+            step=step,
+            sample_ids=sample_ids,
+            stream=stream,
+        )
+        return network.chain(
+            initial, source, condition, sampler, seed=seeds, step=step, sample_ids=sample_ids, stream=stream
+        )
+
+    def _in_blocks(
+        self,
+        visual: Tensor,
+        sample_ids: Tensor | None,
+        function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """Apply ``function`` to the device's `BLOCK_ROWS` at a time, the last block zero-padded; join the results."""
+        if visual.ndim != 2 or visual.shape[1] != self.config.visual_dim:
+            raise ValueError(
+                f"visual must have shape (rows, {self.config.visual_dim}), not {tuple(visual.shape)}"
+            )
+        if not visual.is_floating_point():
+            raise ValueError(f"visual must be floating, not {visual.dtype}")
+        rows = visual.shape[0]
+        if sample_ids is None:
+            sample_ids = torch.arange(rows, dtype=torch.int64, device=visual.device)
+        if sample_ids.shape != (rows,) or sample_ids.dtype != torch.int64:
+            raise ValueError(f"sample_ids must be int64 of shape ({rows},)")
+        block_rows = BLOCK_ROWS[visual.device.type]
+        padding = -rows % block_rows if rows else block_rows
+        visual = F.pad(visual.to(self.visual_mean.dtype), (0, 0, 0, padding))
+        sample_ids = F.pad(sample_ids, (0, padding))
+        parts = [
+            function(v, i)
+            for v, i in zip(visual.split(block_rows), sample_ids.split(block_rows), strict=True)
+        ]
+        return tuple(torch.cat(part)[:rows] for part in zip(*parts, strict=True))
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write ``model.safetensors`` (weights, statistics, configuration, class names) and return its path.
+
+        The file is complete or absent: it is written under a temporary name and renamed.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        about = {"config": dataclasses.asdict(self.config), "class_names": list(self.class_names)}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        path = directory / WEIGHTS_FILE
+        with atomic_path(path) as draft:
+            save_file(tensors, draft, metadata={_METADATA_KEY: json.dumps(about, sort_keys=True)})
+        return path
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> SeDA:
+        """Read what `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            DataError: the folder holds no readable ``model.safetensors`` of this library.
+        """
+        path = Path(directory) / WEIGHTS_FILE
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file; a trained model's folder holds {WEIGHTS_FILE}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})[_METADATA_KEY])
+            model = cls(SeDAConfig(**about["config"]), about["class_names"])
+            model.load_state_dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path}: not a readable safetensors file ({error})") from error
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"{path}: not a model of this library ({first_line})") from error
+        return model.to(device).eval()

@@ -1,0 +1,31 @@
+"""The semantic space's category centres."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def category_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """Category centres C: the mean feature of each class (SeDA, DCSL), exact, in one pass with float64 sums.
+
+    Args:
+        features: (N, D) floating, standardised visual features.
+        labels: (N,) int64 in -1 .. K-1; -1 rows are unlabelled and do not count.
+        n_classes: K.
+
+    Returns:
+        (K, D) in the features' dtype. A class without labelled rows gets the origin, which is the mean of all
+        standardised features.
+
+    Raises:
+        ValueError: a label is K or more.
+    """
+    labelled = labels >= 0
+    target = labels[labelled]
+    counts = torch.bincount(target, minlength=n_classes)
+    if len(counts) > n_classes:
+        raise ValueError(f"labels reach {len(counts) - 1} but there are {n_classes} classes")
+    sums = torch.zeros(n_classes, features.shape[1], dtype=torch.float64, device=features.device)
+    sums.index_add_(0, target, features[labelled].double())
+    return (sums / counts.clamp(min=1)[:, None]).to(features.dtype)

@@ -1,0 +1,32 @@
+"""The operations: each checks its arguments and calls one registered op, ``torch.ops.seda_fast.NAME``.
+
+Beside them the small pieces of the definition that need no kernel of their own.
+"""
+
+from ..reference import embed_condition, layer_norm, stratified_timesteps
+from . import cpp  # registers the C++ backend
+from ._cpp import status as cpp_status
+from ._dispatch import BACKENDS, choose, operations, refusal, use_backend
+from .interaction import chained_interaction_block, interaction_block
+from .noising import q_sample
+from .projection import semantic_projection
+from .reverse_chain import ChainWeights, reverse_chain
+
+__all__ = [
+    "BACKENDS",
+    "ChainWeights",
+    "chained_interaction_block",
+    "choose",
+    "cpp",
+    "cpp_status",
+    "embed_condition",
+    "interaction_block",
+    "layer_norm",
+    "operations",
+    "q_sample",
+    "refusal",
+    "reverse_chain",
+    "semantic_projection",
+    "stratified_timesteps",
+    "use_backend",
+]

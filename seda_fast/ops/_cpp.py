@@ -1,0 +1,150 @@
+"""The C++ backend: whether the operators of csrc/cpu are here, why not, and which dtypes they serve."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._dispatch import implement
+
+# The operators read float32 and bfloat16 and calculate in float32.
+DTYPES = (torch.float32, torch.bfloat16)
+RULE = "float32 and bfloat16, the same for all operands of a call; the rest goes to the reference"
+
+_OPERATORS = (
+    "box_muller",
+    "centre_backward",
+    "gated_residual",
+    "gated_residual_backward",
+    "gated_silu",
+    "gated_silu_backward",
+    "logits_block",
+    "logits_block_backward",
+    "modulated_norm",
+    "modulated_norm_backward",
+    "projection_losses",
+    "q_sample",
+    "q_sample_backward",
+    "reverse_chain",
+)
+_LIBRARY = "libseda_fast_cpu.so"
+_REPORT = "_build.json"
+_PACKAGE = __name__.partition(".")[0]
+
+
+def _report() -> dict[str, Any]:
+    """What the build left beside the package's files; empty where nothing was built."""
+    package = importlib.import_module(_PACKAGE)
+    for report in (Path(folder) / _REPORT for folder in package.__path__):
+        if report.is_file():
+            read: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+            return read
+    return {}
+
+
+def _check_whole(folder: Path, sizes: dict[str, int]) -> None:
+    """Loading a file that was cut short ends the process with a bus error, so sizes are compared first."""
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise ImportError(f"{folder / name} is damaged: it has {found} bytes, the build wrote {size}")
+
+
+def _load_extension() -> ModuleType | None:
+    """``seda_fast._C`` with its operators registered, or None where it was not built.
+
+    Raises:
+        ImportError, OSError: it is there but cannot be loaded.
+    """
+    spec = importlib.util.find_spec(f"{_PACKAGE}._C")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    _check_whole(folder, _report().get("bytes", {}))
+    module = importlib.import_module(f"{_PACKAGE}._C")
+    torch.ops.load_library(str(folder / _LIBRARY))
+    old = [name for name in _OPERATORS if not hasattr(torch.ops.seda_fast_cpp, name)]
+    if old:
+        raise ImportError(f"it was built from other sources (no {', '.join(old)}); install the package again")
+    return module
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension module and the reason why its operators are not usable; one of the two is None."""
+    try:
+        module = _load_extension()
+    except (ImportError, OSError) as error:
+        reason = f"it cannot be loaded: {error.__cause__ or error}"
+        warnings.warn(f"seda_fast runs without its C++ operators; {reason}", RuntimeWarning, stacklevel=4)
+        return None, reason
+    if module is not None:
+        return module, None
+    missing = _report().get("missing", {}).get("cpu")
+    return None, "it was not built" if missing is None else f"it was not built: {missing}"
+
+
+_module, _reason = _load()
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the C++ operators cannot run on a device type, or None when they can."""
+    if _reason is not None:
+        return f"the C++ half is missing: {_reason}"
+    return None if device_type == "cpu" else "it has code for the CPU only"
+
+
+def implement_with_cpp(op: str, function: Callable[..., Any], operands: slice, reference: Callable[..., Any]) -> None:
+    """Register ``function`` for ``op`` on the CPU.
+
+    ``operands`` says which arguments must share one dtype of `DTYPES` (integer ones and None aside); a call that mixes
+    dtypes goes to ``reference``, which promotes or refuses as PyTorch does.
+    """
+
+    def run(*args: Any) -> Any:
+        return (function if _share_a_dtype(args[operands]) else reference)(*args)
+
+    implement(op, "cpp", run, devices=("cpu",), unavailable=unavailable, dtypes=DTYPES)
+
+
+def _share_a_dtype(arguments: Iterable[Any]) -> bool:
+    flat = (t for a in arguments for t in (a if isinstance(a, list | tuple) else (a,)))
+    dtypes = {t.dtype for t in flat if isinstance(t, Tensor) and t.dtype.is_floating_point}
+    return len(dtypes) == 1 and dtypes <= set(DTYPES)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor with each row's elements side by side, as the operators read it; itself where it is so already."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def contiguous(arguments: Iterable[Any]) -> list[Any]:
+    """The same arguments with every tensor contiguous."""
+    return [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+
+
+def table(tensor: Tensor) -> Tensor:
+    """A vector or a small table as the operators read it: float32, each row's elements side by side."""
+    return rows(tensor.to(torch.float32))
+
+
+def status() -> dict[str, Any]:
+    """What `seda_fast.info` shows of the C++ half.
+
+    Returns:
+        ``available``: bool; ``reason``: why not, or None; ``rule``: the dtypes it serves; and where it is built
+        ``build``: compiler, flags, architectures, instruction sets, PyTorch headers and ABI version, as a dict;
+        ``cpu_features``: instruction set to whether this CPU has it.
+    """
+    shown: dict[str, Any] = {"available": _reason is None, "reason": _reason, "rule": RULE}
+    if _module is not None:
+        shown |= {"build": _module.build_report(), "cpu_features": _module.cpu_features()}
+    return shown

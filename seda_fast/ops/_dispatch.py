@@ -1,0 +1,213 @@
+"""Which implementation serves which operation on which device.
+
+An operation is one registered op, ``torch.ops.seda_fast.NAME``. Its kernel for a device asks here at call
+time, so a backend can be forced around code that is already compiled. The choice is process-wide rather than
+thread-local because autograd runs a GPU's backward in threads of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's code for one registered op.
+
+    Attributes:
+        function: called with the op's own arguments.
+        devices: device types it serves by default ("cpu", "cuda").
+        unavailable: gives the reason why it cannot run here for a device type, or None when it can.
+        dtypes: dtypes of the op's first argument that it computes in; empty means all.
+    """
+
+    function: Callable[..., Any]
+    devices: tuple[str, ...]
+    unavailable: Callable[[str], str | None]
+    dtypes: tuple[torch.dtype, ...]
+
+    def refusal(self, device_type: str, dtype: torch.dtype | None) -> str | None:
+        """Why it cannot take operands of ``dtype`` (None: any) on ``device_type``, or None when it can."""
+        if dtype is not None and self.dtypes and dtype not in self.dtypes:
+            return f"it computes in {', '.join(map(str, self.dtypes))}, not in {dtype}"
+        return self.unavailable(device_type)
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_forced: str = "auto"
+
+
+def _always_available(device_type: str) -> str | None:
+    return None
+
+
+def implement(
+    op: str,
+    backend: str,
+    function: Callable[..., Any],
+    *,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    unavailable: Callable[[str], str | None] = _always_available,
+    dtypes: tuple[torch.dtype, ...] = (),
+) -> None:
+    """Register ``function`` as ``backend``'s implementation of ``op``.
+
+    Of several that serve a device and dtype, the one registered last is the default, so the reference is
+    registered first. It serves every dtype, so float64 (`torch.autograd.gradcheck`) works wherever a faster
+    backend has no float64.
+    """
+    if backend not in BACKENDS[1:]:
+        raise ValueError(f"backend must be one of {BACKENDS[1:]}, not {backend!r}")
+    _implementations.setdefault(op, {})[backend] = Implementation(function, devices, unavailable, dtypes)
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype | None = None) -> tuple[str, Implementation]:
+    """The backend's name and implementation that a call of ``op`` on ``device_type`` gets now.
+
+    ``dtype`` is that of the op's first argument; None asks for a dtype that every backend has.
+
+    Raises:
+        RuntimeError: a backend is forced (`use_backend`) that has no code for this op or cannot run here.
+    """
+    known = _implementations[op]
+    if _forced != "auto":
+        if _forced not in known:
+            raise RuntimeError(f"backend {_forced!r} has no implementation of {op}; it has {sorted(known)}")
+        reason = known[_forced].refusal(device_type, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {_forced!r} cannot run {op} on {device_type}: {reason}")
+        return _forced, known[_forced]
+    chosen = "reference"
+    for backend, implementation in known.items():
+        if device_type in implementation.devices and implementation.refusal(device_type, dtype) is None:
+            chosen = backend
+    return chosen, known[chosen]
+
+
+def operations() -> tuple[str, ...]:
+    """Names of all registered ops that have implementations."""
+    return tuple(_implementations)
+
+
+def refusal(op: str, backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot serve ``op`` on ``device_type``; None when it can, or has no code for this op at all."""
+    implementation = _implementations[op].get(backend)
+    return None if implementation is None else implementation.unavailable(device_type)
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Force one backend for every operation called inside the block, in all threads.
+
+    Args:
+        backend: "auto" (the default choice), "reference" (plain PyTorch, the oracle), "cpp", "triton" or
+            "cuda".
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: (at the call of an operation) the backend has no code for it or cannot run here, with
+            the reason.
+    """
+    global _forced
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define the opaque op ``seda_fast::name`` with its reference implementation and its fake.
+
+    Args:
+        schema: arguments and results in PyTorch's schema language, as in ``"(Tensor x) -> Tensor"``.
+        reference: takes the op's arguments, runs on every device.
+        fake: result shapes and dtypes without data, for `torch.compile`.
+
+    Returns:
+        The op's only overload, ``torch.ops.seda_fast.NAME.default``.
+    """
+    qualified = f"seda_fast::{name}"
+    torch.library.define(qualified, schema)
+    implement(name, "reference", reference)
+
+    def kernel(device_type: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return choose(name, device_type, args[0].dtype)[1].function(*args, **kwargs)
+
+        return run
+
+    for device_type in ("cpu", "cuda"):
+        torch.library.impl(qualified, device_type, kernel(device_type))
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.seda_fast, name).default  # type: ignore[no-any-return]
+
+
+def as_counter(value: int | Tensor, name: str, device: torch.device) -> Tensor:
+    """A seed or step as an int64 tensor of shape () on ``device``; Python ints are wrapped.
+
+    Raises:
+        ValueError: it is neither an int nor an int64 tensor of shape () on ``device``.
+    """
+    if isinstance(value, int):
+        return torch.tensor(value, dtype=torch.int64, device=device)
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.shape != ():
+        raise ValueError(f"{name} must be an int or an int64 tensor of shape (), not {describe(value)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} but the operands are on {device}")
+    return value
+
+
+def check_tensor(
+    value: object, name: str, shape: tuple[int | None, ...], device: torch.device | None, dtypes: str
+) -> None:
+    """Refuse a tensor argument that has the wrong shape, device or kind of dtype.
+
+    Args:
+        shape: expected sizes, None where any size goes.
+        device: where it must lie; None for the first operand, whose device the others share.
+        dtypes: "floating" or "integer" (int32 or int64) or "int64".
+
+    Raises:
+        ValueError: one sentence that names the argument.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {describe(value)}")
+    fits = len(value.shape) == len(shape) and all(
+        want is None or have == want for have, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+        raise ValueError(f"{name} must have shape {wanted}, not {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} is on {value.device} but the operands are on {device}")
+    allowed = {
+        "floating": value.dtype.is_floating_point,
+        "integer": value.dtype in (torch.int32, torch.int64),
+        "int64": value.dtype == torch.int64,
+    }[dtypes]
+    if not allowed:
+        raise ValueError(f"{name} must be {dtypes}, not {value.dtype}")
+
+
+def check_stream(stream: int) -> None:
+    """Refuse a stream id outside 0 .. 255 (one byte of the counter)."""
+    if not 0 <= stream <= 255:
+        raise ValueError(f"stream must be in 0 .. 255, not {stream}")
+
+
+def describe(value: object) -> str:
+    """What an argument is, for an error sentence."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return type(value).__name__

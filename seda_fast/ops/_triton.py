@@ -1,0 +1,62 @@
+"""The Triton backend: whether it can run here, and its kernels, imported at the first use.
+
+Triton is an optional dependency that takes seconds to import, so importing the package does not import it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ._dispatch import implement
+
+# Kernels compute in float32; float64 is the reference's.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"..kernels.{name}", __package__)
+
+
+@functools.cache
+def _weakest_capability() -> tuple[int, int]:
+    devices = range(torch.cuda.device_count())
+    return min((torch.cuda.get_device_capability(i) for i in devices), default=(0, 0))
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why Triton cannot serve ``device_type`` in this process, or None when it can."""
+    if not _installed():
+        return "the package triton is not installed"
+    if device_type == "cuda":
+        if not torch.cuda.is_available():
+            return "PyTorch sees no CUDA device"
+        if _weakest_capability() < (8, 0):
+            return f"its kernels need compute capability 8.0, the device has {_weakest_capability()}"
+        return None
+    if os.environ.get("TRITON_INTERPRET") != "1" or not _kernels("philox").INTERPRETED:
+        return "it runs on the CPU only in its interpreter, with TRITON_INTERPRET=1 set before Triton is imported"
+    return None
+
+
+def implement_with_triton(op: str, kernel: str, function: str) -> None:
+    """Register ``kernels.<kernel>.<function>`` for ``op``; it serves CUDA, and when forced the interpreter."""
+
+    def launch(*args: Any) -> Any:
+        run: Callable[..., Any] = getattr(_kernels(kernel), function)
+        return run(*args)
+
+    implement(op, "triton", launch, devices=("cuda",), unavailable=unavailable, dtypes=DTYPES)

@@ -1,0 +1,199 @@
+"""Semantic projection: centre loss and cross entropy in one pass over the features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ._dispatch import check_tensor, define
+from ._triton import implement_with_triton
+
+
+def _reference(
+    features: Tensor,
+    labels: Tensor,
+    centres: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    temperature: float,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.semantic_projection_forward(
+        features,
+        labels,
+        centres,
+        weight,
+        bias,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+    )
+
+
+def _reference_backward(
+    grad_centre: Tensor,
+    grad_entropy: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    centres: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    log_normaliser: Tensor,
+    temperature: float,
+    label_smoothing: float,
+    ignore_index: int,
+    centre_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_features, d_centres, d_weight, d_bias = reference.semantic_projection_backward(
+        grad_centre,
+        grad_entropy,
+        features,
+        labels,
+        centres,
+        weight,
+        bias,
+        log_normaliser,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        centre_gradient=centre_gradient,
+    )
+    # A schema cannot return "maybe a tensor"; an empty one stands in.
+    return d_features, features.new_empty(0) if d_centres is None else d_centres, d_weight, d_bias
+
+
+def _fake(features: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    compute = torch.promote_types(features.dtype, torch.float32)
+    return (
+        features.new_empty((), dtype=compute),
+        features.new_empty((), dtype=compute),
+        features.new_empty(features.shape[:1], dtype=compute),
+    )
+
+
+def _fake_backward(
+    grad_centre: Tensor,
+    grad_entropy: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    centres: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        features.new_empty(features.shape),
+        centres.new_empty(centres.shape) if centres is not None and rest[-1] else features.new_empty(0),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+    )
+
+
+_op = define(
+    "semantic_projection",
+    "(Tensor features, Tensor labels, Tensor? centres, Tensor weight, Tensor bias, float temperature, "
+    "float label_smoothing, int ignore_index) "
+    "-> (Tensor centre_loss, Tensor cross_entropy, Tensor log_normaliser)",
+    _reference,
+    _fake,
+)
+_backward_op = define(
+    "semantic_projection_backward",
+    "(Tensor grad_centre, Tensor grad_entropy, Tensor features, Tensor labels, Tensor? centres, "
+    "Tensor weight, Tensor bias, Tensor log_normaliser, float temperature, float label_smoothing, "
+    "int ignore_index, bool centre_gradient) "
+    "-> (Tensor features, Tensor centres, Tensor weight, Tensor bias)",
+    _reference_backward,
+    _fake_backward,
+)
+implement_with_triton("semantic_projection", "projection", "semantic_projection")
+implement_with_triton("semantic_projection_backward", "projection", "semantic_projection_backward")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, labels, centres, weight, bias, *settings = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.has_centres = centres is not None
+    # Category centres are a buffer as a rule; their (K, D) gradient is made only for whoever asks.
+    ctx.centre_gradient = ctx.has_centres and ctx.needs_input_grad[2]
+    ctx.save_for_backward(features, labels, *([centres] if centres is not None else []), weight, bias, output[2])
+    ctx.settings = settings
+
+
+def _backward(ctx: Any, grad_centre: Tensor, grad_entropy: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
+    features, labels, *middle, weight, bias, log_normaliser = ctx.saved_tensors
+    centres = middle[0] if ctx.has_centres else None
+    d_features, d_centres, d_weight, d_bias = _backward_op(
+        grad_centre,
+        grad_entropy,
+        features,
+        labels,
+        centres,
+        weight,
+        bias,
+        log_normaliser,
+        *ctx.settings,
+        ctx.centre_gradient,
+    )
+    return d_features, None, d_centres if ctx.centre_gradient else None, d_weight, d_bias, None, None, None
+
+
+torch.library.register_autograd("seda_fast::semantic_projection", _backward, setup_context=_setup_context)
+
+
+def semantic_projection(
+    features: Tensor,
+    labels: Tensor,
+    centres: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    cosine: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Centre loss (SeDA, DCSL) and class cross entropy of features in the semantic space.
+
+    Args:
+        features: f, (B, D) floating.
+        labels: y, (B,) int32 or int64, in 0 .. K-1 or ``ignore_index``.
+        centres: P, (K, D), category centres; None leaves the centre loss at 0.
+        weight: (K, D). bias: (K,). logits = linear(f, weight, bias) / temperature.
+        temperature: positive. label_smoothing: in [0, 1). ignore_index: label of rows that do not count.
+        cosine: take the cosine of features and weight in place of their product; the centre loss keeps the
+            features as they are.
+
+    Returns:
+        ``(centre_loss, cross_entropy)``, two scalars of at least float32: means over the labelled rows, the
+        first over dimensions too; both 0 when no row is labelled.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or is out of range.
+    """
+    check_tensor(features, "features", (None, None), None, "floating")
+    (batch, dim), device = features.shape, features.device
+    check_tensor(labels, "labels", (batch,), device, "integer")
+    check_tensor(weight, "weight", (None, dim), device, "floating")
+    check_tensor(bias, "bias", (weight.shape[0],), device, "floating")
+    if centres is not None:
+        check_tensor(centres, "centres", (weight.shape[0], dim), device, "floating")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
+    settings = (float(temperature), float(label_smoothing), ignore_index)
+    if cosine:
+        # The rows' lengths cost one pass over each operand, little beside the product.
+        unit, prototypes = F.normalize(features, dim=1), F.normalize(weight, dim=1)
+        centre_loss, cross_entropy, _ = _op(unit, labels, None, prototypes, bias, *settings)
+        if centres is not None:
+            centre_loss = reference.centre_loss(features, labels, centres, ignore_index)
+        return centre_loss, cross_entropy
+    centre_loss, cross_entropy, _ = _op(features, labels, centres, weight, bias, *settings)
+    return centre_loss, cross_entropy

@@ -1,0 +1,64 @@
+"""A trained model's outputs on rows of features: classes, and features carried through both stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .arrays import rows as float_rows
+from .data import EvaluationRows, VisualRows
+from .nn import SeDA
+
+Float = NDArray[np.float32]
+# Rows read at a time from what may be a memory map.
+_CHUNK_ROWS = 1024
+# The noise that evaluation and prediction use by default; training's seed is another matter.
+PREDICTION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A model's outputs on M rows, float32: log-probabilities (M, K) combined and of each head; ``semantic`` s
+    (M, Dv), ``aligned`` t_ (M, Dt) sampled with the textual steps, ``aligned_point`` t_ with the classification
+    steps (all standardised)."""
+
+    log_proba: Float
+    semantic_log_proba: Float
+    textual_log_proba: Float
+    semantic: Float
+    aligned: Float
+    aligned_point: Float
+
+    def arrays(self) -> dict[str, Float]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def model_outputs(
+    model: SeDA,
+    rows: EvaluationRows | VisualRows,
+    *,
+    seed: int = PREDICTION_SEED,
+    on_rows: Callable[[int], object] = lambda rows: None,
+) -> Outputs:
+    """Predict and align ``rows.visual`` (M, Dv). Text and labels are not looked at.
+
+    ``on_rows`` is called with the number of rows done since the last call.
+    """
+    device = model.centres.device
+    parts: list[tuple[torch.Tensor, ...]] = []
+    with torch.inference_mode():
+        for start in range(0, max(1, len(rows.visual)), _CHUNK_ROWS):
+            index = np.arange(start, min(start + _CHUNK_ROWS, len(rows.visual)))
+            visual = torch.from_numpy(float_rows(rows.visual, index)).to(device)
+            ids = torch.from_numpy(np.asarray(rows.ids[index])).to(device)
+            log_proba = model.predict_log_proba(visual, ids, seed=seed, heads=True)
+            semantic, aligned = model.align(visual, ids, seed=seed)
+            _, point = model.align(visual, ids, steps=model.config.classification_steps, seed=seed)
+            parts.append((*log_proba, semantic, aligned, point))
+            on_rows(len(index))
+    return Outputs(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))

@@ -1,0 +1,109 @@
+"""``python -m seda_fast.predict``: classes and aligned features of visual features, without any text."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from .command import choose_device, progress, run, settings_of, split_settings
+from .config import check_given, check_range, check_types, setting
+from .data import load_visual
+from .files import DataError, atomic_path, check_writable
+from .nn import SeDA
+from .outputs import PREDICTION_SEED, Outputs, model_outputs
+
+PROGRAM = "seda_fast.predict"
+HEADER = ("id", "label", "class_name", "probability", "top5")
+
+
+def write_csv(file: IO[str], outputs: Outputs, ids: np.ndarray, class_names: Sequence[str]) -> None:
+    """A row per sample: id, predicted label, its name and probability, and ``label:probability`` of the best five."""
+    writer = csv.writer(file)
+    writer.writerow(HEADER)
+    # A stable sort, so that equal probabilities rank as arg max does.
+    ranks = np.argsort(-outputs.log_proba, axis=1, kind="stable")[:, :5]
+    for sample, log_proba, best in zip(ids.tolist(), outputs.log_proba, ranks, strict=True):
+        p = np.exp(log_proba[best])
+        top = " ".join(f"{label}:{value:.6f}" for label, value in zip(best.tolist(), p.tolist(), strict=True))
+        writer.writerow((sample, int(best[0]), class_names[best[0]], f"{p[0]:.6f}", top))
+
+
+def write_features(path: Path, outputs: Outputs, ids: np.ndarray) -> None:
+    """``semantic`` s (M, Dv), ``aligned`` t_ (M, Dt), ``aligned_point``, the log-probabilities and ``ids``."""
+    arrays = {**outputs.arrays(), "ids": ids}
+    with atomic_path(path) as draft:
+        if path.suffix == ".safetensors":
+            save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, draft)
+        else:
+            np.savez(draft, allow_pickle=False, **arrays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """What is predicted and where the results go."""
+
+    model: str = setting("", "folder written by seda_fast.train")
+    data: str = setting("", "a .npz, .safetensors or folder with the key visual (or visual_test), or a .npy")
+    out: str = setting("", "a .csv file for the table, which is printed otherwise")
+    features: str = setting("", "a .npz or .safetensors file for s, t_ and the log-probabilities")
+    seed: int = setting(PREDICTION_SEED, "seed of the prediction's noise")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_given(self, "model", "data")
+        check_range(self, "seed", 0 <= self.seed < 2**63, "in 0 .. 2**63 - 1")
+
+
+def _target(name: str, option: str, suffixes: tuple[str, ...]) -> Path | None:
+    """An output file's path once it is known that it can be written; None without a name."""
+    if not name:
+        return None
+    path = Path(name)
+    if path.suffix not in suffixes:
+        raise DataError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise DataError(f"{option} {path} is a folder")
+    check_writable(path.parent)
+    return path
+
+
+def write(config: PredictConfig) -> None:
+    """Predict and write or print; nothing is written before the last prediction is there."""
+    out = _target(config.out, "--out", (".csv",))
+    features = _target(config.features, "--features", (".npz", ".safetensors"))
+    folder = Path(config.model)
+    model = SeDA.from_pretrained(folder, choose_device(config.device))
+    fraction, split_seed = split_settings(folder)
+    rows = load_visual(config.data, visual_dim=model.config.visual_dim, test_fraction=fraction, seed=split_seed)
+    with progress(len(rows.visual), "predicting") as bar:
+        outputs = model_outputs(model, rows, seed=config.seed, on_rows=bar.update)
+    for path in (out, features):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if features is not None:
+        write_features(features, outputs, rows.ids)
+    if out is None:
+        write_csv(sys.stdout, outputs, rows.ids, model.class_names)
+        return
+    with atomic_path(out) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        write_csv(file, outputs, rows.ids, model.class_names)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 with one sentence on stderr."""
+    return run(
+        lambda: write(PredictConfig(**settings_of(PROGRAM, __doc__, {"predict": PredictConfig}, argv)["predict"])),
+        PROGRAM,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""``python -m seda_fast.train``: train SeDA and the baselines, evaluate, and write everything to one folder.
+
+The folder holds ``config.toml`` (every setting in force), ``model.safetensors``, ``history.csv`` (a row an epoch),
+``metrics.json``, ``outputs.safetensors`` (what the metrics were computed from) and ``report/*.png``. It appears whole
+or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from . import _eval_extra  # noqa: F401 - checks first that what measuring needs is installed
+from .arrays import mean_and_scale
+from .arrays import rows as float_rows
+from .baselines import BASELINES, Baseline, fit_baseline
+from .command import choose_device, progress, run, settings_of
+from .config import ConfigError, SeDAConfig, TrainConfig, check_range, check_types, setting
+from .data import EvaluationRows, FeatureSet
+from .files import DataError, atomic_path
+from .loop import Epoch, TrainingSet, train
+from .measure import alignment, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
+from .metrics import classification_metrics
+from .nn import SeDA
+from .outputs import Outputs, model_outputs
+from .report import write_figures
+from .results import (
+    CONFIG_FILE,
+    HISTORY_FILE,
+    METRICS_FILE,
+    OUTPUTS_FILE,
+    results_folder,
+    write_history,
+    write_settings,
+)
+
+PROGRAM = "seda_fast.train"
+# Samples whose way through the steps is drawn.
+_PATH_SAMPLES = 12
+_FROM_DATA = ("visual_dim", "text_dim", "n_classes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a run reads and writes."""
+
+    data: str = setting("digits", "a .npz or .safetensors file, a folder of .npy files, or digits (embedded)")
+    out: str = setting("runs/seda", "folder for the results")
+    overwrite: bool = setting(False, "replace the results of an earlier run in that folder")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train")
+    unpaired: Literal["refuse", "keep"] = setting("refuse", "what to do with training rows whose text is missing")
+    test_fraction: float = setting(0.2, "share of the rows to hold out where the data has no test part")
+    baselines: bool = setting(True, "train and measure the baselines too")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, "test_fraction", 0 < self.test_fraction < 1, "between 0 and 1")
+
+
+SECTIONS: dict[str, type] = {"run": RunConfig, "model": SeDAConfig, "train": TrainConfig}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run's settings, and the model's as far as they are given; its sizes come from the data."""
+
+    run: RunConfig
+    train: TrainConfig
+    model: dict[str, Any]
+
+    def model_config(self, data: FeatureSet) -> SeDAConfig:
+        """The model's settings with the data's sizes.
+
+        Raises:
+            ConfigError: a size was given and the data has another.
+        """
+        sizes = {"visual_dim": data.visual_dim, "text_dim": data.text_dim, "n_classes": data.n_classes}
+        for name, size in sizes.items():
+            if self.model.get(name, size) != size:
+                raise ConfigError(f"{name} is set to {self.model[name]!r} but {data.source} has {size}")
+        return SeDAConfig(**{**self.model, **sizes})
+
+
+def parse(argv: Sequence[str] | None) -> Settings:
+    """Settings from defaults, then ``--config FILE``, then the command line."""
+    given = settings_of(PROGRAM, __doc__, SECTIONS, argv, skip=_FROM_DATA)
+    return Settings(RunConfig(**given["run"]), TrainConfig(**given["train"]), given["model"])
+
+
+def prepare(data: FeatureSet, config: SeDAConfig, seed: int, device: torch.device) -> tuple[SeDA, TrainingSet]:
+    """A new model carrying the data's statistics, and the standardised training set on ``device``."""
+    if not data.labelled_train.any():
+        raise DataError(f"{data.source}: 'label_train' has no labelled row")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SeDA(config, data.class_names)
+    visual_mean, visual_scale = (torch.from_numpy(m).float() for m in mean_and_scale(data.visual_train))
+    text_mean, text_scale = (
+        torch.from_numpy(m).float() for m in mean_and_scale(data.text_train, np.flatnonzero(data.paired_train))
+    )
+    everything = np.arange(len(data.visual_train))
+    visual = (torch.from_numpy(float_rows(data.visual_train, everything)) - visual_mean) / visual_scale
+    text = (torch.from_numpy(float_rows(data.text_train, everything)) - text_mean) / text_scale
+    labels = torch.from_numpy(np.asarray(data.label_train))
+    model.fit_statistics(visual_mean, visual_scale, text_mean, text_scale, visual, labels)
+    rows = TrainingSet(
+        visual.to(device),
+        text.nan_to_num(nan=0.0).to(device),
+        labels.to(device),
+        torch.from_numpy(data.paired_train).to(device),
+        torch.from_numpy(data.ids_train).to(device),
+    )
+    return model.to(device), rows
+
+
+def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) -> dict[str, Baseline]:
+    """All baselines on the same standardised rows, with the settings they were tuned for."""
+    text = rows.text.masked_fill(~rows.paired[:, None], float("nan"))
+    arrays = (rows.visual.cpu().numpy(), text.cpu().numpy(), rows.labels.cpu().numpy())
+    found = {}
+    with progress(len(BASELINES), "baselines") as bar:
+        for name in BASELINES:
+            bar.set_postfix_str(name)
+            found[name] = fit_baseline(
+                name,
+                *arrays,
+                n_classes=config.n_classes,
+                seed=settings.seed,
+                device=str(rows.visual.device),
+            )
+            bar.update()
+    return found
+
+
+def baseline_results(
+    baselines: dict[str, Baseline], model: SeDA, part: EvaluationRows
+) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+    """The baselines' metrics by name, and the arrays they were computed from."""
+    raw = torch.from_numpy(float_rows(part.visual, np.arange(len(part.visual))))
+    with torch.inference_mode():
+        visual = model.standardise_visual(raw.to(model.centres.device)).cpu().numpy()
+    text = standardised_text(model, part)
+    metrics: dict[str, Any] = {}
+    arrays: dict[str, NDArray[np.float32]] = {}
+    for name, baseline in baselines.items():
+        log_proba, aligned = baseline.log_proba(visual), baseline.aligned(visual)
+        arrays[f"{name}.log_proba"] = log_proba
+        metrics[name] = {**classification_metrics(log_proba, part.labels), "alignment": None}
+        if aligned is not None:
+            arrays[f"{name}.aligned"] = aligned
+            metrics[name]["alignment"] = alignment(aligned, text)
+        metrics[name]["seconds"] = baseline.seconds
+    return metrics, arrays
+
+
+def write_report(folder: Path, model: SeDA, part: EvaluationRows, outputs: Outputs, history: Sequence[Epoch]) -> None:
+    """The pictures of ``report/``."""
+    some = np.linspace(0, len(part.visual) - 1, min(_PATH_SAMPLES, len(part.visual))).astype(np.int64)
+    everything = np.arange(len(part.visual))
+    device = model.centres.device
+    with torch.inference_mode():
+        raw = torch.from_numpy(float_rows(part.visual, everything)).to(device)
+        ids = torch.from_numpy(np.asarray(part.ids)).to(device)
+        semantic_path, aligned_path = model.alignment_path(raw[some], ids[some])
+        visual = model.standardise_visual(raw).cpu().numpy()
+    write_figures(
+        folder,
+        history=[epoch.row() for epoch in history],
+        labels=part.labels,
+        predicted=outputs.log_proba.argmax(1),
+        class_names=model.class_names,
+        visual=visual,
+        semantic=outputs.semantic,
+        aligned=outputs.aligned,
+        text=standardised_text(model, part),
+        semantic_path=semantic_path.cpu().numpy(),
+        aligned_path=aligned_path.cpu().numpy(),
+        centres=model.centres.cpu().numpy(),
+    )
+
+
+def train_and_evaluate(settings: Settings, draft: Path) -> str:
+    """The whole run into ``draft``; returns the table to print."""
+    device = choose_device(settings.run.device)
+    data = FeatureSet.load(
+        settings.run.data,
+        unpaired=settings.run.unpaired,
+        test_fraction=settings.run.test_fraction,
+        seed=settings.train.seed,
+    )
+    config = settings.model_config(data)
+    model, rows = prepare(data, config, settings.train.seed, device)
+    started = time.perf_counter()
+    steps = settings.train.epochs * -(-len(rows) // settings.train.batch_size)
+    with progress(steps, "training") as bar:
+        model, history = train(model, rows, settings.train, on_step=lambda done, total: bar.update())
+    seconds = time.perf_counter() - started
+    part = data.test_part
+    with progress(len(part.visual), "predicting") as bar:
+        outputs = model_outputs(model, part, on_rows=bar.update)
+    metrics = outputs_metrics(outputs, model, part)
+    metrics["train"] = {
+        "seconds": seconds,
+        "epochs": settings.train.epochs,
+        "samples_per_second": settings.train.epochs * len(rows) / seconds,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+    arrays = {**outputs.arrays(), "labels": part.labels, "ids": part.ids}
+    metrics["baselines"] = {}
+    if settings.run.baselines:
+        found = fit_baselines(rows, config, settings.train)
+        metrics["baselines"], more = baseline_results(found, model, part)
+        arrays.update(more)
+    metrics.update(data=data.source, seed=settings.train.seed, device=str(device), versions=versions())
+    model.save_pretrained(draft)
+    sections = {
+        "run": dataclasses.asdict(settings.run),
+        "model": dataclasses.asdict(config),
+        "train": dataclasses.asdict(settings.train),
+    }
+    write_settings(draft / CONFIG_FILE, sections)
+    write_history(draft / HISTORY_FILE, history)
+    (draft / METRICS_FILE).write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with atomic_path(draft / OUTPUTS_FILE) as file:
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, file)
+    write_report(draft / "report", model, part, outputs, history)
+    shown = {"SeDA": metrics, **{f"  {name} head": values for name, values in metrics["heads"].items()}}
+    shown["SeDA, point estimate"] = {**metrics, "alignment": metrics["alignment_point"]}
+    return table({**shown, **metrics["baselines"]})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 with one sentence on stderr."""
+
+    def body() -> None:
+        settings = parse(argv)
+        out = Path(settings.run.out)
+        with results_folder(out, settings.run.overwrite) as draft:
+            shown = train_and_evaluate(settings, draft)
+        print(shown)
+        print(f"\nresults: {out}")
+
+    return run(body, PROGRAM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

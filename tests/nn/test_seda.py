@@ -1,0 +1,267 @@
+"""The joined model: objective, prediction, files."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from seda_fast import DataError, SeDA, SeDAConfig, TrainConfig
+
+DV, DT, K = 10, 6, 4
+CONFIG = SeDAConfig(visual_dim=DV, text_dim=DT, n_classes=K, width=16, blocks=2, time_embedding=8, diffusion_steps=100)
+
+
+def model(**changes: object) -> SeDA:
+    torch.manual_seed(1)
+    config = SeDAConfig(**{**CONFIG.__dict__, **changes})  # type: ignore[arg-type]
+    made = SeDA(config, [f"class {k}" for k in range(K)])
+    for parameter in made.parameters():  # no layer left at zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    made.fit_statistics(
+        torch.randn(DV), torch.rand(DV) + 0.5, torch.randn(DT), torch.rand(DT) + 0.5,
+        torch.randn(20, DV), torch.arange(20) % K,
+    )  # fmt: skip
+    return made.eval()
+
+
+def batch(rows: int = 12) -> dict[str, Tensor]:
+    return {
+        "visual": torch.randn(rows, DV),
+        "text": torch.randn(rows, DT),
+        "labels": torch.arange(rows) % K,
+        "paired": torch.ones(rows, dtype=torch.bool),
+        "sample_ids": torch.arange(rows) + 100,
+    }
+
+
+def losses(made: SeDA, data: dict[str, Tensor], **settings: float):  # type: ignore[no-untyped-def]
+    return made.losses(
+        **data,
+        seed=torch.tensor(5),
+        step=torch.tensor(7),
+        settings=TrainConfig(**settings),  # type: ignore[arg-type]
+    )
+
+
+def test_objective_is_the_methods_formula() -> None:
+    """Every term from the two networks' outputs, with PyTorch's own losses."""
+    made, data = model(), batch()
+    seen: dict[str, Tensor] = {}
+    made.learner.register_forward_hook(lambda module, inputs, output: seen.update(x_v=inputs[0], s=output))
+    made.translator.register_forward_hook(
+        lambda module, inputs, output: seen.update(x_t=inputs[0], c=inputs[1], t=output)
+    )
+    weights = {"centre_weight": 0.5, "semantic_weight": 0.7, "text_weight": 1.3, "mapped_weight": 0.2,
+               "textual_head_weight": 0.9, "teacher_weight": 0.4}  # fmt: skip
+    found = losses(made, data, dropout=0.0, label_smoothing=0.1, teacher_temperature=2.0, **weights)
+    s, t, y = seen["s"], seen["t"], data["labels"]
+    torch.testing.assert_close(seen["c"], torch.cat((s, data["visual"]), 1))
+
+    def cross_entropy(logits: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, y, label_smoothing=0.1)
+
+    head_s, head_t = made.learner.head, made.translator.head
+    teacher = (head_t(data["text"]) / 2).softmax(1)
+    divergences = [
+        4 * functional.kl_div((head / 2).log_softmax(1), teacher, reduction="batchmean")
+        for head in (head_s(s), head_t(t))
+    ]
+    expected = (
+        functional.mse_loss(s, made.centres[y]),
+        cross_entropy(head_s(s)),
+        functional.mse_loss(t, data["text"]),
+        cross_entropy(head_t(t)),
+        cross_entropy(head_t(data["text"])),
+        sum(divergences) / 2,
+    )
+    for name, value in zip(found._fields[1:], expected, strict=True):
+        torch.testing.assert_close(getattr(found, name), value, msg=lambda text, name=name: f"{name}: {text}")
+    total = sum(w * term for w, term in zip(weights.values(), expected, strict=True))
+    torch.testing.assert_close(found.total, total)
+
+
+def gradient_of(made: SeDA, data: dict[str, Tensor], parameter: Tensor, **settings: float) -> Tensor | None:
+    return torch.autograd.grad(losses(made, data, **settings).total, parameter, allow_unused=True)[0]
+
+
+def test_gradients_stop_where_the_method_stops_them() -> None:
+    made, data = model(), batch()
+    off = {"centre_weight": 0.0, "semantic_weight": 0.0, "text_weight": 0.0, "mapped_weight": 0.0,
+           "textual_head_weight": 0.0, "teacher_weight": 0.0}  # fmt: skip
+    translator, head_t, head_s = (
+        made.translator.network.output.weight,
+        made.translator.head.weight,
+        made.learner.head.weight,
+    )
+
+    def strength(parameter: Tensor, **on: float) -> float:
+        gradient = gradient_of(made, data, parameter, **{**off, **on})
+        return 0.0 if gradient is None else float(gradient.abs().sum())
+
+    # The class loss on t_ trains its head and leaves the mapping to the text loss.
+    assert strength(translator, mapped_weight=1.0) == 0
+    assert strength(head_t, mapped_weight=1.0) > 0
+    assert strength(translator, text_weight=1.0) > 0
+    # The teacher teaches both heads.
+    assert strength(head_s, teacher_weight=1.0) > 0
+    assert strength(head_t, teacher_weight=1.0) > 0
+    assert strength(translator, teacher_weight=1.0) == 0
+
+
+def test_unlabelled_rows_train_text_and_teacher_terms_only() -> None:
+    made, data = model(), batch()
+    data["labels"] = torch.full_like(data["labels"], -1)
+    found = losses(made, data)
+    for name in ("centre", "semantic", "mapped", "textual_head"):
+        assert getattr(found, name) == 0
+    assert found.text > 0
+    assert found.teacher > 0
+
+
+def test_rows_without_text_train_semantic_terms_only() -> None:
+    """Their placeholder text changes nothing, and their labels do not reach the textual terms."""
+    made, data = model(), batch()
+    data["paired"][::3] = False
+    one = losses(made, data, dropout=0.0)
+    data["text"] = data["text"].masked_fill(~data["paired"][:, None], 1e3)
+    two = losses(made, data, dropout=0.0)
+    assert torch.equal(torch.stack(tuple(one)), torch.stack(tuple(two)))
+    data["paired"][:] = False
+    none = losses(made, data)
+    for name in ("text", "mapped", "textual_head", "teacher"):
+        assert getattr(none, name) == 0
+    assert none.centre > 0
+    assert none.semantic > 0
+
+
+def test_losses_compile_in_one_graph_and_agree_with_eager() -> None:
+    made, data = model(), batch()
+    key = {"seed": torch.tensor(5), "step": torch.tensor(7)}
+    settings = TrainConfig(dropout=0.2)
+    compiled = torch.compile(lambda: made.losses(**data, **key, settings=settings), fullgraph=True)
+    torch.testing.assert_close(torch.stack(tuple(compiled())), torch.stack(tuple(losses(made, data, dropout=0.2))))
+    eager = torch.autograd.grad(losses(made, data, dropout=0.2).total, list(made.parameters()))
+    graph = torch.autograd.grad(compiled().total, list(made.parameters()))
+    for ours, theirs in zip(graph, eager, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 150])
+def test_prediction_does_not_depend_on_the_batch(rows: int) -> None:
+    made = model(noise_draws=2)
+    visual, ids = torch.randn(200, DV), torch.arange(200) * 7919
+    with torch.no_grad():
+        whole = made.predict_log_proba(visual, ids)
+        chosen = torch.randperm(200)[:rows]
+        part = made.predict_log_proba(visual[chosen], ids[chosen])
+    assert torch.equal(part.argmax(1), whole[chosen].argmax(1))
+    torch.testing.assert_close(part, whole[chosen], rtol=0, atol=1e-6)
+    again = made.predict_log_proba(visual, ids)
+    assert torch.equal(again, whole)
+
+
+def test_prediction_depends_on_id_and_seed() -> None:
+    made = model()
+    visual = torch.randn(1, DV).expand(3, DV)
+    ids = torch.tensor([4, 4, 5])
+    with torch.no_grad():
+        one, other = made.predict_log_proba(visual, ids), made.predict_log_proba(visual, ids, seed=1)
+    torch.testing.assert_close(one[0], one[1])
+    assert not torch.equal(one[0], one[2])
+    assert not torch.equal(one[0], other[0])
+
+
+def test_combined_prediction_is_the_weighted_product_of_the_heads() -> None:
+    made = model(textual_weight=0.3)
+    with torch.no_grad():
+        combined, semantic, textual = made.predict_log_proba(torch.randn(9, DV), heads=True)
+    torch.testing.assert_close(combined, (0.7 * semantic + 0.3 * textual).log_softmax(1))
+    torch.testing.assert_close(combined.exp().sum(1), torch.ones(9))
+
+
+def test_draws_average_probabilities() -> None:
+    made = model()
+    visual = torch.randn(5, DV)
+    with torch.no_grad():
+        s, t = zip(*[made.align(visual, steps=1, draw=r) for r in range(3)], strict=True)
+        single = [
+            (0.5 * made.learner.head(a).log_softmax(1) + 0.5 * made.translator.head(b).log_softmax(1)).softmax(1)
+            for a, b in zip(s, t, strict=True)
+        ]
+        found = made.predict_log_proba(visual, noise_draws=3).exp()
+    torch.testing.assert_close(found, torch.stack(single).mean(0))
+
+
+def test_it_is_a_module_like_any_other() -> None:
+    made = model()
+    visual = torch.randn(6, DV)
+    assert made(visual).shape == (6, K)
+    assert torch.equal(copy.deepcopy(made)(visual), made(visual))
+    assert made(visual[:0]).shape == (0, K)
+    wide = visual.clone().requires_grad_()
+    made(wide).sum().backward()
+    assert wide.grad is not None
+    assert wide.grad.abs().sum() > 0
+    torch.testing.assert_close(
+        copy.deepcopy(made).double()(visual.double()).float(), made(visual), rtol=1e-4, atol=1e-4
+    )
+    for bad in (visual[:, :-1], visual[0], visual.long()):
+        with pytest.raises(ValueError, match="visual must"):
+            made(bad)
+
+
+def test_path_ends_where_align_ends() -> None:
+    made = model()
+    visual = torch.randn(5, DV)
+    with torch.no_grad():
+        s, t = made.align(visual)
+        along_s, along_t = made.alignment_path(visual)
+    assert along_s.shape == (made.config.semantic_steps, 5, DV)
+    assert along_t.shape == (made.config.textual_steps, 5, DT)
+    torch.testing.assert_close(along_s[-1], s)
+    torch.testing.assert_close(along_t[-1], t)
+
+
+def test_saved_model_predicts_the_same_and_its_file_is_reproducible(tmp_path: Path) -> None:
+    made = model()
+    visual = torch.randn(70, DV)
+    path = made.save_pretrained(tmp_path / "a")
+    loaded = SeDA.from_pretrained(tmp_path / "a")
+    assert loaded.config == made.config
+    assert loaded.class_names == made.class_names
+    assert not loaded.training
+    assert torch.equal(loaded(visual), made(visual))
+    assert made.save_pretrained(tmp_path / "b").read_bytes() == path.read_bytes()
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["model.safetensors"]
+
+
+def test_unusable_model_files_are_one_sentence(tmp_path: Path) -> None:
+    def refuses(match: str) -> None:
+        with pytest.raises(DataError, match=match) as caught:
+            SeDA.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    refuses("there is no such file")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"not safetensors")
+    refuses("not a readable safetensors file")
+    save_file({"x": torch.zeros(1)}, path)
+    refuses("not a model of this library")
+    made = model()
+    made.save_pretrained(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refuses("not a readable safetensors file")
+    about = {"config": {**CONFIG.__dict__, "width": 32}, "class_names": list("abcd")}
+    path.write_bytes(whole)
+    save_file(load_file(path), path, metadata={"seda_fast": json.dumps(about)})
+    refuses("not a model of this library")
+    about["config"] = {**CONFIG.__dict__, "wings": 2}
+    path.write_bytes(whole)
+    save_file(load_file(path), path, metadata={"seda_fast": json.dumps(about)})
+    refuses("not a model of this library")

@@ -1,0 +1,121 @@
+"""What the tests of the operations share: lanes (a backend on a device), poisoned memory, the error bound.
+
+A module names its registered op in ``OPERATION``; a test that takes ``lane`` then runs once for every backend
+and device.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from seda_fast.ops import _dispatch, use_backend
+
+# Read by Triton when a kernel is defined: without a GPU its interpreter runs the kernels on the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One backend on one device."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+    def dtypes(self) -> list[torch.dtype]:
+        """Dtypes below float64 that this lane computes right: no float16 in C++, and no bfloat16 in Triton's
+        interpreter, which gets it wrong."""
+        if self.backend == "cpp":
+            return [torch.float32, torch.bfloat16]
+        interpreted = self.backend == "triton" and self.device == "cpu"
+        return [torch.float32, torch.float16] + ([] if interpreted else [torch.bfloat16])
+
+
+LANES = [
+    *(Lane(backend, "cpu") for backend in ("reference", "cpp", "triton")),
+    *(Lane(backend, "cuda") for backend in ("reference", "triton", "cuda")),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give ``lane`` the lanes that the module's op has code for."""
+    if "lane" in metafunc.fixturenames:
+        known = _dispatch._implementations[metafunc.module.OPERATION]
+        lanes = [lane for lane in LANES if lane.backend in known]
+        gpu = pytest.mark.gpu
+        metafunc.parametrize(
+            "lane",
+            [pytest.param(lane, id=str(lane), marks=[gpu] if lane.device == "cuda" else []) for lane in lanes],
+            indirect=True,
+        )
+
+
+@pytest.fixture
+def lane(request: pytest.FixtureRequest) -> Iterator[Lane]:
+    """The backend forced for this test, and its device; skips where the backend is not at hand."""
+    chosen: Lane = request.param
+    with use_backend(chosen.backend):
+        try:
+            _dispatch.choose(request.module.OPERATION, chosen.device)
+        except RuntimeError as reason:
+            pytest.skip(f"{request.node.nodeid}: {reason}")
+        yield chosen
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fill memory that PyTorch hands out uninitialised with NaN, for Python and C++ alike."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def far_apart() -> Callable[[Tensor], Tensor]:
+    """Makes of (3, D) values the same with rows 2**30 + 64 elements apart: the last row begins beyond 2**31.
+
+    The row stride still fits 32 bits, its product with the row does not. Only address space is reserved (by NumPy,
+    which does not poison it): no page between the rows is touched.
+    """
+
+    def spread(values: Tensor) -> Tensor:
+        gap = 2**30 + 64
+        room = np.empty((2 * gap + values.shape[1]) * values.element_size(), dtype=np.uint8)
+        memory = torch.from_numpy(room).view(values.dtype)
+        view = memory.as_strided((3, values.shape[1]), (gap, 1))
+        view.copy_(values)
+        return view
+
+    return spread
+
+
+@pytest.fixture
+def no_worse_than_eager() -> Callable[..., None]:
+    """Asserts that a result errs no more than twice as much as eager PyTorch in the same dtype does, plus an
+    epsilon.
+
+    Called as ``(got, eager, exact, name="")`` with the exact result in float64. The epsilon is four units in
+    the last place of the exact result's largest entry.
+    """
+
+    def check(got: Tensor, eager: Tensor, exact: Tensor, name: str = "") -> None:
+        assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
+        assert got.dtype == eager.dtype, f"{name}: {got.dtype}, not {eager.dtype}"
+        if exact.numel() == 0:
+            return
+        assert torch.isfinite(got).all(), f"{name}: not finite"
+        exact = exact.to(got.device)
+        error = (got.double() - exact).abs().max().item()
+        allowed = 2 * (eager.double().to(got.device) - exact).abs().max().item()
+        allowed += 4 * torch.finfo(got.dtype).eps * exact.abs().max().item()
+        assert error <= allowed, f"{name}: off by {error:.3e}, {allowed:.3e} allowed"
+
+    return check

@@ -1,0 +1,261 @@
+"""Interaction: every backend's block against the float64 definition, values and gradients."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seda_fast import reference
+from seda_fast.ops import chained_interaction_block, interaction_block
+
+OPERATION = "interaction_block"
+NAMES = ("h", "gate", "shift", "scale", "alpha", "w_h", "b_h", "w_o", "b_o")
+
+
+class Case(NamedTuple):
+    """Sizes of one call; ``hidden`` is m*d."""
+
+    batch: int
+    width: int
+    hidden: int
+    steps: int
+    sorted_steps: bool = True
+    dropout: float = 0.0
+
+
+CASES = [
+    Case(0, 16, 32, 4),
+    Case(1, 8, 16, 3, dropout=0.4),
+    Case(7, 20, 40, 5, sorted_steps=False),
+    Case(33, 48, 50, 6, dropout=0.25),
+    Case(40, 130, 24, 9, sorted_steps=False, dropout=0.1),
+    Case(70, 36, 68, 1),
+]
+
+
+def operands(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """All floating operands and the timesteps, drawn in float64 and rounded to ``dtype``."""
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, dtype=torch.float64, device=device) * scale).to(dtype)
+
+    batch, width, hidden, steps = case[:4]
+    tau = torch.randint(0, steps, (batch,), device=device)
+    return {
+        "h": draw(batch, width) + 1,
+        "gate": 1 + draw(batch, hidden, scale=0.3),
+        "timesteps": tau.sort().values if case.sorted_steps else tau,
+        "shift": draw(steps, width, scale=0.3),
+        "scale": draw(steps, width, scale=0.3),
+        "alpha": draw(steps, width, scale=0.3),
+        "w_h": draw(hidden, width, scale=width**-0.5),
+        "b_h": draw(hidden, scale=0.1),
+        "w_o": draw(width, hidden, scale=hidden**-0.5),
+        "b_o": draw(width, scale=0.1),
+    }
+
+
+def keys(case: Case, device: str) -> dict[str, Any]:
+    ids = torch.arange(case.batch, device=device) * 7 + 2**34
+    return {
+        "dropout": case.dropout,
+        "seed": torch.tensor(77, device=device),
+        "step": torch.tensor(5, device=device),
+        "sample_ids": ids,
+        "stream": 8,
+    }
+
+
+def run(
+    block: Callable[..., Tensor], given: dict[str, Tensor], settings: dict[str, Any], weight: Tensor
+) -> dict[str, Tensor]:
+    """Value and the gradients of all floating operands, for the cotangent ``weight``."""
+    leaves = {name: t.detach().requires_grad_() if name in NAMES else t for name, t in given.items()}
+    value = block(**leaves, **settings)
+    grads = torch.autograd.grad(value, [leaves[name] for name in NAMES], weight.to(value.dtype))
+    return {"value": value.detach(), **dict(zip(NAMES, grads, strict=True))}
+
+
+def double(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(lane: Any, case: Case, no_worse_than_eager: Callable[..., None]) -> None:
+    for dtype in lane.dtypes():
+        given, settings = operands(case, dtype, lane.device), keys(case, lane.device)
+        weight = torch.randn(case.batch, case.width, device=lane.device).to(dtype)
+        got = run(interaction_block, given, settings, weight)
+        eager = run(reference.interaction_block, given, settings, weight)
+        exact = run(reference.interaction_block, double(given), settings, weight.double())
+        for name, result in got.items():
+            no_worse_than_eager(result, eager[name], exact[name], f"{name} in {dtype}")
+
+
+def test_the_definition_is_the_formula_of_the_paper_in_other_words() -> None:
+    case = Case(9, 12, 24, 4)
+    given = operands(case, torch.float64, "cpu")
+    tau = given["timesteps"]
+    norm = torch.nn.LayerNorm(case.width, elementwise_affine=False, dtype=torch.float64)
+    z = norm(given["h"]) * (1 + given["scale"][tau]) + given["shift"][tau]
+    pre = F.linear(z, given["w_h"], given["b_h"])
+    residual = F.linear(pre * torch.sigmoid(pre) * given["gate"], given["w_o"], given["b_o"])
+    expected = given["h"] + residual + given["alpha"][tau] * residual
+    torch.testing.assert_close(interaction_block(**given), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradcheck(dropout: float) -> None:
+    case = Case(5, 6, 8, 4, dropout=dropout)
+    given, settings = operands(case, torch.float64, "cpu"), keys(case, "cpu")
+    leaves = {name: given[name].requires_grad_() for name in NAMES}
+    tau = given["timesteps"]
+
+    def block(*values: Tensor) -> Tensor:
+        return interaction_block(**dict(zip(leaves, values, strict=True)), timesteps=tau, **settings)
+
+    assert torch.autograd.gradcheck(block, tuple(leaves.values()))
+
+
+def test_dropout_mask_is_the_contract_s(lane: Any) -> None:
+    case = Case(17, 24, 24, 3, dropout=0.37)
+    given, settings = operands(case, torch.float32, lane.device), keys(case, lane.device)
+    # With the identity as second weight and nothing else in the residual, its zeros are the dropped entries.
+    given |= {"w_o": torch.eye(24, device=lane.device), "alpha": torch.zeros_like(given["alpha"])}
+    given |= {"b_o": torch.zeros_like(given["b_o"]), "b_h": given["b_h"] + 3}
+    h = given["h"].requires_grad_()
+    residual = interaction_block(**given, **settings) - h
+    keep = reference.dropout_keep(
+        settings["seed"], settings["step"], settings["sample_ids"], 24, settings["stream"], 0.37
+    )
+    assert torch.equal(residual.detach().abs() > 1e-6, keep)
+
+
+@pytest.mark.parametrize("layout", ["gate is a slice", "all transposed", "misaligned", "expanded gradient"])
+def test_any_memory_layout(lane: Any, layout: str, no_worse_than_eager: Callable[..., None]) -> None:
+    case = Case(18, 32, 48, 4, dropout=0.2)
+    given, settings = operands(case, torch.float32, lane.device), keys(case, lane.device)
+    weight = torch.randn(18, 32, device=lane.device)
+
+    def misalign(t: Tensor) -> Tensor:
+        return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+
+    if layout == "gate is a slice":
+        wide = torch.cat((given["gate"], given["gate"]), dim=1)
+        given["gate"] = wide[:, 48:]
+        stacked = torch.stack((given["shift"], given["scale"], given["alpha"]), dim=1)
+        given |= dict(zip(("shift", "scale", "alpha"), stacked.unbind(1), strict=True))
+    elif layout == "all transposed":
+        given = {name: t.T.contiguous().T for name, t in given.items() if t.dim() == 2} | {
+            name: t.repeat_interleave(2)[::2] for name, t in given.items() if t.dim() == 1
+        }
+        weight = weight.T.contiguous().T
+    elif layout == "misaligned":
+        given = {name: misalign(t) for name, t in given.items()}
+        weight = misalign(weight)
+    else:
+        weight = weight[:1, :1].expand(18, 32)
+    got = run(interaction_block, given, settings, weight)
+    exact = run(reference.interaction_block, double(given), settings, weight.double())
+    eager = run(reference.interaction_block, given, settings, weight)
+    for name, result in got.items():
+        no_worse_than_eager(result, eager[name], exact[name], name)
+
+
+def test_more_than_2_to_the_31_elements(lane: Any, far_apart: Callable[[Tensor], Tensor]) -> None:
+    if lane.device == "cuda":
+        pytest.skip("the CPU lane checks the index arithmetic; 8 GiB of GPU memory for it would be waste")
+    case = Case(3, 16, 32, 3, dropout=0.2)
+    given, settings = operands(case, lane.dtypes()[1], "cpu"), keys(case, "cpu")
+    weight = torch.randn(3, 16).to(lane.dtypes()[1])
+    near = run(interaction_block, given, settings, weight)
+    for name in ("h", "gate", "shift", "scale", "alpha", "weight"):
+        spread = {name: far_apart(given[name])} if name in given else {}
+        cotangent = far_apart(weight) if name == "weight" else weight
+        far = run(interaction_block, {**given, **spread}, settings, cotangent)
+        for result in near:
+            assert torch.equal(far[result], near[result]), (name, result)
+
+
+def test_repeats_bit_by_bit(lane: Any) -> None:
+    case = Case(64, 32, 64, 3, sorted_steps=False, dropout=0.2)
+    given, settings = operands(case, torch.float32, lane.device), keys(case, lane.device)
+    weight = torch.randn(64, 32, device=lane.device)
+    first, second = (run(interaction_block, given, settings, weight) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_timesteps_may_be_int32(lane: Any) -> None:
+    given = operands(Case(9, 16, 32, 5), torch.float32, lane.device)
+    narrow = {**given, "timesteps": given["timesteps"].int()}
+    assert torch.equal(interaction_block(**narrow), interaction_block(**given))
+
+
+@pytest.mark.parametrize("width", [16, 128, 300])
+def test_row_statistics_pass_from_block_to_block(lane: Any, width: int) -> None:
+    case = Case(11, width, 32, 4)
+    given = operands(case, torch.float32, lane.device)
+    h_next, left = chained_interaction_block(**given)
+    torch.testing.assert_close(h_next, interaction_block(**given))
+    torch.testing.assert_close(left, reference.row_statistics(h_next), rtol=1e-4, atol=1e-4)
+    again = {**given, "h": h_next}
+    leaf = h_next.clone().requires_grad_()
+    plain = interaction_block(**{**again, "h": leaf})
+    chained = chained_interaction_block(**{**again, "h": leaf}, statistics=left)[0]
+    torch.testing.assert_close(chained, plain, rtol=1e-4, atol=1e-4)
+    (first,), (second,) = (torch.autograd.grad(out.square().sum(), leaf) for out in (plain, chained))
+    torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-4)
+
+
+def test_opcheck(lane: Any) -> None:
+    case = Case(5, 12, 24, 3, dropout=0.2)
+    given, settings = operands(case, torch.float32, lane.device), keys(case, lane.device)
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in given.values()]
+    torch.library.opcheck(torch.ops.seda_fast.interaction_block.default, (*leaves, *settings.values(), None, True))
+
+
+def test_compiles_without_a_graph_break(lane: Any) -> None:
+    case = Case(6, 16, 32, 3, dropout=0.2)
+    given, settings = operands(case, torch.float32, lane.device), keys(case, lane.device)
+
+    def block(**values: Any) -> Tensor:
+        return 2 * interaction_block(**values)
+
+    weight = torch.randn(6, 16, device=lane.device)
+    plain = run(block, given, settings, weight)
+    compiled = run(torch.compile(block, fullgraph=True), given, settings, weight)
+    for name, result in plain.items():
+        torch.testing.assert_close(compiled[name], result, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"h": torch.zeros(4)}, "h must have shape"),
+        ({"gate": torch.zeros(3, 16)}, r"gate must have shape \(4, any\), not \(3, 16\)"),
+        ({"timesteps": torch.zeros(4)}, "timesteps must be integer"),
+        ({"shift": torch.zeros(3, 9)}, r"shift must have shape \(any, 8\)"),
+        ({"alpha": torch.zeros(2, 8)}, r"alpha must have shape \(3, 8\)"),
+        ({"w_h": torch.zeros(8, 16)}, r"w_h must have shape \(16, 8\)"),
+        ({"b_h": torch.zeros(8)}, r"b_h must have shape \(16\)"),
+        ({"w_o": torch.zeros(16, 8)}, r"w_o must have shape \(8, 16\)"),
+        ({"b_o": torch.zeros(8, dtype=torch.int64)}, "b_o must be floating"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
+        ({"dropout": 0.5}, "dropout needs seed, step and sample_ids"),
+        ({"stream": -1}, r"stream must be in 0 \.\. 255, not -1"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    given = operands(Case(4, 8, 16, 3), torch.float32, "cpu")
+    with pytest.raises(ValueError, match=sentence):
+        interaction_block(**{**given, **change})
+
+
+def test_statistics_of_another_shape_are_refused() -> None:
+    given = operands(Case(4, 8, 16, 3), torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"statistics must have shape \(4, 1, 2\)"):
+        chained_interaction_block(**given, statistics=torch.zeros(4, 2))

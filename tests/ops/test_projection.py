@@ -1,0 +1,283 @@
+"""Projection: every backend's losses and their gradients against the float64 definition."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seda_fast import reference
+from seda_fast.ops import _dispatch, semantic_projection
+
+OPERATION = "semantic_projection"
+NAMES = ("features", "centres", "weight", "bias")
+
+
+class Case(NamedTuple):
+    """Sizes and settings of one call; ``ignored`` is the share of rows without a label."""
+
+    batch: int
+    dim: int
+    classes: int
+    temperature: float = 1.0
+    smoothing: float = 0.0
+    ignored: float = 0.0
+    has_centres: bool = True
+
+
+CASES = [
+    Case(0, 8, 3),
+    Case(1, 5, 2, smoothing=0.1),
+    Case(7, 20, 13, temperature=0.5, ignored=0.5),
+    Case(33, 48, 100, temperature=2.0, smoothing=0.2, ignored=0.3),
+    Case(70, 16, 300, has_centres=False),
+    Case(9, 40, 5, ignored=1.0),
+    Case(5, 12, 700, smoothing=0.1, ignored=0.2),
+]
+
+
+def operands(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, dtype=torch.float64, device=device) * scale).to(dtype)
+
+    labels = torch.randint(0, case.classes, (case.batch,), device=device)
+    labels[: round(case.ignored * case.batch)] = -100
+    return {
+        "features": draw(case.batch, case.dim),
+        "labels": labels[torch.randperm(case.batch, device=device)],
+        "centres": draw(case.classes, case.dim) if case.has_centres else None,
+        "weight": draw(case.classes, case.dim, scale=case.dim**-0.5),
+        "bias": draw(case.classes, scale=0.1),
+    }
+
+
+def settings(case: Case) -> dict[str, float]:
+    return {"temperature": case.temperature, "label_smoothing": case.smoothing}
+
+
+def run(
+    projection: Callable[..., tuple[Tensor, Tensor]], given: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Both losses and the gradients of ``0.7 * centre loss + 1.3 * cross entropy``."""
+    names = [name for name in NAMES if given[name] is not None]
+    leaves = {**given, **{name: given[name].detach().requires_grad_() for name in names}}
+    centre, entropy = projection(**leaves, **options)
+    grads = torch.autograd.grad(0.7 * centre + 1.3 * entropy, [leaves[name] for name in names])
+    return {
+        "centre loss": centre.detach(),
+        "cross entropy": entropy.detach(),
+        **dict(zip(names, grads, strict=True)),
+    }
+
+
+def double(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: t.double() if t is not None and t.is_floating_point() else t for name, t in given.items()}
+
+
+def compare(given: dict[str, Any], options: dict[str, Any], check: Callable[..., None], name: str = "") -> None:
+    got = run(semantic_projection, given, options)
+    eager = run(reference.semantic_projection, given, options)
+    exact = run(reference.semantic_projection, double(given), options)
+    for part, result in got.items():
+        check(result, eager[part], exact[part], f"{part} {name}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(lane: Any, case: Case, no_worse_than_eager: Callable[..., None]) -> None:
+    for dtype in lane.dtypes():
+        compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
+
+
+def test_one_program_goes_through_many_classes(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Triton shares the classes out when there are few rows, and then its running sum meets one tile only.
+    if lane.backend == "triton":
+        monkeypatch.setattr("seda_fast.kernels.tuning.ENOUGH_PROGRAMS", 1)
+    case = Case(7, 12, 500, temperature=0.2, smoothing=0.1, ignored=0.2)
+    compare(operands(case, torch.float32, lane.device), settings(case), no_worse_than_eager)
+
+
+def test_thirty_thousand_classes(lane: Any, no_worse_than_eager: Callable[..., None]) -> None:
+    case = Case(6, 16, 30_011, ignored=0.2, smoothing=0.1)
+    compare(operands(case, torch.float32, lane.device), settings(case), no_worse_than_eager)
+
+
+def test_the_definition_agrees_with_pytorch_s_losses() -> None:
+    case = Case(23, 12, 7, ignored=0.3)
+    given = operands(case, torch.float64, "cpu")
+    for temperature, smoothing in ((1.0, 0.0), (0.3, 0.0), (1.0, 0.15), (4.0, 0.15)):
+        options = {"temperature": temperature, "label_smoothing": smoothing}
+        centre, entropy = semantic_projection(**given, **options)
+        logits = F.linear(given["features"], given["weight"], given["bias"]) / temperature
+        torch.testing.assert_close(entropy, F.cross_entropy(logits, given["labels"], label_smoothing=smoothing))
+        rows = given["labels"] != -100
+        target = given["centres"][given["labels"][rows]]
+        torch.testing.assert_close(centre, F.mse_loss(given["features"][rows], target))
+
+
+def test_gradcheck() -> None:
+    case = Case(6, 5, 4, temperature=0.7, smoothing=0.1, ignored=0.3)
+    given = operands(case, torch.float64, "cpu")
+    leaves = tuple(given[name].requires_grad_() for name in NAMES)
+
+    def losses(features: Tensor, centres: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return semantic_projection(features, given["labels"], centres, weight, bias, **settings(case))
+
+    assert torch.autograd.gradcheck(losses, leaves)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss(lane: Any) -> None:
+    features = torch.full((4, 8), 30.0, device=lane.device).requires_grad_()
+    weight = torch.zeros(5, 8, device=lane.device)
+    weight[0], weight[1] = 10.0, -10.0
+    labels = torch.tensor([0, 1, 2, 0], device=lane.device)
+    bias = torch.zeros(5, device=lane.device)
+    _, entropy = semantic_projection(features, labels, None, weight, bias)
+    assert entropy.item() == pytest.approx((0 + 4800 + 2400 + 0) / 4, rel=1e-6)
+    (grad,) = torch.autograd.grad(entropy, features)
+    assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("case", [Case(9, 20, 7, temperature=0.1, ignored=0.2), Case(6, 8, 3, has_centres=False)])
+def test_cosine_logits(lane: Any, case: Case, no_worse_than_eager: Callable[..., None]) -> None:
+    given = operands(case, torch.float32, lane.device)
+    compare(given, {**settings(case), "cosine": True}, no_worse_than_eager)
+
+
+def test_cosine_ignores_lengths() -> None:
+    given = operands(Case(9, 20, 7), torch.float64, "cpu")
+    _, entropy = semantic_projection(**given, cosine=True)
+    longer = {**given, "features": 3 * given["features"], "weight": 5 * given["weight"]}
+    torch.testing.assert_close(semantic_projection(**longer, cosine=True)[1], entropy)
+    logits = F.cosine_similarity(given["features"][:, None], given["weight"][None], dim=2) + given["bias"]
+    torch.testing.assert_close(entropy, F.cross_entropy(logits, given["labels"]))
+
+
+def test_another_ignore_index(lane: Any) -> None:
+    given = operands(Case(8, 6, 4), torch.float32, lane.device)
+    given["labels"][2:5] = -1
+    kept = given["labels"] != -1
+    part = {**given, "features": given["features"][kept], "labels": given["labels"][kept]}
+    got = semantic_projection(**given, ignore_index=-1)
+    torch.testing.assert_close(got, semantic_projection(**part))
+
+
+def test_without_a_label_both_losses_and_all_gradients_are_0(lane: Any) -> None:
+    given = operands(Case(5, 6, 4, ignored=1.0), torch.float32, lane.device)
+    for name, result in run(semantic_projection, given, {}).items():
+        assert not result.any(), name
+
+
+@pytest.mark.parametrize("layout", ["transposed", "misaligned", "row step"])
+def test_any_memory_layout(lane: Any, layout: str, no_worse_than_eager: Callable[..., None]) -> None:
+    case = Case(18, 32, 24, smoothing=0.1, ignored=0.2)
+    given = operands(case, torch.float32, lane.device)
+    change: dict[str, Callable[[Tensor], Tensor]] = {
+        "transposed": lambda t: t.T.contiguous().T if t.dim() == 2 else t.repeat_interleave(2)[::2],
+        "misaligned": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
+        "row step": lambda t: torch.stack((t, t), dim=1)[:, 1],
+    }
+    compare({name: change[layout](t) for name, t in given.items()}, settings(case), no_worse_than_eager)
+
+
+def test_more_than_2_to_the_31_elements(lane: Any, far_apart: Callable[[Tensor], Tensor]) -> None:
+    if lane.device == "cuda":
+        pytest.skip("the CPU lane checks the index arithmetic; 8 GiB of GPU memory for it would be waste")
+    case = Case(3, 16, 3)
+    given = operands(case, lane.dtypes()[1], "cpu")
+    near = run(semantic_projection, given, {})
+    for name in ("features", "centres", "weight"):
+        far = run(semantic_projection, {**given, name: far_apart(given[name])}, {})
+        for result in near:
+            assert torch.equal(far[result], near[result]), (name, result)
+
+
+def test_repeats_bit_by_bit(lane: Any) -> None:
+    given = operands(Case(64, 32, 11, ignored=0.1), torch.float32, lane.device)
+    first, second = (run(semantic_projection, given, {}) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_centres_without_a_gradient_get_none(lane: Any) -> None:
+    given = operands(Case(8, 6, 4), torch.float32, lane.device)
+    features = given["features"].requires_grad_()
+    centre, entropy = semantic_projection(**given)
+    (centre + entropy).backward()
+    assert features.grad is not None
+    assert given["centres"].grad is None
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most bytes of any tensor that an operation inside it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+def test_the_logits_are_never_in_memory(lane: Any) -> None:
+    if lane.backend == "reference":
+        pytest.skip("the reference is the definition and writes them")
+    case = Case(96, 16, 1500, has_centres=False)
+    features, labels, _, weight, bias = operands(case, torch.float32, lane.device).values()
+    options = (1.0, 0.0, -100)
+    one = features.new_ones(())
+    forward = _dispatch.choose("semantic_projection", lane.device)[1].function
+    backward = _dispatch.choose("semantic_projection_backward", lane.device)[1].function
+    with LargestTensor() as largest:
+        *_, lse = forward(features, labels, None, weight, bias, *options)
+        backward(one, one, features, labels, None, weight, bias, lse, *options, False)
+    # At least the weight's gradient was seen; half the logits would already be too much.
+    assert 4 * case.classes * case.dim <= largest.bytes < 4 * case.batch * case.classes / 2
+
+
+def test_opcheck(lane: Any) -> None:
+    given = operands(Case(5, 12, 4, ignored=0.2), torch.float32, lane.device)
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in given.values()]
+    torch.library.opcheck(torch.ops.seda_fast.semantic_projection.default, (*leaves, 0.5, 0.1, -100))
+
+
+def test_compiles_without_a_graph_break(lane: Any) -> None:
+    given = operands(Case(6, 16, 5, ignored=0.2), torch.float32, lane.device)
+
+    def losses(**values: Any) -> tuple[Tensor, Tensor]:
+        centre, entropy = semantic_projection(**values)
+        return 2 * centre, entropy
+
+    plain = run(losses, given, {})
+    compiled = run(torch.compile(losses, fullgraph=True), given, {})
+    for name, result in plain.items():
+        torch.testing.assert_close(compiled[name], result, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"features": torch.zeros(4)}, "features must have shape"),
+        ({"labels": torch.zeros(5, dtype=torch.int64)}, r"labels must have shape \(4\)"),
+        ({"labels": torch.zeros(4)}, "labels must be integer"),
+        ({"centres": torch.zeros(3, 7)}, r"centres must have shape \(3, 6\)"),
+        ({"weight": torch.zeros(3, 7)}, r"weight must have shape \(any, 6\)"),
+        ({"bias": torch.zeros(4)}, r"bias must have shape \(3\)"),
+        ({"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        ({"temperature": math.nan}, "temperature must be positive, not nan"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), not 1.0"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    given = operands(Case(4, 6, 3), torch.float32, "cpu")
+    with pytest.raises(ValueError, match=sentence):
+        semantic_projection(**{**given, **change})

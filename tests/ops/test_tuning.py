@@ -1,0 +1,100 @@
+"""Tiles: the shape rule, measuring them when asked to, and the file that remembers what was measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+tuning: Any = pytest.importorskip("seda_fast.kernels.tuning")
+
+
+def test_small_results_get_small_tiles_and_large_ones_the_first() -> None:
+    tiles = tuning.candidates(torch.bfloat16)
+    assert tuning.by_shape(tiles, 100_000, 1024) == tiles[0]
+    assert tuning.by_shape(tiles, 1, 1) == tiles[-1]
+    chosen = [tuning.by_shape(tiles, rows, 512) for rows in (64, 1024, 4096, 65_536)]
+    assert [tile.m * tile.n for tile in chosen] == sorted(tile.m * tile.n for tile in chosen)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 128, 1000, 16_384])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_splits_cover_every_row_once_and_none_is_empty(rows: int, dtype: torch.dtype) -> None:
+    tile, splits, per_split = tuning.split_rows(dtype, (1024, 512), rows)
+    assert per_split % tile.k == 0
+    assert (splits - 1) * per_split < rows <= splits * per_split
+
+
+def test_without_being_asked_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEDA_FAST_AUTOTUNE", raising=False)
+    tiles = tuning.candidates(torch.float32)
+
+    def launch(tile: Any) -> None:
+        raise AssertionError("a tile was timed")
+
+    assert tuning.choose("kernel", torch.zeros(1), (8, 8, 8), tiles, launch) == tiles[-1]
+
+
+def test_the_fastest_tile_wins_and_one_that_does_not_fit_is_passed_over() -> None:
+    tiles = tuning.candidates(torch.bfloat16)
+    seconds = dict(zip(tiles, (1.0, 3.0, 2.0, 4.0), strict=True))
+    last: list[Any] = []
+
+    def launch(tile: Any) -> None:
+        if tile == tiles[0]:
+            raise tuning.triton.runtime.errors.OutOfResources(200_000, 100_000, "shared memory")
+        last.append(tile)
+
+    def measure(call: Any) -> float:
+        call()
+        return seconds[last[-1]]
+
+    assert tuning.fastest(tiles, launch, measure) == tiles[2]
+
+
+def test_what_was_measured_is_read_by_another_process(tmp_path: Path) -> None:
+    file = tmp_path / "cache" / "tiles.json"
+    tile = tuning.candidates(torch.bfloat16)[1]
+    tuning.remember(file, "first", tile)
+    tuning.remember(file, "second", tile._replace(m=16))
+    code = (
+        "import sys, pathlib; from seda_fast.kernels import tuning;"
+        "print([list(tuning.read(pathlib.Path(sys.argv[1]))[key]) for key in ('first', 'second')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [list(tile), [16, *tile[1:]]]
+    assert [entry.name for entry in file.parent.iterdir()] == ["tiles.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"key": [1, 2]}', '{"key": ["a", 1, 1, 1, 1]}', "\x00"])
+def test_a_damaged_file_counts_as_empty(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "tiles.json"
+    file.write_text(content)
+    assert tuning.read(file) == {}
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    tile = tuning.candidates(torch.bfloat16)[0]
+    assert tuning.remember(tmp_path / "file" / "tiles.json", "key", tile) == tile
+
+
+@pytest.mark.gpu
+def test_tiles_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEDA_FAST_AUTOTUNE", "1")
+    monkeypatch.setenv("SEDA_FAST_CACHE_DIR", str(tmp_path))
+    tiles = tuning.candidates(torch.bfloat16)
+    calls: list[Any] = []
+    for _ in range(2):
+        chosen = tuning.choose("kernel", torch.zeros(1, device="cuda"), (8, 8, 8), tiles, calls.append)
+        assert chosen in tiles
+        first = len(calls)
+    assert len(calls) == first > 0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tuning.choose("another", torch.zeros(1, device="cuda"), (8, 8, 8), tiles, calls.append)
+    assert len(calls) == first

@@ -1,0 +1,227 @@
+"""What ``pip install`` compiles: each mode from a clean copy, the wheel's content, the stable ABI, damaged files."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+COMPILER = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+TORCH = Path(torch.__file__).parent
+PROBE = """
+import json, sys, warnings
+# An editable install of this environment would lend its own _C to a copy that has none.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    from seda_fast import ops
+ids = torch.arange(3)
+x = ops.q_sample(torch.zeros(3, 4), ids, torch.ones(3), torch.ones(3), seed=1, step=2, sample_ids=ids)
+print(json.dumps({
+    "backend": ops.choose("q_sample", "cpu")[0],
+    "status": ops.cpp_status(),
+    "sum": x.double().sum().item(),
+    "warnings": [str(w.message) for w in caught if "seda_fast" in str(w.message)],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def build_module(repository: Path) -> Iterator[ModuleType]:
+    """csrc/seda_fast_build.py, as setup.py imports it."""
+    sys.path.insert(0, str(repository / "csrc"))
+    try:
+        import seda_fast_build
+
+        yield seda_fast_build
+    finally:
+        sys.path.remove(str(repository / "csrc"))
+
+
+@pytest.fixture(scope="module")
+def checkout(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files alone, as in a fresh clone."""
+    if shutil.which("git") is None or not (repository / ".git").exists():
+        pytest.skip("tests/test_build.py needs git and a clone: it builds from the tracked files alone")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=repository, capture_output=True, text=True, check=True)
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in listed.stdout.split("\0"):
+        if name and (repository / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(repository / name, folder / name)
+    return folder
+
+
+def build(checkout: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``pip wheel`` without isolation: setuptools, pybind11 and ninja come from this environment."""
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    return subprocess.run(
+        command, cwd=checkout, env=os.environ | environment, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+def unpack(out: Path) -> Path:
+    (wheel,) = out.glob("*.whl")
+    site = out / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return site
+
+
+def probe(site: Path) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        cwd=site.parent,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpacked wheel of SEDA_FAST_BUILD=cpu, compiled with every warning an error."""
+    if COMPILER is None:
+        pytest.skip("tests/test_build.py needs a C++ compiler for this test")
+    out = tmp_path_factory.mktemp("compiled")
+    done = build(checkout, out, SEDA_FAST_BUILD="cpu", CXXFLAGS="-O1 -Wall -Wextra -Werror")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return unpack(out)
+
+
+def test_wheel_holds_libraries_and_kernels_but_no_sources_or_objects(compiled: Path, checkout: Path) -> None:
+    names = {file.relative_to(compiled).as_posix() for file in compiled.rglob("*") if file.is_file()}
+    expected = {f"seda_fast/_C{EXTENSION_SUFFIXES[0]}", "seda_fast/libseda_fast_cpu.so", "seda_fast/_build.json"}
+    assert expected <= names
+    assert {f"seda_fast/kernels/{file.name}" for file in (checkout / "kernels").glob("*.py")} <= names
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"seda_fast"}
+    assert not [name for name in names if re.search(r"\.(o|d|cpp|cu|h|ninja)$|(^|/)tests?/", name)]
+
+
+def test_compiled_package_serves_the_cpu_and_tells_its_build(compiled: Path) -> None:
+    found = probe(compiled)
+    assert (found["backend"], found["warnings"]) == ("cpp", [])
+    status = found["status"]
+    assert isinstance(status, dict)
+    report = status["build"]
+    assert report["torch_headers"] == torch.__version__
+    assert report["torch_abi"] == "0x020a000000000000"
+    assert "-Werror" in report["flags"]
+    assert report["missing"] == {}
+    assert json.loads((compiled / "seda_fast/_build.json").read_text()).items() >= report.items()
+
+
+def shim_functions() -> set[str]:
+    """Names that PyTorch's stable C headers declare."""
+    folders = TORCH / "include/torch/csrc"
+    headers = [*(folders / "stable/c").glob("*.h"), *(folders / "inductor/aoti_torch/c").glob("shim*.h")]
+    headers += (folders / "inductor/aoti_torch/generated").glob("c_shim_aten.h")
+    return {name for header in headers for name in re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", header.read_text())}
+
+
+def test_operators_use_nothing_of_pytorch_but_the_stable_abi(compiled: Path) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("test_operators_use_nothing_of_pytorch_but_the_stable_abi needs nm")
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", compiled / "seda_fast/libseda_fast_cpu.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    wanted = {line.split()[-1].partition("@")[0] for line in listed.stdout.splitlines()}
+    torch_symbols = {name for name in wanted if re.match(r"(aoti_)?torch_|_ZN\w*(2at|3c10|5torch|6caffe2)", name)}
+    assert len(torch_symbols) > 10
+    assert torch_symbols <= shim_functions()
+    # Of the names that came after PyTorch 2.10, none: the oldest PyTorch that the package admits has them all.
+    newer = {name for name in torch_symbols if name.startswith("torch_exception_") or name.endswith("_v2")}
+    assert newer == set()
+
+
+@pytest.mark.parametrize("kept", [1000, None], ids=["cut short", "garbled"])
+def test_a_damaged_library_is_one_warning_with_its_cause(compiled: Path, tmp_path: Path, kept: int | None) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(compiled, site)
+    library = site / "seda_fast/libseda_fast_cpu.so"
+    data = library.read_bytes()
+    library.write_bytes(b"\0" * len(data) if kept is None else data[:kept])
+    found = probe(site)
+    assert found["backend"] == "reference"
+    (warning,) = found["warnings"]  # type: ignore[misc]
+    assert "runs without its C++ operators" in warning
+    assert "libseda_fast_cpu.so" in warning
+    assert isinstance(found["status"], dict)
+    assert found["status"]["reason"] in warning
+
+
+def test_none_builds_a_pure_wheel(checkout: Path, tmp_path: Path) -> None:
+    done = build(checkout, tmp_path, SEDA_FAST_BUILD="none")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [wheel.name.partition("-py3-")[2] for wheel in tmp_path.glob("*.whl")] == ["none-any.whl"]
+    found = probe(unpack(tmp_path))
+    assert (found["backend"], found["warnings"]) == ("reference", [])
+
+
+def test_without_a_compiler_the_install_is_pure_with_one_warning(checkout: Path, tmp_path: Path) -> None:
+    done = build(checkout, tmp_path, CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = re.findall(r"UserWarning: (seda_fast is installed without .*)", done.stdout + done.stderr)
+    assert len(said) == 1
+    assert "no C++ compiler was found (looked for no-such-compiler)" in said[0]
+    found = probe(unpack(tmp_path))
+    assert (found["backend"], found["warnings"]) == ("reference", [])
+    assert "no C++ compiler was found" in str(found["status"])
+
+
+def test_cpu_mode_without_a_compiler_fails_with_the_reason(checkout: Path, tmp_path: Path) -> None:
+    done = build(checkout, tmp_path, SEDA_FAST_BUILD="cpu", CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "SEDA_FAST_BUILD=cpu: no C++ compiler was found" in done.stdout + done.stderr
+
+
+def test_an_unknown_mode_fails_with_the_known_ones(build_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEDA_FAST_BUILD", "gpu")
+    with pytest.raises(SystemExit, match=r"SEDA_FAST_BUILD must be one of auto, .*, not 'gpu'"):
+        build_module.build_mode()
+
+
+def test_torch_is_found_without_importing_it_and_an_old_one_is_refused(
+    build_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert build_module.find_torch() == TORCH
+    old = tmp_path / "torch"
+    (old / "include/torch/csrc/stable").mkdir(parents=True)
+    (old / "include/torch/csrc/stable/library.h").touch()
+    (old / "version.py").write_text("__version__ = '2.9.1'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(build_module.CannotBuildError, match=r"PyTorch 2\.9\.1 is older than 2\.10"):
+        build_module.find_torch()
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(build_module.sysconfig, "get_paths", lambda: {"purelib": "/", "platlib": "/"})
+    with pytest.raises(build_module.CannotBuildError, match="headers were not found"):
+        build_module.find_torch()
+
+
+def test_jobs_are_bounded_by_memory(build_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MAX_JOBS", "3")
+    available = tmp_path / "meminfo"
+    real = build_module.Path
+    monkeypatch.setattr(build_module, "Path", lambda name: available if name == "/proc/meminfo" else real(name))
+    for kib, expected in ((100 * 2**20, 3), (3 * 2**20, 2), (1000, 1)):
+        available.write_text(f"MemAvailable:   {kib} kB\n")
+        assert build_module.jobs() == expected

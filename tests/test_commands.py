@@ -1,0 +1,555 @@
+"""The commands end to end on small sets: what they write, that it is right, and how they refuse."""
+
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from scipy.linalg import sqrtm
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+from seda_fast import SeDA, evaluate, info, predict, train
+
+SMALL = ["--width", "32", "--blocks", "2", "--epochs", "4", "--batch-size", "64", "--diffusion-steps", "100"]
+RESULTS = {"config.toml", "model.safetensors", "history.csv", "metrics.json", "outputs.safetensors", "report"}
+
+
+def make_set(path: Path, **changes: Any) -> Path:
+    """A small learnable set of 8 visual and 5 textual dimensions, 3 classes."""
+    rng = np.random.default_rng(3)
+    labels, test_labels = np.arange(90) % 3, np.arange(42) % 3
+    centres, texts = rng.normal(size=(3, 8)), rng.normal(size=(3, 5))
+    arrays = {
+        "visual_train": (centres[labels] + rng.normal(size=(90, 8))).astype(np.float32),
+        "text_train": (texts[labels] + rng.normal(size=(90, 5))).astype(np.float32),
+        "label_train": labels,
+        "visual_test": (centres[test_labels] + rng.normal(size=(42, 8))).astype(np.float32),
+        "text_test": (texts[test_labels] + rng.normal(size=(42, 5))).astype(np.float32),
+        "label_test": test_labels,
+        "class_names": np.array(["ash", "beech", "cedar"]),
+    }
+    arrays.update(changes)
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with ``data.npz`` and the results of a run on it in ``run``."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_set(folder / "data.npz")
+    code = train.main(["--data", str(folder / "data.npz"), "--out", str(folder / "run"), *SMALL, "--seed", "5"])
+    assert code == 0
+    return folder
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "run" / "metrics.json").read_text())
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------- train
+
+
+def test_run_writes_everything(trained: Path) -> None:
+    run = trained / "run"
+    assert {path.name for path in run.iterdir()} == RESULTS
+    assert {path.name for path in (run / "report").iterdir()} == {"loss.png", "confusion.png", "paths.png"}
+    rows = list(csv.DictReader((run / "history.csv").open()))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert all(float(value) == float(value) for row in rows for value in row.values())
+    settings = tomllib.loads((run / "config.toml").read_text())
+    assert set(settings) == {"run", "model", "train"}
+    assert settings["train"]["seed"] == 5
+    assert settings["model"]["width"] == 32
+    assert settings["model"]["visual_dim"] == 8
+    assert not [path for path in trained.iterdir() if path.name.startswith(".")]
+
+
+def test_metrics_have_the_promised_keys(trained: Path) -> None:
+    metrics = metrics_of(trained)
+    classes = {"top1", "top5", "balanced_accuracy", "ece"}
+    aligned = {"frechet", "frechet_floor", "mmd", "cosine", "recall_at_1", "recall_at_5", "recall_at_10"}
+    assert classes | {"alignment", "heads", "baselines", "train", "seed", "versions"} <= set(metrics)
+    assert set(metrics["alignment"]) == set(metrics["alignment_point"]) == aligned
+    assert set(metrics["heads"]) == {"semantic", "textual"}
+    assert {"linear", "mlp", "one_step", "one_step_mse"} == set(metrics["baselines"])
+    for values in (*metrics["heads"].values(), *metrics["baselines"].values()):
+        assert classes <= set(values)
+    assert set(metrics["baselines"]["one_step"]["alignment"]) == aligned
+    assert metrics["baselines"]["mlp"]["alignment"] is None
+    assert set(metrics["train"]) == {"seconds", "epochs", "samples_per_second", "peak_memory_bytes"}
+    assert metrics["seed"] == 5
+    assert {"python", "torch", "numpy"} <= set(metrics["versions"])
+
+
+def frechet_by_hand(a: np.ndarray, b: np.ndarray) -> float:
+    root = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root))
+
+
+def recompute(run: Path, data: Path) -> list[str]:
+    """Compare every figure of ``metrics.json`` with one computed anew from the saved outputs; returns what was met.
+
+    Frechet by the textbook formula with a matrix square root, retrieval by sorting the whole similarity matrix.
+    """
+    metrics = json.loads((run / "metrics.json").read_text())
+    outputs = load_file(run / "outputs.safetensors")
+    model = load_file(run / "model.safetensors")
+    source = np.load(data, allow_pickle=False)
+    labels = source["label_test"]
+    np.testing.assert_array_equal(outputs["labels"], labels)
+    text = ((source["text_test"] - model["text_mean"]) / model["text_scale"]).astype(np.float64)
+    compared = []
+
+    def classes(found: dict[str, Any], log_proba: np.ndarray, where: str) -> None:
+        p, k = np.exp(log_proba.astype(np.float64)), log_proba.shape[1]
+        predicted = log_proba.argmax(1)
+        assert found["top1"] == pytest.approx(100 * np.mean(predicted == labels))
+        top5 = 1.0 if k <= 5 else top_k_accuracy_score(labels, log_proba, k=5, labels=np.arange(k))
+        assert found["top5"] == pytest.approx(100 * top5, abs=0.2)
+        assert found["balanced_accuracy"] == pytest.approx(100 * balanced_accuracy_score(labels, predicted))
+        confidence, right = p.max(1), predicted == labels
+        bins = np.minimum((confidence * 15).astype(int), 14)
+        gaps = [
+            abs(right[bins == b].mean() - confidence[bins == b].mean()) * np.mean(bins == b) for b in np.unique(bins)
+        ]
+        assert found["ece"] == pytest.approx(100 * sum(gaps), abs=0.3)
+        compared.append(where)
+
+    def aligned(found: dict[str, float], features: np.ndarray, where: str) -> None:
+        a = features.astype(np.float64)
+        assert found["frechet"] == pytest.approx(frechet_by_hand(a, text), rel=1e-2, abs=1e-2)
+        unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, text)]
+        similarity = unit[0] @ unit[1].T
+        own = np.diag(similarity)
+        assert found["cosine"] == pytest.approx(own.mean(), abs=1e-5)
+        rank = (similarity > own[:, None] + 1e-9).sum(1)
+        for n in (1, 5, 10):
+            assert found[f"recall_at_{n}"] == pytest.approx(100 * np.mean(rank < n), abs=0.5)
+        compared.append(where)
+
+    classes(metrics, outputs["log_proba"], "combined")
+    for head in ("semantic", "textual"):
+        classes(metrics["heads"][head], outputs[f"{head}_log_proba"], head)
+    aligned(metrics["alignment"], outputs["aligned"], "aligned")
+    aligned(metrics["alignment_point"], outputs["aligned_point"], "point")
+    for name, values in metrics["baselines"].items():
+        classes(values, outputs[f"{name}.log_proba"], name)
+        if values["alignment"] is not None:
+            aligned(values["alignment"], outputs[f"{name}.aligned"], name)
+    return compared
+
+
+def test_every_figure_can_be_recomputed_from_the_saved_outputs(trained: Path) -> None:
+    assert len(recompute(trained / "run", trained / "data.npz")) == 11
+
+
+def test_same_seed_gives_the_same_file_and_another_seed_another(trained: Path, tmp_path: Path) -> None:
+    common = ["--data", str(trained / "data.npz"), *SMALL, "--no-baselines"]
+    assert train.main([*common, "--seed", "5", "--out", str(tmp_path / "same")]) == 0
+    assert train.main([*common, "--seed", "6", "--out", str(tmp_path / "other")]) == 0
+    file = "model.safetensors"
+    assert (tmp_path / "same" / file).read_bytes() == (trained / "run" / file).read_bytes()
+    assert (tmp_path / "other" / file).read_bytes() != (trained / "run" / file).read_bytes()
+
+
+def test_text_of_the_test_part_is_never_used(trained: Path, tmp_path: Path) -> None:
+    poisoned = make_set(tmp_path / "poisoned.npz", text_test=np.full((42, 5), np.nan, np.float32))
+    arguments = ["--out", str(tmp_path / "run"), "--unpaired", "keep", *SMALL, "--seed", "5", "--no-baselines"]
+    assert train.main(["--data", str(poisoned), *arguments]) == 0
+    one, two = trained / "run", tmp_path / "run"
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    clean, blind = load_file(one / "outputs.safetensors"), load_file(two / "outputs.safetensors")
+    for name in blind:
+        np.testing.assert_array_equal(clean[name], blind[name])
+    for data, out in ((trained / "data.npz", "clean.csv"), (poisoned, "poisoned.csv")):
+        assert predict.main(["--model", str(one), "--data", str(data), "--out", str(tmp_path / out)]) == 0
+    assert (tmp_path / "clean.csv").read_bytes() == (tmp_path / "poisoned.csv").read_bytes()
+
+
+def test_settings_come_from_defaults_then_file_then_command_line(tmp_path: Path) -> None:
+    data = make_set(tmp_path / "data.npz")
+    file = tmp_path / "settings.toml"
+    file.write_text("[train]\nepochs = 2\nlearning_rate = 0.01\nbatch_size = 32\n[model]\nwidth = 16\nblocks = 1\n")
+    out = tmp_path / "run"
+    arguments = ["--config", str(file), "--data", str(data), "--out", str(out), "--epochs", "1", "--no-baselines"]
+    assert train.main(arguments) == 0
+    settings = tomllib.loads((out / "config.toml").read_text())
+    assert settings["train"]["epochs"] == 1  # command line over file
+    assert settings["train"]["learning_rate"] == 0.01  # file over default
+    assert settings["train"]["clip_norm"] == 1.0  # default
+    assert settings["model"]["width"] == 16
+    # A run's own settings repeat it.
+    again = ["--config", str(out / "config.toml"), "--out", str(tmp_path / "again")]
+    assert train.main(again) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_unlabelled_pairs_and_missing_texts_train_through_every_command(tmp_path: Path) -> None:
+    labels, text = np.arange(90) % 3, np.random.default_rng(0).normal(size=(90, 5)).astype(np.float32)
+    labels[30:] = -1
+    text[::4] = np.nan
+    test_labels = np.arange(42) % 3
+    test_labels[::5] = -1
+    data = make_set(tmp_path / "data.npz", label_train=labels, text_train=text, label_test=test_labels)
+    run = tmp_path / "run"
+    assert train.main(["--data", str(data), "--out", str(run), "--unpaired", "keep", *SMALL]) == 0
+    assert evaluate.main(["--model", str(run), "--data", str(data), "--json"]) == 0
+    assert predict.main(["--model", str(run), "--data", str(data), "--out", str(tmp_path / "p.csv")]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    outputs = load_file(run / "outputs.safetensors")
+    known = test_labels >= 0
+    right = outputs["log_proba"].argmax(1)[known] == test_labels[known]
+    assert metrics["top1"] == pytest.approx(100 * right.mean())
+
+
+def test_a_test_part_whose_texts_are_all_equal_has_no_alignment(tmp_path: Path) -> None:
+    data = make_set(tmp_path / "data.npz", text_test=np.ones((42, 5), np.float32))
+    assert train.main(["--data", str(data), "--out", str(tmp_path / "run"), *SMALL, "--no-baselines"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["alignment"] is None
+    assert metrics["alignment_point"] is None
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--wings", "2"], "unrecognized arguments: --wings 2"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--epochs", "0"], "epochs must be at least 1, not 0"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--data", "nowhere.npz"], "nowhere.npz: does not exist"),
+        (["--config", "nowhere.toml"], "nowhere.toml: cannot be read"),
+        (["--test-fraction", "1.5"], "test_fraction must be between 0 and 1, not 1.5"),
+    ],
+)
+def test_bad_arguments_are_one_sentence_and_leave_nothing(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = train.main(["--out", "run", *arguments])
+    except SystemExit as stop:
+        code = stop.code  # type: ignore[assignment]
+    captured = capfd.readouterr()
+    assert code == 2
+    assert sentence in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[train]\nwings = 2\n", "unknown setting 'wings' in [train]"),
+        ("[wings]\nn = 2\n", "unknown section [wings]"),
+        ("train = 3\n", "train must be a section of settings"),
+        ("[train\n", "not a TOML file"),
+        ("[train]\nepochs = 'many'\n", "epochs must be of type int, not 'many'"),
+        ("[model]\nvisual_dim = 9\n", "visual_dim is set to 9 but"),
+    ],
+)
+def test_bad_settings_files_are_one_sentence(
+    content: str, sentence: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, file = make_set(tmp_path / "data.npz"), tmp_path / "settings.toml"
+    file.write_text(content)
+    code = train.main(["--config", str(file), "--data", str(data), "--out", str(tmp_path / "run")])
+    captured = capfd.readouterr()
+    assert code == 2
+    assert sentence in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"data.npz", "settings.toml"}
+
+
+def test_earlier_results_are_not_overwritten_unasked(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = (trained / "run" / "model.safetensors").read_bytes()
+    arguments = ["--data", str(trained / "data.npz"), "--out", str(trained / "run"), *SMALL, "--no-baselines"]
+    assert train.main(arguments) == 2
+    assert "holds the results of an earlier run" in capfd.readouterr().err
+    assert (trained / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = make_set(tmp_path / "data.npz")
+    (tmp_path / "file").write_text("not a folder")
+    assert train.main(["--data", str(data), "--out", str(tmp_path / "file" / "run"), *SMALL]) == 2
+    assert "cannot be written" in capfd.readouterr().err
+
+
+def test_a_run_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_set(tmp_path / "data.npz")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "write_report", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--data", str(data), "--out", str(tmp_path / "deep" / "run"), *SMALL, "--no-baselines"])
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+@pytest.mark.parametrize("command", [evaluate.main, predict.main])
+def test_a_folder_without_model_is_one_sentence(
+    command: Callable[[list[str]], int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = make_set(tmp_path / "data.npz")
+    assert command(["--model", str(tmp_path), "--data", str(data)]) == 2
+    captured = capfd.readouterr()
+    assert "there is no such file" in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert not captured.out
+
+
+# ---------------------------------------------------------------------------------------------------- evaluate, predict
+
+
+def test_evaluate_repeats_what_training_measured(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(trained / "run"), "--data", str(trained / "data.npz")]
+    assert evaluate.main([*arguments, "--json"]) == 0
+    found, expected = json.loads(capsys.readouterr().out), metrics_of(trained)
+    for key in ("top1", "top5", "balanced_accuracy", "ece", "heads", "alignment", "alignment_point"):
+        assert found[key] == expected[key]
+    assert evaluate.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "SeDA" in shown
+    assert f"{expected['top1']:.1f}" in shown
+
+
+def test_predict_writes_what_the_model_says(trained: Path, tmp_path: Path) -> None:
+    out, features = tmp_path / "new" / "p.csv", tmp_path / "f.npz"
+    run, data = str(trained / "run"), str(trained / "data.npz")
+    assert predict.main(["--model", run, "--data", data, "--out", str(out), "--features", str(features)]) == 0
+    rows, saved = list(csv.DictReader(out.open())), load_file(trained / "run" / "outputs.safetensors")
+    assert list(rows[0]) == ["id", "label", "class_name", "probability", "top5"]
+    assert [int(row["id"]) for row in rows] == list(range(42))
+    assert [int(row["label"]) for row in rows] == saved["log_proba"].argmax(1).tolist()
+    assert {row["class_name"] for row in rows} <= {"ash", "beech", "cedar"}
+    p = np.exp(saved["log_proba"])
+    for row, expected in zip(rows, p, strict=True):
+        assert float(row["probability"]) == pytest.approx(expected.max(), abs=1e-6)
+        pairs = [pair.split(":") for pair in row["top5"].split()]
+        assert [int(label) for label, _ in pairs] == np.argsort(-expected, kind="stable").tolist()
+    with np.load(features, allow_pickle=False) as found:
+        for name in ("log_proba", "semantic", "aligned", "aligned_point", "ids"):
+            np.testing.assert_array_equal(found[name], saved[name])
+
+
+def test_predict_needs_visual_features_alone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    visual = np.load(trained / "data.npz")["visual_test"]
+    np.savez(tmp_path / "only.npz", visual=visual)
+    np.save(tmp_path / "only.npy", visual)
+    run = str(trained / "run")
+    shown = []
+    for data in (trained / "data.npz", tmp_path / "only.npz", tmp_path / "only.npy"):
+        assert predict.main(["--model", run, "--data", str(data)]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2]
+
+
+def test_predictions_do_not_depend_on_the_file_they_come_in(trained: Path, tmp_path: Path) -> None:
+    """A shorter file: the same rows get bit-identical results, whatever follows them."""
+    visual = np.load(trained / "data.npz")["visual_test"]
+    whole = load_file(trained / "run" / "outputs.safetensors")["log_proba"]
+    for rows in (1, 17):
+        np.save(tmp_path / "part.npy", visual[:rows])
+        features = tmp_path / f"{rows}.safetensors"
+        arguments = [
+            "--data",
+            str(tmp_path / "part.npy"),
+            "--features",
+            str(features),
+            "--out",
+            str(tmp_path / "p.csv"),
+        ]
+        assert predict.main(["--model", str(trained / "run"), *arguments]) == 0
+        np.testing.assert_array_equal(load_file(features)["log_proba"], whole[:rows])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--out", "p.txt", "must end in .csv"),
+        ("--features", "f.csv", "must end in .npz or .safetensors"),
+        ("--data", "missing.npy", "missing.npy"),
+    ],
+)
+def test_predict_refuses_before_it_writes(
+    trained: Path, option: str, value: str, sentence: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"--model": str(trained / "run"), "--data": str(trained / "data.npz"), "--out": str(tmp_path / "p.csv")}
+    arguments[option] = str(tmp_path / value)
+    assert predict.main([word for pair in arguments.items() for word in pair]) == 2
+    assert sentence in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_predict_refuses_features_of_another_size(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "wide.npy", np.zeros((4, 9), np.float32))
+    assert predict.main(["--model", str(trained / "run"), "--data", str(tmp_path / "wide.npy")]) == 2
+    assert "has 9 columns but the model has 8" in capfd.readouterr().err
+
+
+def test_evaluate_and_predict_take_settings_from_a_file(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, data, run = tmp_path / "s.toml", trained / "data.npz", trained / "run"
+    file.write_text(f"[predict]\nmodel = '{run}'\ndata = '{data}'\nseed = 1\nout = '{tmp_path / 'a.csv'}'\n")
+    assert predict.main(["--config", str(file)]) == 0
+    assert predict.main(["--config", str(file), "--seed", "0", "--out", str(tmp_path / "b.csv")]) == 0
+    assert predict.main(["--model", str(run), "--data", str(data), "--out", str(tmp_path / "c.csv")]) == 0
+    one, two, three = ((tmp_path / name).read_bytes() for name in ("a.csv", "b.csv", "c.csv"))
+    assert one != two
+    assert two == three
+    file.write_text(f"[evaluate]\nmodel = '{run}'\ndata = '{data}'\njson = true\n")
+    assert evaluate.main(["--config", str(file)]) == 0
+    assert json.loads(capfd.readouterr().out)["top1"] == metrics_of(trained)["top1"]
+    file.write_text("[evaluate]\nwings = 2\n")
+    assert evaluate.main(["--config", str(file)]) == 2
+    assert "unknown setting 'wings' in [evaluate]" in capfd.readouterr().err
+    assert evaluate.main(["--model", str(run)]) == 2
+    assert "data is missing" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- as programs
+
+
+def run_module(*arguments: str, cwd: Path, threads: int | None = 1) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "info"])
+def test_help_is_there(command: str, tmp_path: Path) -> None:
+    done = run_module(f"seda_fast.{command}", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"python -m seda_fast.{command}" in done.stdout
+
+
+def test_training_is_quiet_without_a_terminal(tmp_path: Path) -> None:
+    make_set(tmp_path / "data.npz")
+    done = run_module("seda_fast.train", "--data", "data.npz", "--out", "run", "--no-baselines", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "top-1" in done.stdout
+    assert SeDA.from_pretrained(tmp_path / "run").class_names == ("ash", "beech", "cedar")
+
+
+def test_info_names_versions_devices_and_implementations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main([]) == 0
+    shown = capsys.readouterr().out
+    for word in ("seda_fast", "torch", "cpu:", "q_sample", "interaction_block", "semantic_projection", "reverse_chain"):
+        assert word in shown
+    assert len(shown.splitlines()) <= 40
+    assert max(len(line) for line in shown.splitlines()) <= 160
+
+
+def test_help_names_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for flag in ("--data", "--out", "--epochs", "--seed", "--device", "--baselines", "--no-baselines", "--config"):
+        assert flag in shown
+    assert "(default: " in shown
+
+
+# ---------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_digits_with_defaults(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The whole job on the embedded set: train in under 3 minutes, then evaluate and predict its test part."""
+    started = time.monotonic()
+    assert run_module("seda_fast.train", "--out", "run", cwd=tmp_path, threads=None).returncode == 0
+    assert time.monotonic() - started < 180
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["top1"] >= metrics["baselines"]["linear"]["top1"] - 1.5
+    assert metrics["alignment"]["frechet"] < 0.5 * metrics["baselines"]["one_step"]["alignment"]["frechet"]
+    run = str(tmp_path / "run")
+    assert evaluate.main(["--model", run, "--data", "digits", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["top1"] == metrics["top1"]
+    assert predict.main(["--model", run, "--data", "digits", "--out", str(tmp_path / "p.csv")]) == 0
+    predicted = [int(row["label"]) for row in csv.DictReader((tmp_path / "p.csv").open())]
+    labels = load_file(tmp_path / "run" / "outputs.safetensors")["labels"]
+    assert 100 * np.mean(predicted == labels) == pytest.approx(metrics["top1"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cub10_googlenet_doc2vec", "wikipedia"])
+def test_small_real_sets_train_and_can_be_recomputed(name: str, shared_data: Path, tmp_path: Path) -> None:
+    data, out = shared_data / f"{name}.npz", tmp_path / "run"
+    small = ["--width", "64", "--blocks", "1", "--epochs", "8"]
+    assert train.main(["--data", str(data), "--out", str(out), *small]) == 0
+    assert len(recompute(out, data)) == 11
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["top1"] > 1.5 * 100 / len(np.load(data)["class_names"])
+
+
+@pytest.fixture(scope="module")
+def fashion(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, resource.struct_rusage]:
+    """Results of one run with all defaults on fashion_products, the data file, and what the process used."""
+    data, out = shared_data / "fashion_products.npz", tmp_path_factory.mktemp("fashion") / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "seda_fast.train", "--data", str(data), "--out", str(out)], stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return out, data, usage
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_fashion_products_with_defaults(fashion: tuple[Path, Path, resource.struct_rusage]) -> None:
+    """On real data: alignment beside the one-step mapping, time, memory, and figures that can be recomputed."""
+    out, data, usage = fashion
+    metrics = json.loads((out / "metrics.json").read_text())
+    baselines = metrics["baselines"]
+    assert metrics["alignment"]["frechet"] < 0.5 * baselines["one_step"]["alignment"]["frechet"]
+    assert metrics["train"]["seconds"] < 240
+    assert usage.ru_maxrss * 1024 < 1.5e9
+    assert len(recompute(out, data)) == 11
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_missing_extra_is_one_sentence(command: str, tmp_path: Path) -> None:
+    code = (
+        "import importlib.util as u, runpy, sys\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'sklearn' else find(name, *rest)\n"
+        f"runpy.run_module('seda_fast.{command}', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "sklearn not installed; this command needs: pip install 'seda_fast[eval]'\n"

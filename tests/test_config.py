@@ -1,0 +1,52 @@
+"""Settings are validated where they are made."""
+
+import pytest
+
+from seda_fast.config import ConfigError, SeDAConfig, TrainConfig
+
+SIZES = {"visual_dim": 4, "text_dim": 3, "n_classes": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"width": 0}, "width must be at least 1, not 0"),
+        ({"width": 2.5}, "width must be of type int, not 2.5"),
+        ({"width": True}, "width must be of type int, not True"),
+        ({"visual_dim": 0}, "visual_dim must be at least 1, not 0"),
+        ({"textual_sampler": "euler"}, "textual_sampler must be one of ddim, renoise, not 'euler'"),
+        ({"semantic_steps": 1001}, "semantic_steps must be at most diffusion_steps, not 1001"),
+        ({"textual_weight": 1.5}, "textual_weight must be in 0 .. 1, not 1.5"),
+        ({"textual_weight": "much"}, "textual_weight must be a number, not 'much'"),
+        ({"time_embedding": 7}, "time_embedding must be even, at least 2, not 7"),
+        ({"noise_draws": 0}, "noise_draws must be in 1 .. 65535, not 0"),
+    ],
+)
+def test_model_settings_out_of_range_are_one_sentence(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SeDAConfig(**{**SIZES, **change})  # type: ignore[arg-type]
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, not 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number, not nan"),
+        ({"dropout": 1}, "dropout must be in 0 .. 1, 1 excluded, not 1.0"),
+        ({"text_weight": -1}, "text_weight must be at least 0, not -1.0"),
+        ({"seed": -1}, "seed must be in 0 .. 2**63 - 1, not -1"),
+    ],
+)
+def test_training_settings_out_of_range_are_one_sentence(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**change)  # type: ignore[arg-type]
+    assert str(caught.value) == sentence
+
+
+def test_settings_are_frozen_and_integers_pass_as_floats() -> None:
+    config = TrainConfig(learning_rate=1)
+    assert isinstance(config.learning_rate, float)
+    with pytest.raises(AttributeError):
+        config.epochs = 3  # type: ignore[misc]

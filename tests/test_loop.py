@@ -1,0 +1,119 @@
+"""The training loop's parts, and that a run is reproducible to the bit."""
+
+import math
+
+import pytest
+import torch
+
+from seda_fast import SeDA, SeDAConfig, TrainConfig
+from seda_fast.loop import (
+    TrainingError,
+    TrainingSet,
+    batches,
+    learning_rate_factor,
+    moving_average,
+    parameter_groups,
+    train,
+)
+
+CONFIG = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=2, time_embedding=8, diffusion_steps=60)
+SETTINGS = TrainConfig(epochs=3, batch_size=16, learning_rate=3e-3)
+
+
+def training_set(rows: int = 50) -> TrainingSet:
+    generator = torch.Generator().manual_seed(9)
+    labels = torch.arange(rows) % 3
+    class_text = torch.randn(3, 5, generator=generator)
+    class_visual = torch.randn(3, 8, generator=generator)
+    return TrainingSet(
+        class_visual[labels] + 0.5 * torch.randn(rows, 8, generator=generator),
+        class_text[labels] + 0.5 * torch.randn(rows, 5, generator=generator),
+        labels,
+        torch.ones(rows, dtype=torch.bool),
+        torch.arange(rows),
+    )
+
+
+def fresh(seed: int = 0) -> SeDA:
+    torch.manual_seed(seed)
+    model = SeDA(CONFIG)
+    data = training_set()
+    model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), data.visual, data.labels)
+    return model
+
+
+def test_runs_of_one_seed_are_bit_identical_and_seeds_differ() -> None:
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        settings = TrainConfig(**{**SETTINGS.__dict__, "seed": seed})
+        return train(fresh(), training_set(), settings)[0].state_dict()
+
+    one, two, other = weights(4), weights(4), weights(5)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["learner.head.weight"], other["learner.head.weight"])
+
+
+def test_training_learns_and_reports_every_epoch() -> None:
+    calls: list[tuple[int, int]] = []
+    settings = TrainConfig(**{**SETTINGS.__dict__, "epochs": 30})
+    model, history = train(fresh(), training_set(), settings, on_step=lambda done, total: calls.append((done, total)))
+    assert [epoch.epoch for epoch in history] == list(range(1, 31))
+    assert calls[-1] == (120, 120)
+    assert len(calls) == 120
+    assert history[-1].losses["total"] < 0.7 * history[0].losses["total"]
+    assert set(history[0].row()) == {
+        "epoch", "loss", "loss_centre", "loss_semantic", "loss_text", "loss_mapped", "loss_textual_head",
+        "loss_teacher", "learning_rate", "seconds",
+    }  # fmt: skip
+    assert not model.training
+    accuracy = (model(training_set().visual).argmax(1) == training_set().labels).float().mean()
+    assert accuracy > 0.9
+
+
+def test_evaluated_weights_are_the_moving_average() -> None:
+    """The average of two known weights, by the rule min(decay, (1 + n) / (10 + n)) with n updates before."""
+    model = fresh()
+    average = moving_average(model, 0.9)
+    first = model.learner.head.weight.detach().clone()
+    average.update_parameters(model)  # the first update copies
+    with torch.no_grad():
+        model.learner.head.weight.add_(1.0)
+    average.update_parameters(model)
+    decay = min(0.9, 2 / 11)
+    expected = decay * first + (1 - decay) * (first + 1)
+    torch.testing.assert_close(average.module.learner.head.weight, expected)
+    for _ in range(200):
+        average.update_parameters(model)
+    before = average.module.learner.head.weight.detach().clone()
+    with torch.no_grad():
+        model.learner.head.weight.add_(1.0)
+    average.update_parameters(model)
+    torch.testing.assert_close(
+        average.module.learner.head.weight, 0.9 * before + 0.1 * model.learner.head.weight, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_learning_rate_rises_linearly_and_falls_by_half_a_cosine() -> None:
+    factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)), abs=1e-9)
+    assert factors[99] < 1e-3
+
+
+def test_batches_hold_every_row_once() -> None:
+    found = list(batches(23, 5, torch.Generator().manual_seed(1)))
+    assert [len(index) for index in found] == [5, 5, 5, 5, 3]
+    assert sorted(torch.cat(found).tolist()) == list(range(23))
+
+
+def test_only_matrices_decay() -> None:
+    groups = parameter_groups(fresh(), 0.3)
+    assert {g["weight_decay"] for g in groups} == {0.3, 0.0}
+    assert all(p.ndim == 2 for p in groups[0]["params"])  # type: ignore[attr-defined]
+    assert all(p.ndim == 1 for p in groups[1]["params"])  # type: ignore[attr-defined]
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name() -> None:
+    data = training_set()
+    data.text[3] = float("inf")
+    with pytest.raises(TrainingError, match=r"the loss term text became (nan|inf) in epoch 1"):
+        train(fresh(), data, TrainConfig(epochs=2, batch_size=64))

@@ -1,0 +1,105 @@
+"""The Triton kernels' machine code for three GPU generations, compiled here without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+PRODUCTS = {
+    "gated_product_kernel",
+    "residual_product_kernel",
+    "gate_backward_kernel",
+    "input_gradient_kernel",
+    "hidden_weight_kernel",
+    "output_weight_kernel",
+    "normaliser_kernel",
+    "logit_gradient_kernel",
+    "feature_gradient_kernel",
+    "class_gradient_kernel",
+}
+OTHERS = {
+    "noising_kernel",
+    "scaling_kernel",
+    "statistics_kernel",
+    "segments_kernel",
+    "norm_backward_kernel",
+    "row_loss_kernel",
+    "mean_kernel",
+    "factors_kernel",
+    "centre_gradient_kernel",
+}
+# What every GPU of compute capability 8.0 and above gives one program.
+SHARED_MEMORY = 99 * 1024
+INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
+
+def read(repository: Path, folder: Path, *options: str) -> list[dict[str, Any]]:
+    """Reports of ``benchmarks/machine_code.py``, in a process where Triton compiles rather than interprets."""
+    out = folder / "reports.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "benchmarks/machine_code.py", "--json", str(out), *options]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reports: list[dict[str, Any]] = json.loads(out.read_text())
+    return reports
+
+
+def describe(reports: list[dict[str, Any]]) -> str:
+    keys = ("kernel", "dtype", "target", "tile", "registers", "spilled_bytes", "shared_bytes", "tensor_core")
+    return "\n".join(" ".join(f"{key}={report[key]}" for key in keys) for report in reports)
+
+
+@pytest.fixture(scope="module", params=["80", "90", "100"])
+def reports(
+    request: pytest.FixtureRequest, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """Each kernel as the default model launches it in bfloat16, for one target."""
+    return read(repository, tmp_path_factory.mktemp("code"), "--targets", request.param, "--dtypes", "bfloat16")
+
+
+def test_every_kernel_is_read(reports: list[dict[str, Any]]) -> None:
+    assert {report["kernel"] for report in reports} == PRODUCTS | OTHERS
+
+
+def test_products_run_on_tensor_cores(reports: list[dict[str, Any]]) -> None:
+    wrong = [
+        report
+        for report in reports
+        if report["kernel"] in PRODUCTS and INSTRUCTION[report["target"]] not in report["tensor_core"]
+    ]
+    assert not wrong, describe(wrong)
+
+
+def test_noising_reads_and_writes_16_bytes_at_a_time(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        if report["kernel"] in ("noising_kernel", "scaling_kernel"):
+            # A program's tile, 16 bytes for each access of each thread.
+            rows, features = map(int, report["tile"].split("x"))
+            accesses = rows * features * 2 // (16 * 32 * report["warps"])
+            assert report["loads_16_bytes"] == accesses, describe([report])
+            assert report["stores_16_bytes"] == accesses, describe([report])
+
+
+def test_nothing_spills_and_all_fits(reports: list[dict[str, Any]]) -> None:
+    wrong = [r for r in reports if r["spilled_bytes"] or r["shared_bytes"] > SHARED_MEMORY]
+    assert not wrong, describe(wrong)
+
+
+def test_noising_needs_few_instructions(reports: list[dict[str, Any]]) -> None:
+    """Box-Muller is what bounds noising; with 60 instructions an element it would be slower than eager's two passes."""
+    (report,) = (report for report in reports if report["kernel"] == "noising_kernel")
+    assert 20 < report["instructions_per_element"] < 60
+
+
+@pytest.mark.slow
+def test_every_tile_in_every_dtype_neither_spills_nor_overflows(repository: Path, tmp_path: Path) -> None:
+    reports = read(repository, tmp_path, "--every-tile", "--dtypes", "bfloat16", "float16", "float32")
+    assert len({report["tile"] for report in reports if report["kernel"] == "gated_product_kernel"}) >= 4
+    wrong = [r for r in reports if r["spilled_bytes"] or r["shared_bytes"] > SHARED_MEMORY]
+    assert not wrong, describe(wrong)

@@ -1,0 +1,158 @@
+"""Deliberate small faults, put into the Triton kernels one at a time: the operations' tests must catch each.
+
+A fault is a text in a kernel's file and what replaces it. The tests run on a copy of the checkout in a process of their
+own; a fault that crashes them is caught as well.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+
+class Fault(NamedTuple):
+    """``before`` occurs ``times`` times in ``kernels/<kernel>.py``; all become ``after``."""
+
+    name: str
+    kernel: str
+    before: str
+    after: str
+    times: int = 1
+
+
+FAULTS = [
+    Fault("wrong stride of x0", "noising", "row[:, None] * x0_row_stride", "row[:, None] * features"),
+    Fault(
+        "32-bit offset",
+        "noising",
+        "row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS",
+        "row = tl.program_id(0) * BLOCK_ROWS",
+        times=2,
+    ),
+    Fault("gradient without its factor", "noising", "scaled = signal[:, None] * tl", "scaled = tl"),
+    Fault("mask too narrow", "noising", "mask=inside)", "mask=(row < rows)[:, None] & (feature < 1)[None, :])", 2),
+    Fault("first four features only", "noising", "quads = first // 4 +", "quads = 0 * first +"),
+    Fault(
+        "swapped Box-Muller pair",
+        "philox",
+        "return radius * cosine, radius * sine",
+        "return radius * sine, radius * cosine",
+    ),
+    Fault("uniforms without their half", "philox", "(mantissa - 1.0) + half", "mantissa - 1.0"),
+    Fault("stream left out", "philox", "((sample_ids >> 32) << 8) | stream", "(sample_ids >> 32) << 8"),
+    Fault("high half of the sample id left out", "philox", "((sample_ids >> 32) << 8) | stream", "stream"),
+    Fault("high half of the seed left out", "philox", "(seed >> 32).to", "(seed * 0).to"),
+    Fault(
+        "words of dropout in the wrong order",
+        "philox",
+        "tl.interleave(word0 >> 8, word2 >> 8)",
+        "tl.interleave(word0 >> 8, word1 >> 8)",
+    ),
+    Fault(
+        "dropout without rescaling",
+        "interaction",
+        "kept.to(tl.float32) * tl.cast(kept_scale, tl.float32)",
+        "kept.to(tl.float32)",
+    ),
+    Fault("forgotten 1 + alpha", "interaction", "+ (1.0 + alpha) * residual", "+ alpha * residual"),
+    Fault(
+        "forgotten 1 + scale",
+        "interaction",
+        "rstd[:, None] * (1.0 + scale) + shift",
+        "rstd[:, None] * scale + shift",
+        2,
+    ),
+    Fault("means of groups not joined", "interaction", "squares + count * away * away", "squares"),
+    Fault(
+        "first product without bias",
+        "interaction",
+        "pre = acc + tl.load(b_ptr + column",
+        "pre = acc + 0 * tl.load(b_ptr + column",
+    ),
+    Fault("half of silu's derivative", "interaction", "sigmoid * (1.0 + pre * (1.0 - sigmoid))", "sigmoid"),
+    Fault("norm's projection left out", "interaction", " - normed * mean_product[:, None]", ""),
+    Fault("segments one row too long", "interaction", "below = tau < step + end", "below = tau <= step + end"),
+    Fault("order of timesteps trusted", "interaction", "== step\n", ">= -1\n"),
+    Fault(
+        "last split of rows dropped",
+        "interaction",
+        "end = tl.minimum(rows, (split + 1) * rows_per_split)",
+        "end = tl.minimum(rows - 1, (split + 1) * rows_per_split)",
+        2,
+    ),
+    Fault(
+        "wrong stride of a weight",
+        "interaction",
+        "feature[:, None].to(tl.int64) * hidden",
+        "feature[:, None].to(tl.int64) * width",
+    ),
+    Fault("running sum not rescaled", "projection", "exponentials * tl.exp(largest - larger)", "exponentials"),
+    Fault(
+        "classes beyond the last one counted",
+        "projection",
+        'logits = tl.where(here, logits, float("-inf"))',
+        "logits = logits + 0.0",
+    ),
+    Fault("chunks not added up", "projection", "if not FIRST:", "if FIRST and not LAST:"),
+    Fault("smoothing left out of the gradient", "projection", " + smoothing / classes", ""),
+    Fault(
+        "ignored rows counted",
+        "projection",
+        "(label != ignore_index).to(tl.float32)",
+        "(label == label).to(tl.float32)",
+        2,
+    ),
+    Fault("temperature left out of the gradient", "projection", "/ count * tl.cast(inverse, tl.float32)", "/ count"),
+]
+# Which tests see a kernel's faults.
+TESTS = {
+    "noising": ["test_noising.py"],
+    "philox": ["test_philox.py", "test_noising.py", "test_interaction.py"],
+    "interaction": ["test_interaction.py"],
+    "projection": ["test_projection.py"],
+}
+
+
+def copy_of(repository: Path, folder: Path) -> Path:
+    """What the operations' tests need, as a checkout of its own."""
+    for name in ("seda_fast", "kernels"):
+        shutil.copytree(repository / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(repository / "tests" / "ops", folder / "tests" / "ops")
+    for name in ("pyproject.toml", "setup.py", "tests/conftest.py"):
+        shutil.copy(repository / name, folder / name)
+    return folder
+
+
+def suite(checkout: Path, kernel: str) -> subprocess.CompletedProcess[str]:
+    """The tests of one kernel in Triton's interpreter, up to the first failure."""
+    files = [f"tests/ops/{name}" for name in TESTS[kernel]]
+    only = ["-k", "(triton-cpu or philox) and not compiles and not opcheck and not thirty"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files, *only]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(checkout)}
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("kernel", TESTS)
+def test_the_suite_passes_without_a_fault(repository: Path, tmp_path: Path, kernel: str) -> None:
+    done = suite(copy_of(repository, tmp_path), kernel)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_caught(repository: Path, tmp_path: Path, fault: Fault) -> None:
+    checkout = copy_of(repository, tmp_path)
+    file = checkout / "kernels" / f"{fault.kernel}.py"
+    text = file.read_text(encoding="utf-8")
+    assert text.count(fault.before) == fault.times, "the kernel has changed: this fault must be written anew"
+    file.write_text(text.replace(fault.before, fault.after), encoding="utf-8")
+    done = suite(checkout, fault.kernel)
+    # 1: a test failed; below 0: a signal ended the process. Anything else is a broken set-up.
+    assert done.returncode == 1 or done.returncode < 0, done.stdout + done.stderr

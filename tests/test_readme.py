@@ -1,0 +1,77 @@
+"""The README's commands and code work as written."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from seda_fast import SeDA, SeDAConfig, evaluate, predict, train
+from seda_fast.data import KEYS
+
+
+@pytest.fixture(scope="module")
+def readme(repository: Path) -> str:
+    return (repository / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def test_python_examples_run(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    SeDA(SeDAConfig(visual_dim=6, text_dim=4, n_classes=3, width=16, blocks=1)).save_pretrained("runs/digits")
+    examples = blocks(readme, "python")
+    assert examples
+    for example in examples:
+        names: dict[str, object] = {}
+        exec(example, names)
+        log_proba = names["log_proba"]
+        assert isinstance(log_proba, torch.Tensor)
+        assert log_proba.shape == (5, 3)
+    assert (tmp_path / "runs" / "copy" / "model.safetensors").is_file()
+
+
+def test_commands_as_written_work_in_their_order(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ``python -m seda_fast.NAME`` line, on a small set named as in the README, with a small model."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "visual_train": rng.normal(size=(40, 6)),
+        "text_train": rng.normal(size=(40, 4)),
+        "label_train": np.arange(40) % 3,
+    }
+    np.savez("features.npz", **arrays)
+    np.savez("new.npz", visual=rng.normal(size=(7, 6)))
+    lines = [line for block in blocks(readme) for line in block.splitlines() if line.startswith("python -m seda_fast.")]
+    small = ["--epochs", "1", "--width", "16", "--blocks", "1", "--no-baselines"]
+    mains = {"train": train.main, "evaluate": evaluate.main, "predict": predict.main}
+    ran = set()
+    for line in lines:
+        words = shlex.split(line.split("#")[0].replace("[", "").replace("]", ""))
+        name = words[2].removeprefix("seda_fast.")
+        if name in mains:
+            assert mains[name](words[3:] + (small if name == "train" else [])) == 0
+            ran.add(name)
+    assert ran == set(mains)
+    assert {"predictions.csv", "aligned.npz", "runs"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_every_key_of_the_data_table_is_the_readers(readme: str) -> None:
+    table = readme[readme.index("| key |") : readme.index("- A label of **-1**")]
+    assert set(re.findall(r"`([a-z_]+)`", table)) == set(KEYS)
+
+
+def test_make_targets_and_options_exist(readme: str, repository: Path) -> None:
+    makefile = (repository / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"^make ([a-z]+)", readme, flags=re.M)):
+        assert re.search(rf"^{target}:", makefile, flags=re.M)
+    sections = [*train.SECTIONS.values(), evaluate.EvaluateConfig, predict.PredictConfig]
+    settings = {field.name for section in sections for field in dataclasses.fields(section)}
+    known = {"--config", "--help", "--no-baselines", *("--" + name.replace("_", "-") for name in settings)}
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)):
+        assert option in known, option
