@@ -32,6 +32,7 @@ class SeDAConfig:
     width: int = setting(512, "width of the networks, d")
     expansion: int = setting(2, "hidden size of a block over its width, m")
     blocks: int = setting(3, "interaction blocks in each network, L")
+    visual_width: int = setting(512, "hidden size of the visual head")
     time_embedding: int = setting(64, "size of the sinusoidal timestep embedding and its hidden layer")
     diffusion_steps: int = setting(1000, "timesteps of the noise schedule, T")
     semantic_sampler: SamplerName = setting("renoise", "sampler of the semantic stage")
@@ -41,7 +42,10 @@ class SeDAConfig:
     classification_steps: int = setting(
         1, "sampling steps of the textual stage for classification (1: the posterior mean)"
     )
-    textual_weight: float = setting(0.5, "weight of the textual head's log-probabilities, 0 .. 1")
+    textual_weight: float = setting(0.25, "weight of the textual head's log-probabilities, 0 .. 1")
+    visual_weight: float = setting(
+        0.5, "weight of the visual head's log-probabilities, 0 .. 1; the semantic head has the rest"
+    )
     noise_draws: int = setting(1, "noise draws that a prediction averages over, R")
 
     def __post_init__(self) -> None:
@@ -49,7 +53,9 @@ class SeDAConfig:
         sizes = ("visual_dim", "text_dim", "n_classes")
         for name in sizes:
             check_range(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("width", "blocks", "expansion", "semantic_steps", "textual_steps", "classification_steps"):
+        for name in ("width", "visual_width", "blocks", "expansion"):
+            check_range(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("semantic_steps", "textual_steps", "classification_steps"):
             check_range(self, name, getattr(self, name) >= 1, "at least 1")
         check_range(
             self, "time_embedding", self.time_embedding >= 2 and self.time_embedding % 2 == 0, "even, at least 2"
@@ -58,12 +64,20 @@ class SeDAConfig:
         for name in ("semantic_steps", "textual_steps", "classification_steps"):
             check_range(self, name, getattr(self, name) <= self.diffusion_steps, "at most diffusion_steps")
         check_range(self, "textual_weight", 0 <= self.textual_weight <= 1, "in 0 .. 1")
+        check_range(
+            self, "visual_weight", 0 <= self.visual_weight <= 1 - self.textual_weight, "in 0 .. 1 - textual_weight"
+        )
         check_range(self, "noise_draws", 1 <= self.noise_draws <= 65535, "in 1 .. 65535")
+
+    @property
+    def semantic_weight(self) -> float:
+        """Weight of the semantic head's log-probabilities: what the other two leave."""
+        return 1 - self.textual_weight - self.visual_weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained. Loss weights are the method's w1 .. w6."""
+    """How a model is trained. Loss weights are the method's w1 .. w6, and w7 of the visual head."""
 
     epochs: int = setting(20, "passes over the training part")
     batch_size: int = setting(256, "rows of an optimiser step")
@@ -73,6 +87,8 @@ class TrainConfig:
     clip_norm: float = setting(1.0, "largest gradient norm")
     ema_decay: float = setting(0.995, "decay of the weights' exponential moving average")
     dropout: float = setting(0.1, "dropout rate inside the interaction blocks")
+    visual_dropout: float = setting(0.5, "rate of Gaussian dropout inside the visual head")
+    visual_input_dropout: float = setting(0.2, "rate of Gaussian dropout on the visual head's input")
     label_smoothing: float = setting(0.1, "label smoothing of the class terms")
     centre_weight: float = setting(1.0, "w1: distance of s to its category centre")
     semantic_weight: float = setting(1.0, "w2: cross entropy of the semantic head")
@@ -80,6 +96,7 @@ class TrainConfig:
     mapped_weight: float = setting(1.0, "w4: cross entropy of the textual head on t_ (gradient stopped)")
     textual_head_weight: float = setting(1.0, "w5: cross entropy of the textual head on the text itself")
     teacher_weight: float = setting(1.0, "w6: divergence of both heads from the textual head on the text")
+    visual_head_weight: float = setting(1.0, "w7: cross entropy of the visual head")
     teacher_temperature: float = setting(2.0, "temperature of the text as teacher")
     seed: int = setting(0, "seed of initial weights, order, noise, dropout and split")
 
@@ -92,9 +109,22 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             if f.name.endswith("_weight") or f.name == "weight_decay":
                 check_range(self, f.name, getattr(self, f.name) >= 0, "at least 0")
-        for name in ("warmup", "ema_decay", "dropout", "label_smoothing"):
+        for name in ("warmup", "ema_decay", "dropout", "visual_dropout", "visual_input_dropout", "label_smoothing"):
             check_range(self, name, 0 <= getattr(self, name) < 1, "in 0 .. 1, 1 excluded")
         check_range(self, "seed", 0 <= self.seed < 2**63, "in 0 .. 2**63 - 1")
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """w1 .. w7, in the order of the objective's terms."""
+        return (
+            self.centre_weight,
+            self.semantic_weight,
+            self.text_weight,
+            self.mapped_weight,
+            self.textual_head_weight,
+            self.teacher_weight,
+            self.visual_head_weight,
+        )
 
 
 def check_types(config: Any) -> None:

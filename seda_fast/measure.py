@@ -31,6 +31,7 @@ def outputs_metrics(outputs: Outputs, model: SeDA, rows: EvaluationRows) -> dict
         "heads": {
             "semantic": classification_metrics(outputs.semantic_log_proba, rows.labels),
             "textual": classification_metrics(outputs.textual_log_proba, rows.labels),
+            "visual": classification_metrics(outputs.visual_log_proba, rows.labels),
         },
         "alignment": alignment(outputs.aligned, text),
         "alignment_point": alignment(outputs.aligned_point, text),

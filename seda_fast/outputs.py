@@ -29,6 +29,7 @@ class Outputs:
     log_proba: Float
     semantic_log_proba: Float
     textual_log_proba: Float
+    visual_log_proba: Float
     semantic: Float
     aligned: Float
     aligned_point: Float

@@ -114,11 +114,13 @@ def prepare(data: FeatureSet, config: SeDAConfig, seed: int, device: torch.devic
     text = (torch.from_numpy(float_rows(data.text_train, everything)) - text_mean) / text_scale
     labels = torch.from_numpy(np.asarray(data.label_train))
     model.fit_statistics(visual_mean, visual_scale, text_mean, text_scale, visual, labels)
+    text, paired = text.nan_to_num(nan=0.0), torch.from_numpy(data.paired_train)
+    model.fit_teacher(visual, text, labels, paired, seed)
     rows = TrainingSet(
         visual.to(device),
-        text.nan_to_num(nan=0.0).to(device),
+        text.to(device),
         labels.to(device),
-        torch.from_numpy(data.paired_train).to(device),
+        paired.to(device),
         torch.from_numpy(data.ids_train).to(device),
     )
     return model.to(device), rows

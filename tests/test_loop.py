@@ -62,7 +62,7 @@ def test_training_learns_and_reports_every_epoch() -> None:
     assert history[-1].losses["total"] < 0.7 * history[0].losses["total"]
     assert set(history[0].row()) == {
         "epoch", "loss", "loss_centre", "loss_semantic", "loss_text", "loss_mapped", "loss_textual_head",
-        "loss_teacher", "learning_rate", "seconds",
+        "loss_teacher", "loss_visual", "learning_rate", "seconds",
     }  # fmt: skip
     assert not model.training
     accuracy = (model(training_set().visual).argmax(1) == training_set().labels).float().mean()

@@ -21,6 +21,8 @@ from ..ops import q_sample, semantic_projection, stratified_timesteps
 from .interaction import PFIN, Dropout
 from .schedule import NoiseSchedule, Sampler
 from .space import category_centres
+from .teacher import PairTeacher, fit_teacher, teacher_rows
+from .visual import GaussianDropout, VisualHead
 
 # Stream ids of the randomness contract.
 VISUAL_NOISE, TEXTUAL_NOISE = 0, 1
@@ -51,6 +53,7 @@ class Losses(NamedTuple):
     mapped: Tensor
     textual_head: Tensor
     teacher: Tensor
+    visual: Tensor
 
 
 class SemanticLearner(nn.Module):
@@ -77,6 +80,23 @@ class SemanticTranslator(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, timesteps: Tensor, dropout: Dropout | None = None) -> Tensor:
         """``x`` (B, Dt) noised, ``condition`` (B, 2 Dv), ``timesteps`` (B,) -> t_ (B, Dt)."""
         return self.network(x, condition, timesteps, dropout)  # type: ignore[no-any-return]
+
+
+def _class_terms(
+    features: Tensor, labels: Tensor, centres: Tensor | None, head: nn.Linear, smoothing: float, soft: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Centre loss of the labelled rows, and the cross entropy of labelled rows and of those with ``soft`` labels.
+
+    ``soft`` (B, K) has rows that sum to 1, or to 0 where there is no soft label.
+    """
+    centre, hard = semantic_projection(
+        features, labels, centres, head.weight, head.bias, label_smoothing=smoothing, ignore_index=UNLABELLED
+    )
+    if soft is None:
+        return centre, hard
+    n_hard, n_soft = (labels >= 0).sum(), soft.sum()
+    entropy = -(soft * F.log_softmax(head(features), dim=1)).sum()
+    return centre, (hard * n_hard + entropy) / (n_hard + n_soft).clamp(min=1)
 
 
 def _network(config: SeDAConfig, dim: int, condition_dim: int) -> PFIN:
@@ -119,6 +139,8 @@ class SeDA(nn.Module):
         self.class_names = tuple(names)
         self.learner = SemanticLearner(config)
         self.translator = SemanticTranslator(config)
+        self.visual = VisualHead(config)
+        self.teacher: PairTeacher | None = None
         self.register_buffer("visual_mean", torch.zeros(config.visual_dim))
         self.register_buffer("visual_scale", torch.ones(config.visual_dim))
         self.register_buffer("text_mean", torch.zeros(config.text_dim))
@@ -147,6 +169,16 @@ class SeDA(nn.Module):
         self.text_mean.copy_(text_mean)
         self.text_scale.copy_(text_scale)
         self.centres.copy_(category_centres(visual, labels, self.config.n_classes))
+
+    def fit_teacher(self, visual: Tensor, text: Tensor, labels: Tensor, paired: Tensor, seed: int) -> None:
+        """Set ``teacher`` from standardised training triples where some pairs are unlabelled, else remove it.
+
+        Shapes as in `losses`. The teacher serves training alone and is not saved with the model.
+        """
+        rows = teacher_rows(labels, paired, seed)
+        self.teacher = (
+            fit_teacher(visual[rows], text[rows], labels[rows], self.config.n_classes, seed) if len(rows) else None
+        )
 
     def standardise_visual(self, visual: Tensor) -> Tensor:
         """Raw (B, Dv) -> zero mean and unit deviation on the training part."""
@@ -178,62 +210,54 @@ class SeDA(nn.Module):
             sample_ids: (B,) int64. seed, step: int64 (), key all randomness of the step.
             settings: dropout, smoothing and the weights of the terms.
 
-        Rows without text train the semantic terms only; unlabelled rows train the text and teacher terms only.
+        Rows without text train the visual and semantic terms only. Unlabelled rows train the text and teacher terms;
+        where the model has a ``teacher`` of pairs, its class probabilities serve as their labels in all class terms,
+        a row counting there as much as a labelled one.
         """
         tau_s, tau_t = (
             stratified_timesteps(seed, step, sample_ids, self.config.diffusion_steps, stream)
             for stream in (SEMANTIC_TIMESTEPS, TEXTUAL_TIMESTEPS)
         )
-        dropout = Dropout(settings.dropout, seed, step, sample_ids, FIRST_DROPOUT)
+        layers = FIRST_DROPOUT, FIRST_DROPOUT + self.config.blocks, FIRST_DROPOUT + 2 * self.config.blocks
+        dropout = Dropout(settings.dropout, seed, step, sample_ids, layers[0])
+        rates = settings.visual_input_dropout, settings.visual_dropout
+        hidden = self.visual.hidden(visual, GaussianDropout(*rates, seed, step, sample_ids, layers[2]))
         tables, key = (self.signal, self.noise), {"seed": seed, "step": step, "sample_ids": sample_ids}
         x_v = q_sample(visual, tau_s, *tables, **key, stream=VISUAL_NOISE)
         s = self.learner(x_v, visual, tau_s, dropout)
         x_t = q_sample(text, tau_t, *tables, **key, stream=TEXTUAL_NOISE)
-        t = self.translator(
-            x_t,
-            torch.cat((s, visual), dim=1),
-            tau_t,
-            dropout._replace(stream=FIRST_DROPOUT + self.config.blocks),
-        )
-        centre, semantic = self._class_terms(s, labels, self.centres, self.learner.head, settings)
+        t = self.translator(x_t, torch.cat((s, visual), dim=1), tau_t, dropout._replace(stream=layers[1]))
+        mapped = t.detach()
+
+        soft = self._soft_labels(visual, text, labels, paired)
+        # The label of a row without text says nothing of texts.
+        known = labels.masked_fill(~paired, UNLABELLED)
         pairs = paired.to(text.dtype)
-        n_pairs = pairs.sum().clamp(min=1)
-        text_loss = ((t - text).square().mean(1) * pairs).sum() / n_pairs
-        text_labels = labels.masked_fill(~paired, UNLABELLED)
-        head = self.translator.head
-        _, mapped = self._class_terms(t.detach(), text_labels, None, head, settings)
-        _, textual_head = self._class_terms(text, text_labels, None, head, settings)
-        teacher = self._teacher(s, t.detach(), text, pairs / n_pairs, settings)
-        terms = (centre, semantic, text_loss, mapped, textual_head, teacher)
-        weights = (
-            settings.centre_weight,
-            settings.semantic_weight,
-            settings.text_weight,
-            settings.mapped_weight,
-            settings.textual_head_weight,
-            settings.teacher_weight,
+        row_weights = pairs / pairs.sum().clamp(min=1)
+        smoothing, head = settings.label_smoothing, self.translator.head
+        centre, semantic = _class_terms(s, labels, self.centres, self.learner.head, smoothing, soft)
+        terms = (
+            centre,
+            semantic,
+            ((t - text).square().mean(1) * row_weights).sum(),
+            _class_terms(mapped, known, None, head, smoothing, soft)[1],
+            _class_terms(text, known, None, head, smoothing, soft)[1],
+            self._teacher(s, mapped, text, row_weights, settings.teacher_temperature),
+            _class_terms(hidden, labels, None, self.visual.head, smoothing, soft)[1],
         )
-        total = sum((w * term for w, term in zip(weights, terms, strict=True)), torch.zeros_like(centre))
+        total = sum((w * term for w, term in zip(settings.loss_weights, terms, strict=True)), torch.zeros_like(centre))
         return Losses(total, *terms)
 
-    def _class_terms(
-        self, features: Tensor, labels: Tensor, centres: Tensor | None, head: nn.Linear, settings: TrainConfig
-    ) -> tuple[Tensor, Tensor]:
-        return semantic_projection(
-            features,
-            labels,
-            centres,
-            head.weight,
-            head.bias,
-            label_smoothing=settings.label_smoothing,
-            ignore_index=UNLABELLED,
-        )
+    def _soft_labels(self, visual: Tensor, text: Tensor, labels: Tensor, paired: Tensor) -> Tensor | None:
+        """The teacher's class probabilities (B, K), rows of zeros where a row is labelled or has no text."""
+        if self.teacher is None:
+            return None
+        unlabelled = (labels < 0) & paired
+        soft: Tensor = self.teacher(visual, text)
+        return soft * unlabelled[:, None]
 
-    def _teacher(
-        self, s: Tensor, t: Tensor, text: Tensor, row_weights: Tensor, settings: TrainConfig
-    ) -> Tensor:
+    def _teacher(self, s: Tensor, t: Tensor, text: Tensor, row_weights: Tensor, temperature: float) -> Tensor:
         """Mean divergence of the two heads from the text's, softened; the text itself learns nothing from it."""
-        temperature = settings.teacher_temperature
         with torch.no_grad():
             target = F.log_softmax(self.translator.head(text) / temperature, dim=1)
         divergence = torch.zeros_like(row_weights)
@@ -303,33 +327,38 @@ class SeDA(nn.Module):
         seed: int = 0,
         noise_draws: int | None = None,
         heads: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
         """Class log-probabilities of raw visual features, (B, Dv) -> (B, K).
 
-        Both heads' log-probabilities are combined with weight `SeDAConfig.textual_weight` on the textual one,
-        normalised, and probabilities are averaged over ``noise_draws``. With ``heads`` the result is ``(combined,
-        semantic head's, textual head's)``. ``sample_ids`` and ``seed`` as in `align`.
+        The three heads' log-probabilities are combined with the weights `SeDAConfig.textual_weight`,
+        `SeDAConfig.visual_weight` and, for the semantic head, the rest to 1; normalised; and probabilities are averaged
+        over ``noise_draws``. With ``heads`` the result is ``(combined, semantic head's, textual head's, visual
+        head's)``. ``sample_ids`` and ``seed`` as in `align`.
         """
         config = self.config
         draws = config.noise_draws if noise_draws is None else noise_draws
         if not 1 <= draws < 1 << _DRAW_SHIFT:
             raise ValueError(f"noise_draws must be in 1 .. {(1 << _DRAW_SHIFT) - 1}, not {draws}")
         samplers = self._samplers(None, config.classification_steps, visual.device)
+        weights = config.semantic_weight, config.textual_weight, config.visual_weight
 
         def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            from_visual = F.log_softmax(self.visual(self.standardise_visual(rows)), dim=1)
             found: list[list[Tensor]] = [[], [], []]
             for draw in range(draws):
                 s, t = self._align_block(rows, ids, samplers, seed, draw)
                 semantic = F.log_softmax(self.learner.head(s), dim=1)
                 textual = F.log_softmax(self.translator.head(t), dim=1)
-                w = config.textual_weight
-                combined = F.log_softmax((1 - w) * semantic + w * textual, dim=1)
+                heads = (semantic, textual, from_visual)
+                product = sum((w * x for w, x in zip(weights, heads, strict=True)), torch.zeros_like(semantic))
+                combined = F.log_softmax(product, dim=1)
                 for kept, value in zip(found, (combined, semantic, textual), strict=True):
                     kept.append(value)
-            return tuple(torch.logsumexp(torch.stack(kept), dim=0) - math.log(draws) for kept in found)
+            averaged = (torch.logsumexp(torch.stack(kept), dim=0) - math.log(draws) for kept in found)
+            return (*averaged, from_visual)
 
-        combined, semantic, textual = self._in_blocks(visual, sample_ids, block)
-        return (combined, semantic, textual) if heads else combined
+        combined, semantic, textual, from_visual = self._in_blocks(visual, sample_ids, block)
+        return (combined, semantic, textual, from_visual) if heads else combined
 
     def forward(self, visual: Tensor, sample_ids: Tensor | None = None) -> Tensor:
         """Class log-probabilities, (B, Dv) -> (B, K); see `predict_log_proba`."""

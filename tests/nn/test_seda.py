@@ -57,8 +57,9 @@ def test_objective_is_the_methods_formula() -> None:
         lambda module, inputs, output: seen.update(x_t=inputs[0], c=inputs[1], t=output)
     )
     weights = {"centre_weight": 0.5, "semantic_weight": 0.7, "text_weight": 1.3, "mapped_weight": 0.2,
-               "textual_head_weight": 0.9, "teacher_weight": 0.4}  # fmt: skip
-    found = losses(made, data, dropout=0.0, label_smoothing=0.1, teacher_temperature=2.0, **weights)
+               "textual_head_weight": 0.9, "teacher_weight": 0.4, "visual_head_weight": 0.6}  # fmt: skip
+    off = {"dropout": 0.0, "visual_dropout": 0.0, "visual_input_dropout": 0.0}
+    found = losses(made, data, **off, label_smoothing=0.1, teacher_temperature=2.0, **weights)
     s, t, y = seen["s"], seen["t"], data["labels"]
     torch.testing.assert_close(seen["c"], torch.cat((s, data["visual"]), 1))
 
@@ -78,6 +79,7 @@ def test_objective_is_the_methods_formula() -> None:
         cross_entropy(head_t(t)),
         cross_entropy(head_t(data["text"])),
         sum(divergences) / 2,
+        cross_entropy(made.visual(data["visual"])),
     )
     for name, value in zip(found._fields[1:], expected, strict=True):
         torch.testing.assert_close(getattr(found, name), value, msg=lambda text, name=name: f"{name}: {text}")
@@ -92,7 +94,7 @@ def gradient_of(made: SeDA, data: dict[str, Tensor], parameter: Tensor, **settin
 def test_gradients_stop_where_the_method_stops_them() -> None:
     made, data = model(), batch()
     off = {"centre_weight": 0.0, "semantic_weight": 0.0, "text_weight": 0.0, "mapped_weight": 0.0,
-           "textual_head_weight": 0.0, "teacher_weight": 0.0}  # fmt: skip
+           "textual_head_weight": 0.0, "teacher_weight": 0.0, "visual_head_weight": 0.0}  # fmt: skip
     translator, head_t, head_s = (
         made.translator.network.output.weight,
         made.translator.head.weight,
@@ -117,10 +119,36 @@ def test_unlabelled_rows_train_text_and_teacher_terms_only() -> None:
     made, data = model(), batch()
     data["labels"] = torch.full_like(data["labels"], -1)
     found = losses(made, data)
-    for name in ("centre", "semantic", "mapped", "textual_head"):
+    for name in ("centre", "semantic", "mapped", "textual_head", "visual"):
         assert getattr(found, name) == 0
     assert found.text > 0
     assert found.teacher > 0
+
+
+def test_teacher_labels_unlabelled_pairs_only() -> None:
+    """With a teacher of pairs each class term is the mean over labelled rows and softly labelled ones alike."""
+    made, data = model(), batch()
+    data["labels"][:5] = -1
+    data["paired"][:2] = False
+    data["text"][:2] = 0
+    made.fit_teacher(torch.randn(40, DV), torch.randn(40, DT), torch.arange(40) % (K + 1) - 1, torch.ones(40) > 0, 3)
+    assert made.teacher is not None
+    off = {"dropout": 0.0, "visual_dropout": 0.0, "visual_input_dropout": 0.0}
+    found = losses(made, data, **off, label_smoothing=0.0)
+    soft = made.teacher(data["visual"], data["text"])
+    targets = torch.cat((soft[2:5], functional.one_hot(data["labels"][5:], K).float()))
+    expected = functional.cross_entropy(made.visual(data["visual"])[2:], targets)
+    torch.testing.assert_close(found.visual, expected)
+    torch.testing.assert_close(
+        found.textual_head, functional.cross_entropy(made.translator.head(data["text"])[2:], targets)
+    )
+    without = made.teacher
+    made.teacher = None
+    torch.testing.assert_close(losses(made, data, **off).centre, found.centre)
+    made.teacher = without
+    assert "teacher" not in " ".join(made.state_dict())
+    made.fit_teacher(data["visual"], data["text"], torch.arange(12) % K, data["paired"], 3)
+    assert made.teacher is None
 
 
 def test_rows_without_text_train_semantic_terms_only() -> None:
@@ -136,12 +164,15 @@ def test_rows_without_text_train_semantic_terms_only() -> None:
     for name in ("text", "mapped", "textual_head", "teacher"):
         assert getattr(none, name) == 0
     assert none.centre > 0
+    assert none.visual > 0
     assert none.semantic > 0
 
 
 def test_losses_compile_in_one_graph_and_agree_with_eager() -> None:
     made, data = model(), batch()
     key = {"seed": torch.tensor(5), "step": torch.tensor(7)}
+    data["labels"][:4] = -1
+    made.fit_teacher(torch.randn(40, DV), torch.randn(40, DT), torch.arange(40) % (K + 1) - 1, torch.ones(40) > 0, 3)
     settings = TrainConfig(dropout=0.2)
     compiled = torch.compile(lambda: made.losses(**data, **key, settings=settings), fullgraph=True)
     torch.testing.assert_close(torch.stack(tuple(compiled())), torch.stack(tuple(losses(made, data, dropout=0.2))))
@@ -177,15 +208,17 @@ def test_prediction_depends_on_id_and_seed() -> None:
 
 
 def test_combined_prediction_is_the_weighted_product_of_the_heads() -> None:
-    made = model(textual_weight=0.3)
+    made = model(textual_weight=0.3, visual_weight=0.6)
+    rows = torch.randn(9, DV)
     with torch.no_grad():
-        combined, semantic, textual = made.predict_log_proba(torch.randn(9, DV), heads=True)
-    torch.testing.assert_close(combined, (0.7 * semantic + 0.3 * textual).log_softmax(1))
+        combined, semantic, textual, visual = made.predict_log_proba(rows, heads=True)
+        torch.testing.assert_close(visual, made.visual(made.standardise_visual(rows)).log_softmax(1))
+    torch.testing.assert_close(combined, (0.1 * semantic + 0.3 * textual + 0.6 * visual).log_softmax(1))
     torch.testing.assert_close(combined.exp().sum(1), torch.ones(9))
 
 
 def test_draws_average_probabilities() -> None:
-    made = model()
+    made = model(textual_weight=0.5, visual_weight=0.0)
     visual = torch.randn(5, DV)
     with torch.no_grad():
         s, t = zip(*[made.align(visual, steps=1, draw=r) for r in range(3)], strict=True)

@@ -1,0 +1,106 @@
+"""The teacher of unlabelled pairs."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn import functional
+
+from seda_fast.nn import teacher as module
+from seda_fast.nn.teacher import PairTeacher, combined, fit_teacher, teacher_rows
+
+
+def pairs(rows: int, classes: int = 4, noise: tuple[float, float] = (1.0, 1.0)) -> tuple[Tensor, Tensor, Tensor]:
+    """Two views of a class, each with noise of its own."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.arange(rows) % classes
+    spaces = (
+        torch.randn(classes, d, generator=generator)[y] + n * torch.randn(rows, d, generator=generator)
+        for d, n in zip((12, 8), noise, strict=True)
+    )
+    return (*spaces, y)  # type: ignore[return-value]
+
+
+def few_labels(y: Tensor, per_class: int) -> Tensor:
+    return y.where(torch.arange(len(y)) < per_class * (int(y.max()) + 1), -1)
+
+
+def test_teacher_beats_both_classifiers_that_it_started_from() -> None:
+    v, t, y = pairs(2000)
+    labels = few_labels(y, 4)
+    known = labels >= 0
+    found = fit_teacher(v, t, labels, 4, seed=0)(v, t)
+    right = float((found.argmax(1) == y)[~known].float().mean())
+    for x in (v, t):
+        alone = LogisticRegression().fit(x[known].numpy(), labels[known].numpy()).score(x.numpy(), y.numpy())
+        assert right > alone + 0.05
+    torch.testing.assert_close(found.sum(1), torch.ones(2000))
+
+
+def test_a_space_that_says_nothing_is_not_trusted() -> None:
+    v, t, y = pairs(1200, noise=(100.0, 0.7))
+    trained = fit_teacher(v, t, few_labels(y, 8), 4, seed=0)
+    assert trained.trust[0] < trained.trust[1]
+    good = (trained(v, t).argmax(1) == y).float().mean()
+    assert good > 0.9
+
+
+def test_fit_reaches_the_minimum_that_scikit_learn_finds() -> None:
+    v, _, y = pairs(300)
+    found = module._fit(v, functional.one_hot(y, 4).float(), 0.01)
+    theirs = LogisticRegression(C=1 / (0.01 * 300), max_iter=1000, tol=1e-8).fit(v.double().numpy(), y.numpy())
+    np.testing.assert_allclose(found.log_proba(v).exp(), theirs.predict_proba(v.double().numpy()), atol=2e-3)
+
+
+def test_combination_is_a_normalised_product_of_powers() -> None:
+    p, q = torch.rand(2, 5, 3).softmax(2)
+    expected = (p**0.5) * (q**2)
+    torch.testing.assert_close(
+        combined((p.log(), q.log()), torch.tensor([0.5, 2.0])), expected / expected.sum(1, keepdim=True),
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+
+def test_folds_spread_every_class() -> None:
+    y = torch.randint(0, 3, (90,), generator=torch.Generator().manual_seed(2))
+    fold = module._folds(y, 0)
+    for label in range(3):
+        counts = torch.bincount(fold[y == label], minlength=5)
+        assert counts.max() - counts.min() <= 1
+    assert not torch.equal(fold, module._folds(y, 1))
+
+
+@pytest.mark.parametrize("per_class", [1, 2])
+def test_very_few_labels_still_give_a_teacher(per_class: int) -> None:
+    v, t, y = pairs(400)
+    found = fit_teacher(v, t, few_labels(y, per_class), 4, seed=0)(v, t)
+    assert found.isfinite().all()
+    assert (found.argmax(1) == y).float().mean() > 0.3
+
+
+def test_rows_are_chosen_where_a_teacher_has_use() -> None:
+    labels, paired = torch.tensor([0, 1, -1, -1, 1]), torch.tensor([True, True, True, False, False])
+    assert teacher_rows(labels, paired, 0).tolist() == [0, 1, 2]
+    assert not len(teacher_rows(labels.clamp(min=0), paired, 0))  # nothing unlabelled
+    assert not len(teacher_rows(labels.clamp(max=0), paired, 0))  # one class
+    assert not len(teacher_rows(labels, ~paired, 0))  # no labelled pair
+
+
+def test_rows_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LABELLED_ROWS", 7)
+    monkeypatch.setattr(module, "UNLABELLED_ROWS", 9)
+    labels = torch.arange(100) % 4 - 1
+    rows = teacher_rows(labels, torch.ones(100, dtype=torch.bool), 0)
+    assert (labels[rows] >= 0).sum() == 7
+    assert len(rows) == 16
+    assert torch.equal(rows, teacher_rows(labels, torch.ones(100, dtype=torch.bool), 0))
+    assert not torch.equal(rows, teacher_rows(labels, torch.ones(100, dtype=torch.bool), 1))
+
+
+def test_it_is_deterministic_and_keeps_nothing_in_the_state_dict() -> None:
+    v, t, y = pairs(200)
+    one, two = (fit_teacher(v, t, few_labels(y, 4), 4, seed=5) for _ in range(2))
+    assert torch.equal(one(v, t), two(v, t))
+    assert isinstance(one, PairTeacher)
+    assert not one.state_dict()
