@@ -22,19 +22,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from . import _eval_extra  # noqa: F401 - checks first that what measuring needs is installed
-from .arrays import mean_and_scale
 from .arrays import rows as float_rows
 from .baselines import BASELINES, Baseline, fit_baseline
 from .command import choose_device, progress, run, settings_of
 from .config import ConfigError, SeDAConfig, TrainConfig, check_range, check_types, setting
 from .data import EvaluationRows, FeatureSet
-from .files import DataError, atomic_path
+from .figures import write_figures
+from .files import atomic_path
 from .loop import Epoch, TrainingSet, train
 from .measure import alignment, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
 from .metrics import classification_metrics
 from .nn import SeDA
 from .outputs import Outputs, model_outputs
-from .report import write_figures
+from .prepare import prepare
 from .results import (
     CONFIG_FILE,
     HISTORY_FILE,
@@ -96,34 +96,6 @@ def parse(argv: Sequence[str] | None) -> Settings:
     """Settings from defaults, then ``--config FILE``, then the command line."""
     given = settings_of(PROGRAM, __doc__, SECTIONS, argv, skip=_FROM_DATA)
     return Settings(RunConfig(**given["run"]), TrainConfig(**given["train"]), given["model"])
-
-
-def prepare(data: FeatureSet, config: SeDAConfig, seed: int, device: torch.device) -> tuple[SeDA, TrainingSet]:
-    """A new model carrying the data's statistics, and the standardised training set on ``device``."""
-    if not data.labelled_train.any():
-        raise DataError(f"{data.source}: 'label_train' has no labelled row")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SeDA(config, data.class_names)
-    visual_mean, visual_scale = (torch.from_numpy(m).float() for m in mean_and_scale(data.visual_train))
-    text_mean, text_scale = (
-        torch.from_numpy(m).float() for m in mean_and_scale(data.text_train, np.flatnonzero(data.paired_train))
-    )
-    everything = np.arange(len(data.visual_train))
-    visual = (torch.from_numpy(float_rows(data.visual_train, everything)) - visual_mean) / visual_scale
-    text = (torch.from_numpy(float_rows(data.text_train, everything)) - text_mean) / text_scale
-    labels = torch.from_numpy(np.asarray(data.label_train))
-    model.fit_statistics(visual_mean, visual_scale, text_mean, text_scale, visual, labels)
-    text, paired = text.nan_to_num(nan=0.0), torch.from_numpy(data.paired_train)
-    model.fit_teacher(visual, text, labels, paired, seed)
-    rows = TrainingSet(
-        visual.to(device),
-        text.to(device),
-        labels.to(device),
-        paired.to(device),
-        torch.from_numpy(data.ids_train).to(device),
-    )
-    return model.to(device), rows
 
 
 def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) -> dict[str, Baseline]:

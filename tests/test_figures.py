@@ -9,9 +9,9 @@ import pytest
 from matplotlib.image import imread
 from scipy.sparse import csr_array
 
-from seda_fast import report
+from seda_fast import figures
+from seda_fast.figures import write_figures
 from seda_fast.files import DataError
-from seda_fast.report import write_figures
 
 
 def inputs(rows: int = 120, classes: int = 4, dv: int = 7, dt: int = 5, seed: int = 0) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def test_the_same_inputs_give_the_same_bytes_and_replace_the_old(tmp_path: Path)
 @pytest.mark.parametrize("classes", [2, 28, 41, 300])
 def test_confusion_of_few_and_many_classes(tmp_path: Path, classes: int) -> None:
     arrays = inputs(rows=600, classes=classes)
-    figure = report._confusion_figure(arrays["labels"], arrays["predicted"], arrays["class_names"])
-    path = report._save(figure, tmp_path / "confusion.png")
+    figure = figures._confusion_figure(arrays["labels"], arrays["predicted"], arrays["class_names"])
+    path = figures._save(figure, tmp_path / "confusion.png")
     assert_drawn(path)
     assert max(imread(path).shape) < 2600
 
@@ -72,13 +72,13 @@ def test_the_most_confused_classes_are_chosen() -> None:
     counts = np.diag(np.full(60, 100))
     counts[3, 50], counts[7, 9], counts[20, 21], counts[9, 8] = 40, 30, 20, 10
     sparse = csr_array(counts)
-    assert report._most_confused(sparse, 4).tolist() == [3, 7, 9, 50]
-    assert report._most_confused(sparse, 24).tolist() == [3, 7, 8, 9, 20, 21, 50]
+    assert figures._most_confused(sparse, 4).tolist() == [3, 7, 9, 50]
+    assert figures._most_confused(sparse, 24).tolist() == [3, 7, 8, 9, 20, 21, 50]
 
 
 def test_the_confusion_matrix_shows_row_shares() -> None:
     labels, predicted = np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 1, 1])
-    axes = report._confusion_figure(labels, predicted, ["a", "b", "c"]).axes[0]
+    axes = figures._confusion_figure(labels, predicted, ["a", "b", "c"]).axes[0]
     np.testing.assert_allclose(axes.images[0].get_array(), [[75, 25, 0], [0, 100, 0], [0, 0, 0]])
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a (4)", "b (1)", "c (0)"]
     assert "80.0%" in axes.get_title()
@@ -86,19 +86,19 @@ def test_the_confusion_matrix_shows_row_shares() -> None:
 
 def test_no_error_among_many_classes_is_still_a_picture(tmp_path: Path) -> None:
     arrays = inputs(rows=200, classes=60)
-    figure = report._confusion_figure(arrays["labels"], arrays["labels"], arrays["class_names"])
-    assert_drawn(report._save(figure, tmp_path / "confusion.png"))
+    figure = figures._confusion_figure(arrays["labels"], arrays["labels"], arrays["class_names"])
+    assert_drawn(figures._save(figure, tmp_path / "confusion.png"))
 
 
 def test_the_loss_curves_are_the_history(tmp_path: Path) -> None:
-    axes = report._loss_figure(inputs()["history"]).axes[0]
+    axes = figures._loss_figure(inputs()["history"]).axes[0]
     lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
     assert set(lines) == {"loss (weighted sum)", "centre"}  # a term that is switched off is left out
     np.testing.assert_allclose(lines["centre"], [(i, 1 / i) for i in range(1, 9)])
     assert axes.get_yscale() == "log"  # from 2 down to 1/8
     # Rows of a CSV: text, with a cell left empty.
     text = [{"epoch": "1", "loss": "2.5"}, {"epoch": "2", "loss": ""}, {"epoch": "3", "loss": "1.5"}]
-    curve = report._loss_figure(text).axes[0].get_lines()[0].get_ydata()
+    curve = figures._loss_figure(text).axes[0].get_lines()[0].get_ydata()
     np.testing.assert_array_equal(curve, [2.5, np.nan, 1.5])
 
 

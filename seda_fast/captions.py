@@ -1,0 +1,105 @@
+"""The table that names images and says what belongs to them: columns image, text, label and optionally split."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arrays import check_class_names
+from .files import DataError, naming, show
+
+COLUMNS = ("image", "text", "label")
+PARTS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Captions:
+    """N rows: ``images`` paths relative to the images' folder; ``texts``, "" where there is none; ``labels`` (N,)
+    int64, numbers of ``class_names``, -1 where there is none; ``train`` (N,) bool, or None without a column split."""
+
+    images: tuple[str, ...]
+    texts: tuple[str, ...]
+    labels: NDArray[np.int64]
+    train: NDArray[np.bool_] | None
+    class_names: tuple[str, ...]
+
+
+def read_captions(path: Path) -> Captions:
+    """Read and check a UTF-8 CSV file with a header line.
+
+    An empty text is a missing one, an empty label an unlabelled row. Classes are sorted, as numbers where all are.
+
+    Raises:
+        DataError: one sentence that names the file and the line.
+    """
+    with naming(path):
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                rows = list(_rows(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"cannot be read as a UTF-8 table ({error})") from error
+        if not rows:
+            raise DataError("holds no row below its header")
+        labels = [row["label"].strip() for row in rows]
+        names = sorted({label for label in labels if label}, key=_order(labels))
+        if not names:
+            raise DataError("gives no row a label")
+        if not any(row["text"].strip() for row in rows):
+            raise DataError("gives no row a text")
+        numbers = {name: number for number, name in enumerate(check_class_names(names))}
+        train = None
+        if "split" in rows[0]:
+            train = np.array([row["split"] == "train" for row in rows])
+            _check_split(labels, train)
+        return Captions(
+            tuple(row["image"] for row in rows),
+            tuple(row["text"].strip() for row in rows),
+            np.array([numbers.get(label, -1) for label in labels], dtype=np.int64),
+            train,
+            tuple(names),
+        )
+
+
+def _order(labels: list[str]) -> type[int] | None:
+    try:
+        different = {int(label) for label in labels if label}
+    except ValueError:
+        return None
+    return int if len(different) == len({label for label in labels if label}) else None
+
+
+def _rows(file: Iterator[str]) -> Iterator[dict[str, str]]:
+    reader = csv.reader(file, strict=True)
+    header = [name.strip() for name in next(reader, [])]
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        raise DataError(f"lacks the column {missing[0]}; its header must name {', '.join(COLUMNS)} and may name split")
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise DataError(f"has the column {show(twice[0])} twice")
+    for fields in reader:
+        if not fields:
+            continue
+        if len(fields) != len(header):
+            raise DataError(f"line {reader.line_num} has {len(fields)} fields where the header has {len(header)}")
+        row = dict(zip(header, fields, strict=True))
+        image = PurePosixPath(row["image"])
+        if not row["image"].strip() or image.is_absolute() or ".." in image.parts:
+            raise DataError(f"line {reader.line_num}: {show(row['image'])} is no path below the images' folder")
+        if row.get("split", "train") not in PARTS:
+            raise DataError(f"line {reader.line_num}: the split {show(row['split'])} is neither train nor test")
+        yield row
+
+
+def _check_split(labels: list[str], train: NDArray[np.bool_]) -> None:
+    if not train.any():
+        raise DataError("has no row whose split is train")
+    known = {label for label, is_train in zip(labels, train, strict=True) if is_train}
+    for label, is_train in zip(labels, train, strict=True):
+        if not is_train and label and label not in known:
+            raise DataError(f"the class {show(label)} is in the test part but not in the training part")

@@ -1,0 +1,356 @@
+"""Encoders of images and texts from files on this machine; nothing is ever fetched, no pickle is ever run.
+
+A model is a folder, or a name that is looked up in the Hugging Face cache or among installed packages that carry one.
+The libraries (transformers, timm, open_clip, sentence-transformers) are optional and imported when one is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .files import DataError, naming, show
+from .images import Scaling, shorter_side
+
+# Numbers of PIL.Image.Resampling, as preprocessor_config.json gives them.
+_RESAMPLINGS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_NAMED = ("nearest", "bilinear", "bicubic", "lanczos")
+_TFIDF = "tfidf"
+
+
+@dataclass(frozen=True)
+class VisionEncoder:
+    """``encode`` takes normalised images (B, 3, H, W) float32 on the device and gives features (B, D)."""
+
+    name: str
+    scaling: Scaling
+    encode: Callable[[Tensor], Tensor]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """``encode`` takes texts and gives float32 features (N, D); ``fit`` is called with the training texts before."""
+
+    name: str
+    fit: Callable[[Sequence[str]], None]
+    encode: Callable[[Sequence[str]], NDArray[np.float32]]
+    fingerprint: str
+
+
+def optional(module: str, extra: str) -> Any:
+    """An optional library's module.
+
+    Raises:
+        DataError: it cannot be imported; says how to get it.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when those libraries are imported
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # torchvision of another PyTorch raises RuntimeError
+        cause = _first_line(error)
+        raise DataError(f"{module.partition('.')[0]} is needed and cannot be imported ({cause}): {extra}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def model_folder(name: str, marks: Sequence[str]) -> Path:
+    """The folder of a model: a path, else a name in the Hugging Face cache, else a package that carries a model.
+
+    marks: files of which the folder must hold one.
+
+    Raises:
+        DataError: there is none; says where to put it.
+    """
+    places = [Path(name), *_cached(name), *_packaged(name)]
+    folders = [place for place in places if place.is_dir()]
+    for folder in folders:
+        if any((folder / mark).is_file() for mark in marks):
+            return folder
+    if folders:
+        raise DataError(f"the folder {folders[0]} holds no model: there is none of {', '.join(marks)}")
+    raise DataError(
+        f"the model {show(name)} is not on this machine, and nothing is downloaded: give the folder with its "
+        f"{marks[0]} and .safetensors, or put it into the Hugging Face cache at {_cache()}"
+    )
+
+
+def _cache() -> Path:
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+
+
+def _cached(name: str) -> list[Path]:
+    """Snapshots of a repository "owner/name" in the cache: that of its branch main first."""
+    repository = _cache() / ("models--" + name.replace("/", "--"))
+    head = repository / "refs" / "main"
+    names = [head.read_text(encoding="utf-8").strip()] if head.is_file() else []
+    return [repository / "snapshots" / n for n in names]
+
+
+def _packaged(name: str) -> list[Path]:
+    """The folder ``model`` of an installed package of that name, as some packages on PyPI carry one."""
+    module = name.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    return [Path(place) / "model" for place in (spec.submodule_search_locations or ())] if spec else []
+
+
+def fingerprint(folder_or_file: Path, *more: str) -> str:
+    """Tells one model's files from another's by name, size and time of change, without reading the weights."""
+    files = sorted(folder_or_file.rglob("*")) if folder_or_file.is_dir() else [folder_or_file]
+    told = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join([*told, *more]).encode()).hexdigest()
+
+
+# ---- vision ----------------------------------------------------------------------------------------------------------
+
+
+def vision_encoder(name: str, device: torch.device) -> VisionEncoder:
+    """Load an encoder of images.
+
+    Args:
+        name: a folder or cached name of a transformers, timm or open_clip model, told apart by its configuration
+            file; or ``timm:ARCHITECTURE=FILE`` or ``open_clip:ARCHITECTURE=FILE`` with FILE the weights.
+
+    Raises:
+        DataError: it is not there, damaged, or its library is missing.
+    """
+    library, _, rest = name.partition(":")
+    if library in ("timm", "open_clip") and "=" in rest:
+        architecture, _, file = rest.partition("=")
+        if not Path(file).is_file():
+            raise DataError(f"the weights {show(file)} are not there; nothing is downloaded, so put the file in place")
+        load = _timm if library == "timm" else _open_clip
+        with naming(file):
+            return load(name, architecture, {}, Path(file), device)
+    folder = model_folder(name, ("config.json", "open_clip_config.json"))
+    with naming(folder):
+        if (folder / "open_clip_config.json").is_file():
+            weights = _weights(folder, "open_clip_model.safetensors")
+            return _open_clip(name, f"local-dir:{folder}", {}, weights, device)
+        about = _json(folder / "config.json")
+        if "architecture" in about:
+            return _timm(name, str(about["architecture"]), about, _weights(folder, "model.safetensors"), device)
+        return _transformers(name, folder, device)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path.name} cannot be read") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path.name} is not a JSON object")
+    return content
+
+
+def _weights(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise DataError(f"there is no {name}; weights are read from safetensors")
+    return folder / name
+
+
+def _load_state(model: nn.Module, file: Path, may_lack: str = "") -> None:
+    """Load weights strictly; those whose name begins with ``may_lack`` (a classifier cut off) may be left over."""
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError, EOFError) as error:
+        raise DataError(f"{file.name} holds no weights of this architecture, or is damaged") from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise DataError(f"{file.name} holds more than weights (a pickle), which is never loaded") from error
+    unexpected = [key for key in unexpected if not may_lack or not key.startswith(may_lack)]
+    if missing or unexpected:
+        which = f"lacks {missing[0]}" if missing else f"has the unknown {unexpected[0]}"
+        raise DataError(f"{file.name} does not fit the architecture: it {which}")
+
+
+def _timm(name: str, architecture: str, about: dict[str, Any], weights: Path, device: torch.device) -> VisionEncoder:
+    timm = optional("timm", "pip install timm (it wants a torchvision that fits your PyTorch)")
+    try:
+        model = timm.create_model(architecture, pretrained=False, num_classes=0, **about.get("model_args", {}))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"timm has no architecture {show(architecture)} with these settings") from error
+    config = {**model.pretrained_cfg, **about.get("pretrained_cfg", {})}
+    classifier: Any = config.get("classifier") or "head"
+    _load_state(model, weights, may_lack=(classifier if isinstance(classifier, str) else classifier[0]) + ".")
+    _, height, width = config["input_size"]
+    scaling = Scaling(
+        height,
+        width,
+        shorter_side(min(height, width), config["crop_pct"]),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        _interpolation(config["interpolation"]),
+        squash=config.get("crop_mode") == "squash",
+    )
+    return VisionEncoder(name, scaling, model.eval().to(device), fingerprint(weights, architecture))
+
+
+def _open_clip(
+    name: str, architecture: str, about: dict[str, Any], weights: Path, device: torch.device
+) -> VisionEncoder:
+    open_clip = optional("open_clip", "pip install open_clip_torch (it wants a torchvision that fits your PyTorch)")
+    try:
+        model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False, **about)
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"open_clip cannot make this architecture ({_first_line(error)})") from error
+    _load_state(model, weights)
+    given = open_clip.get_model_preprocess_cfg(model)
+    size = model.visual.image_size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    scaling = Scaling(
+        height,
+        width,
+        min(height, width),
+        tuple(given["mean"]),
+        tuple(given["std"]),
+        _interpolation(given.get("interpolation")),
+        squash=given.get("resize_mode") == "squash",
+    )
+    model = model.eval().to(device)
+    return VisionEncoder(name, scaling, model.encode_image, fingerprint(weights, architecture))
+
+
+def _interpolation(name: Any) -> Any:
+    return name if name in _NAMED else "bicubic"
+
+
+def _quiet_transformers() -> Any:
+    """The library, told to leave the terminal to our own progress bar."""
+    transformers = optional("transformers", "pip install 'seda_fast[extract]'")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+def _transformers(name: str, folder: Path, device: torch.device) -> VisionEncoder:
+    transformers = _quiet_transformers()
+    scaling = _transformers_scaling(folder)
+    try:
+        model = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise DataError(f"transformers cannot load it ({_first_line(error)})") from error
+    model = model.eval().to(device)
+
+    def encode(images: Tensor) -> Tensor:
+        if hasattr(model, "get_image_features"):  # CLIP and its like
+            found = model.get_image_features(pixel_values=images)
+        else:
+            found = model(pixel_values=images)
+        if isinstance(found, Tensor):
+            return found
+        pooled = getattr(found, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)  # type: ignore[no-any-return]
+        hidden: Tensor = found.last_hidden_state
+        return hidden.mean(1) if hidden.ndim == 3 else hidden.flatten(2).mean(2)
+
+    return VisionEncoder(name, scaling, encode, fingerprint(folder))
+
+
+def _transformers_scaling(folder: Path) -> Scaling:
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise DataError(f"there is no {path.name}, which says how the model wants its images")
+    given = _json(path)
+    try:
+        size = given["size"]
+        if isinstance(size, int):
+            size = {"shortest_edge": size}
+        crop = given.get("crop_size") if given.get("do_center_crop") else None
+        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+        if "shortest_edge" in size:
+            edge = int(size["shortest_edge"])
+            height, width = (crop["height"], crop["width"]) if crop else (edge, edge)
+            squash = False
+        else:
+            height, width = size["height"], size["width"]
+            edge, squash = min(height, width), True
+        resampling: Any = _RESAMPLINGS[given.get("resample", 3)]
+        mean, std = tuple(map(float, given["image_mean"])), tuple(map(float, given["image_std"]))
+        return Scaling(int(height), int(width), edge, mean, std, resampling, squash)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path.name} does not say how the model wants its images ({error!r})") from error
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def text_encoder(name: str, device: torch.device, *, dim: int, batch_size: int) -> TextEncoder:
+    """Load an encoder of texts.
+
+    Args:
+        name: "tfidf" for TF-IDF over words and word pairs with a truncated SVD to at most ``dim`` dimensions, fitted on
+            the training texts; else a folder, cached name or package of a sentence-transformers model.
+
+    Raises:
+        DataError: it is not there, damaged, or its library is missing.
+    """
+    if name == _TFIDF:
+        return _tfidf(dim)
+    folder = model_folder(name, ("modules.json",))
+    with naming(folder):
+        _quiet_transformers()
+        sentence_transformers = optional("sentence_transformers", "pip install 'seda_fast[extract]'")
+        try:
+            model = sentence_transformers.SentenceTransformer(
+                str(folder),
+                device=str(device),
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise DataError(f"sentence-transformers cannot load it ({_first_line(error)})") from error
+
+    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+        found = model.encode(list(texts), batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+        return np.asarray(found, dtype=np.float32)
+
+    return TextEncoder(name, lambda texts: None, encode, fingerprint(folder))
+
+
+def _tfidf(dim: int) -> TextEncoder:
+    text = optional("sklearn.feature_extraction.text", "pip install 'seda_fast[extract]'")
+    decomposition = optional("sklearn.decomposition", "pip install 'seda_fast[extract]'")
+    words = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    fitted: list[Any] = []
+
+    def fit(texts: Sequence[str]) -> None:
+        try:
+            table = words.fit_transform(texts)
+        except ValueError as error:  # an empty vocabulary
+            raise DataError("the training texts hold no word that TF-IDF could count") from error
+        size = min(dim, table.shape[0], table.shape[1])
+        fitted.append(decomposition.TruncatedSVD(size, random_state=0).fit(table))
+
+    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = fitted[-1].transform(words.transform(texts)).astype(np.float32)
+        return found
+
+    return TextEncoder(_TFIDF, fit, encode, f"tfidf {dim}")

@@ -1,0 +1,290 @@
+"""`SeDAClassifier`: SeDA as a scikit-learn estimator of features, labels and, while it is fitted, texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.preprocessing import LabelEncoder
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
+from torch import Tensor
+
+from .arrays import Labels, Mask, check_text
+from .command import choose_device
+from .config import ConfigError, SeDAConfig, TrainConfig
+from .data import FeatureSet
+from .files import DataError, atomic_path, check_writable, naming
+from .loop import train
+from .nn import SeDA
+from .prepare import prepare
+
+__all__ = ["SeDAClassifier"]
+
+ESTIMATOR_FILE = "estimator.json"
+UNLABELLED = -1
+# Sizes come from the data, the seed from random_state.
+_ELSEWHERE = {"visual_dim", "text_dim", "n_classes", "seed"}
+_OWN: dict[str, Any] = {"device": "auto", "unlabelled": None, "random_state": None}
+# Settings of a model that was trained without text: the textual head has learnt nothing and is not asked.
+_WITHOUT_TEXT = {"textual_weight": 0.0}
+_FILE_KEYS = {"settings", "seed", "classes", "dtype", "has_text", "feature_names"}
+
+
+def _defaults(config: type) -> dict[str, Any]:
+    """The settings of a section that the caller may choose, with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(config) if field.name not in _ELSEWHERE}
+
+
+_MODEL, _TRAIN = _defaults(SeDAConfig), _defaults(TrainConfig)
+_ALL = {**_MODEL, **_TRAIN, **_OWN}
+
+
+def _with_settings(init: Callable[..., None]) -> Callable[..., None]:
+    """Give ``__init__`` the signature that scikit-learn reads parameters from; defaults stand in config.py alone."""
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in _ALL.items()]
+    init.__signature__ = inspect.Signature([own, *named])  # type: ignore[attr-defined]
+    return init
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy scalar, as a search over parameters passes it, as a Python value; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """A classifier of visual features that looks at paired texts while it is fitted, and never when it predicts.
+
+    Args:
+        device: "auto" (CUDA where there is a device), "cpu" or "cuda".
+        unlabelled: the value in ``y`` of rows whose class is not known, which train the translation to text only;
+            None: every row is labelled.
+        random_state: int, None or a `numpy.random.RandomState`; an int is what ``seda_fast.train`` calls the seed.
+        settings: every setting of `SeDAConfig` and `TrainConfig` but the sizes and the seed, with their defaults;
+            ``SeDAClassifier().get_params()`` lists them.
+
+    Attributes:
+        model_: the trained `SeDA`. classes_: (K,) the classes, sorted. n_features_in_: Dv. seed_: the seed used.
+        has_text_: whether there were texts. history_: a dict of losses an epoch; empty after `from_pretrained`.
+
+    A row's result depends on its features alone: the sample id that keys its noise is a hash of them.
+    """
+
+    @_with_settings
+    def __init__(self, **settings: Any) -> None:
+        unknown = sorted(settings.keys() - _ALL.keys())
+        if unknown:
+            raise TypeError(f"SeDAClassifier has no parameter {unknown[0]!r}")
+        for name, default in _ALL.items():
+            setattr(self, name, settings.get(name, default))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+    # ---- fitting -------------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any, text: Any = None) -> SeDAClassifier:
+        """Train on features, labels and texts.
+
+        Args:
+            X: (N, Dv) visual features, finite.
+            y: (N,) class labels of any type that sorts; the value `unlabelled` marks rows without.
+            text: (N, Dt) textual features; a row that is all NaN has no text. None: no row has any, and only the
+                semantic stage is trained and asked.
+
+        Raises:
+            ValueError: data or a setting cannot be used; one sentence that names it.
+            TrainingError: the loss is no longer finite.
+        """
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device must be one of auto, cpu, cuda, not {self.device!r}")
+        X, y = validate_data(self, X, y, dtype=np.float32)
+        labels = self._encode(y)
+        text, paired = _checked_text(text, X)
+        self.has_text_ = bool(paired.any())
+        self.seed_ = self._seed()
+        chosen = {name: _plain(getattr(self, name)) for name in (*_MODEL, *_TRAIN)}
+        if not self.has_text_:
+            chosen.update(_WITHOUT_TEXT)
+        sizes = {"visual_dim": X.shape[1], "text_dim": text.shape[1], "n_classes": len(self.classes_)}
+        config = SeDAConfig(**{name: chosen[name] for name in _MODEL}, **sizes)
+        settings = TrainConfig(**{name: chosen[name] for name in _TRAIN}, seed=self.seed_)
+        names = tuple(str(name) for name in self.classes_)
+        ids = np.arange(len(X), dtype=np.int64)
+        data = FeatureSet(X, text, labels, X[:0], labels[:0], None, names, ids, ids[:0], "SeDAClassifier.fit")
+        model, rows = prepare(data, config, self.seed_, choose_device(self.device))
+        self.model_, history = train(model, rows, settings)
+        self.history_ = [epoch.row() for epoch in history]
+        return self
+
+    def _encode(self, y: NDArray[Any]) -> Labels:
+        """Sets ``classes_``; the rows' class numbers, -1 where ``y`` holds `unlabelled`."""
+        check_classification_targets(y)
+        labelled = np.ones(len(y), dtype=bool) if self.unlabelled is None else np.asarray(y != self.unlabelled)
+        if not labelled.any():
+            raise ValueError(f"y has no labelled row: every value is {self.unlabelled!r}, which marks unlabelled rows")
+        encoder = LabelEncoder().fit(y[labelled])
+        self.classes_ = encoder.classes_
+        labels = np.full(len(y), UNLABELLED, dtype=np.int64)
+        labels[labelled] = encoder.transform(y[labelled])
+        return labels
+
+    def _seed(self) -> int:
+        state = _plain(self.random_state)
+        return state if isinstance(state, int) else int(check_random_state(state).randint(2**31 - 1))
+
+    # ---- what is fitted ------------------------------------------------------------------------------------------
+
+    def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
+        """Log-probabilities of the classes, (M, Dv) -> (M, K), columns in the order of ``classes_``."""
+        visual, ids = self._rows(X)
+        with torch.inference_mode():
+            found = self.model_(visual, ids).double()
+        # Rounding to float32 leaves sums that differ from 1 by some 1e-7.
+        result: NDArray[np.float64] = (found - found.logsumexp(dim=1, keepdim=True)).cpu().numpy()
+        return result
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+        """Probabilities of the classes, (M, Dv) -> (M, K), columns in the order of ``classes_``."""
+        return np.exp(self.predict_log_proba(X))
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """The most probable class of each row, (M, Dv) -> (M,) in the type of ``y``."""
+        best = self.predict_log_proba(X).argmax(axis=1)
+        result: NDArray[Any] = self.classes_[best]
+        return result
+
+    def transform(self, X: Any) -> NDArray[np.float32]:
+        """Aligned features, standardised: (M, Dv) -> (M, Dt) float32 on the textual distribution.
+
+        Fitted without text: the features in the semantic space, (M, Dv).
+        """
+        visual, ids = self._rows(X)
+        with torch.inference_mode():
+            semantic, aligned = self.model_.align(visual, ids)
+        result: NDArray[np.float32] = (aligned if self.has_text_ else semantic).cpu().numpy()
+        return result
+
+    @property
+    def _n_features_out(self) -> int:
+        return int(self.model_.config.text_dim if self.has_text_ else self.model_.config.visual_dim)
+
+    def _rows(self, X: Any) -> tuple[Tensor, Tensor]:
+        """Checked features and sample ids on the model's device."""
+        check_is_fitted(self, "model_")
+        X = validate_data(self, X, dtype=np.float32, reset=False)
+        visual = np.add(X, np.float32(0), order="C")  # a fresh copy in which -0 and 0 are one
+        device = self.model_.centres.device
+        return torch.from_numpy(visual).to(device), torch.from_numpy(_ids_of(visual)).to(device)
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write ``model.safetensors``, which the commands read too, and ``estimator.json``; returns the folder.
+
+        Raises:
+            DataError: the folder cannot be written, or ``classes_`` are neither numbers nor text.
+        """
+        check_is_fitted(self, "model_")
+        values = self.classes_.tolist()
+        if self.classes_.dtype.kind not in "biufUO" or not all(isinstance(v, str | int | float) for v in values):
+            raise DataError(f"classes of type {self.classes_.dtype} cannot be saved; numbers and text can")
+        settings = {name: _plain(getattr(self, name)) for name in _ALL}
+        settings["random_state"] = settings["random_state"] if isinstance(settings["random_state"], int) else None
+        about = {
+            "settings": settings,
+            "seed": self.seed_,
+            "classes": values,
+            "dtype": self.classes_.dtype.str,
+            "has_text": self.has_text_,
+            "feature_names": list(getattr(self, "feature_names_in_", [])),
+        }
+        directory = Path(directory)
+        check_writable(directory)
+        self.model_.save_pretrained(directory)
+        with atomic_path(directory / ESTIMATOR_FILE) as draft:
+            draft.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        return directory
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> SeDAClassifier:
+        """Read what `save_pretrained` or the command ``seda_fast.train`` wrote.
+
+        The command's classes are the numbers of the data's labels; its training settings are not read back, so a
+        further `fit` uses the defaults. A `random_state` that was no int is None.
+
+        Raises:
+            DataError: the folder holds no readable model.
+        """
+        model = SeDA.from_pretrained(directory, device)
+        path = Path(directory) / ESTIMATOR_FILE
+        if path.exists():
+            with naming(path):
+                return _restored(cls, model, _read_about(path))
+        chosen = {name: getattr(model.config, name) for name in _MODEL}
+        about = {
+            "settings": {**_ALL, **chosen},
+            "seed": 0,
+            "classes": list(range(model.config.n_classes)),
+            "dtype": "<i8",
+            "has_text": True,
+            "feature_names": [],
+        }
+        return _restored(cls, model, about)
+
+
+def _checked_text(text: Any, visual: NDArray[Any]) -> tuple[NDArray[Any], Mask]:
+    """Textual features (N, Dt) and which rows have any; without text one column of NaN."""
+    if text is None:
+        return np.full((len(visual), 1), np.nan, dtype=np.float32), np.zeros(len(visual), dtype=bool)
+    check_consistent_length(visual, text)
+    return check_text("text", text, "keep")
+
+
+def _ids_of(visual: NDArray[np.float32]) -> Labels:
+    """A sample id in 0 .. 2**48 - 1 of each row (M, Dv), from its bytes."""
+    digests = (hashlib.blake2b(row, digest_size=6).digest() for row in visual)
+    return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.int64, len(visual))
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read ({error})") from error
+    if not isinstance(about, dict) or set(about) != _FILE_KEYS:
+        raise DataError(f"is not what save_pretrained writes: the keys {', '.join(sorted(_FILE_KEYS))} are needed")
+    return about
+
+
+def _restored(cls: type[SeDAClassifier], model: SeDA, about: dict[str, Any]) -> SeDAClassifier:
+    try:
+        restored = cls(**about["settings"])
+        dtype = np.dtype(about["dtype"])
+        if dtype.kind not in "biufUO":
+            raise TypeError(f"classes of type {dtype}")
+        restored.classes_ = np.array(about["classes"], dtype=dtype)
+        names = [str(name) for name in about["feature_names"]]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"is damaged: {error}") from error
+    if restored.classes_.shape != (model.config.n_classes,):
+        raise DataError(f"names {restored.classes_.size} classes but the model has {model.config.n_classes}")
+    restored.model_, restored.history_ = model, []
+    restored.seed_, restored.has_text_ = int(about["seed"]), bool(about["has_text"])
+    restored.n_features_in_ = model.config.visual_dim
+    if names:
+        restored.feature_names_in_ = np.array(names, dtype=object)
+    return restored

@@ -1,0 +1,355 @@
+"""``python -m seda_fast.extract``: features of images and captions, in the file that training reads.
+
+With ``--captions`` the file holds what ``seda_fast.train`` takes; without, the features of all images below the folder,
+for ``seda_fast.predict``. Beside it a file of the same name and ``.json`` says what became of every image. What is done
+is kept in a hidden folder beside the result until all is, so a run that was ended goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import warnings
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import save_file
+
+from . import _eval_extra  # noqa: F401 - checks first that what this needs is installed
+from .captions import Captions, read_captions
+from .command import choose_device, progress, run, settings_of
+from .config import check_given, check_range, check_types, setting
+from .encoders import TextEncoder, VisionEncoder, text_encoder, vision_encoder
+from .files import DataError, atomic_path, check_writable
+from .images import LARGEST, BadImage, find_images, read_image, scaled
+
+PROGRAM = "seda_fast.extract"
+_THREADS = 8
+_TEXTS = 1024  # of one part; the encoder sorts them by length and makes its own batches
+_SHOWN = 5
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Features = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """What is read, which models see it, and where the features go."""
+
+    images: str = setting("", "folder of the images")
+    captions: str = setting("", "a .csv file with the columns image, text, label and optionally split (train, test)")
+    vision: str = setting("", "folder or cached name of a transformers, timm or open_clip model, or timm:NAME=FILE")
+    text: str = setting("tfidf", "tfidf, or folder, cached name or package of a sentence-transformers model")
+    text_dim: int = setting(256, "largest size of a tfidf feature")
+    out: str = setting("", "a .npz or .safetensors file for the features")
+    overwrite: bool = setting(False, "replace an earlier result")
+    strict: bool = setting(False, "stop at the first image that cannot be used instead of leaving it out")
+    batch_size: int = setting(64, "images or texts that a model sees at a time")
+    max_pixels: int = setting(50_000_000, "images of more pixels are left out")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_given(self, "images", "vision", "out")
+        check_range(self, "text_dim", self.text_dim >= 1, "at least 1")
+        check_range(self, "batch_size", self.batch_size >= 1, "at least 1")
+        check_range(self, "max_pixels", 1 <= self.max_pixels <= LARGEST, f"in 1 .. {LARGEST}")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What became of M images: ``features`` (n, D) of those that could be used, ``problems`` "" or why not, ``notes``
+    what was converted, comma-separated; both (M,)."""
+
+    features: Features
+    problems: NDArray[np.str_]
+    notes: NDArray[np.str_]
+
+
+def target(config: ExtractConfig) -> Path:
+    """The output's path once it is known that it can be written."""
+    path = Path(config.out)
+    if path.suffix not in (".npz", ".safetensors"):
+        raise DataError(f"--out {path}: the name must end in .npz or .safetensors")
+    if path.is_dir():
+        raise DataError(f"--out {path} is a folder")
+    if path.exists() and not config.overwrite:
+        raise DataError(f"--out {path} is there already; give another name or --overwrite")
+    check_writable(path.parent)
+    return path
+
+
+# ---- parts that survive a kill ---------------------------------------------------------------------------------------
+
+
+def parts_folder(out: Path, job: str) -> Path:
+    """The folder of the parts beside ``out``; parts of another job (other files, models or settings) are removed."""
+    folder = out.absolute().parent / f".{out.name}.parts"
+    mark = folder / "job"
+    if folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != job):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(mark) as draft:
+        draft.write_text(job, encoding="utf-8")
+    return folder
+
+
+def job_of(config: ExtractConfig, images: Sequence[str], *fingerprints: str) -> str:
+    """Names a job: its images by path, size and time of change, its captions, its models, its settings."""
+    digest = hashlib.sha256()
+    for image in images:
+        path = Path(config.images, image)
+        stat = path.stat() if path.is_file() else None
+        digest.update(f"{image}\0{stat.st_size if stat else 0}\0{stat.st_mtime_ns if stat else 0}\n".encode())
+    if config.captions:
+        digest.update(Path(config.captions).read_bytes())
+    settings = (config.batch_size, config.max_pixels, config.device, config.text_dim)
+    digest.update(repr((settings, fingerprints, torch.__version__)).encode())
+    return digest.hexdigest()
+
+
+def read_part(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
+    """The arrays of a part; None where there is no whole one, which is then made anew."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [file[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write_part(path: Path, **arrays: NDArray[Any]) -> None:
+    with atomic_path(path) as draft:
+        np.savez(draft, allow_pickle=False, **arrays)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def ahead(function: Callable[[Item], Result], groups: Iterable[Sequence[Item]]) -> Iterator[list[Result]]:
+    """The results of each group in order; the next group is worked on by threads while one is used."""
+    waiting: deque[list[Future[Result]]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for group in groups:
+            waiting.append([pool.submit(function, item) for item in group])
+            if len(waiting) > 1:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+
+
+def see_images(
+    config: ExtractConfig, images: Sequence[str], encoder: VisionEncoder, device: torch.device, parts: Path
+) -> Seen:
+    """Read and encode all images, batch by batch, each kept as a part."""
+    size = config.batch_size
+    batches = {start: images[start : start + size] for start in range(0, len(images), size)}
+    files = {start: parts / f"images_{start:09}.npz" for start in batches}
+    names = ("features", "problems", "notes")
+    stored = {start: read_part(file, names) for start, file in files.items()}
+    done = {start: part for start, part in stored.items() if part is not None}
+
+    def read(image: str) -> tuple[NDArray[np.uint8] | None, str, str]:
+        try:
+            found, notes = read_image(Path(config.images, image), config.max_pixels)
+        except BadImage as error:
+            return None, str(error), ""
+        return scaled(found, encoder.scaling), "", ",".join(notes)
+
+    todo = [start for start in batches if start not in done]
+    with progress(len(images), "images") as bar:
+        bar.update(sum(len(batches[start]) for start in done))
+        _stop_at_problem(config, images, done)
+        for start, batch in zip(todo, ahead(read, (batches[start] for start in todo)), strict=True):
+            pixels = [found for found, _, _ in batch if found is not None]
+            features = _encode(encoder, pixels, device)
+            made = [features, np.array([why for _, why, _ in batch]), np.array([notes for _, _, notes in batch])]
+            write_part(files[start], **dict(zip(names, made, strict=True)))
+            done[start] = made
+            _stop_at_problem(config, images, {start: made})
+            bar.update(len(batch))
+    in_order = [done[start] for start in batches]
+    used = [part[0] for part in in_order if len(part[0])]
+    if not used:
+        raise DataError(f"none of the {len(images)} images can be used; the first: {in_order[0][1][0]}")
+    problems, notes = (np.concatenate([part[i] for part in in_order]) for i in (1, 2))
+    return Seen(np.concatenate(used), problems, notes)
+
+
+def _stop_at_problem(config: ExtractConfig, images: Sequence[str], parts: dict[int, list[NDArray[Any]]]) -> None:
+    for start, (_, problems, _) in sorted(parts.items()):
+        bad = np.flatnonzero(problems != "")
+        if config.strict and len(bad):
+            raise DataError(f"{images[start + bad[0]]}: {problems[bad[0]]}; without --strict it is left out")
+
+
+def _encode(encoder: VisionEncoder, pixels: list[NDArray[np.uint8]], device: torch.device) -> Features:
+    """Features (n, D) of scaled images (H, W, 3); (0, 0) of none."""
+    if not pixels:
+        return np.zeros((0, 0), dtype=np.float32)
+    mean, std = (
+        torch.tensor(values, device=device)[None, :, None, None]
+        for values in (encoder.scaling.mean, encoder.scaling.std)
+    )
+    with torch.inference_mode():
+        images = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2).float().div(255)
+        found = encoder.encode((images - mean) / std).float()
+    if found.ndim != 2 or not bool(found.isfinite().all()):
+        raise DataError(f"the model {encoder.name} gives no finite vectors; are these its weights?")
+    return found.cpu().numpy()
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def see_texts(texts: Sequence[str], train: NDArray[np.bool_], encoder: TextEncoder, parts: Path) -> Features:
+    """Features (N, Dt) of the texts, all NaN where one is "". The encoder is fitted on the training rows' alone."""
+    there = np.array([bool(text) for text in texts])
+    learnt = [text for text, use in zip(texts, there & train, strict=True) if use]
+    if not learnt:
+        raise DataError("no training row whose image can be used has a text")
+    encoder.fit(learnt)
+    given = [text for text in texts if text]
+    found: list[Features] = []
+    with progress(len(given), "texts") as bar:
+        for start in range(0, len(given), _TEXTS):
+            some = given[start : start + _TEXTS]
+            file = parts / f"texts_{start:09}.npz"
+            stored = read_part(file, ["features"])
+            features = encoder.encode(some) if stored is None else stored[0]
+            if stored is None:
+                write_part(file, features=features)
+            found.append(features)
+            bar.update(len(some))
+    everything = np.full((len(texts), found[0].shape[1]), np.nan, dtype=np.float32)
+    everything[there] = np.concatenate(found)
+    return everything
+
+
+# ---- the result ------------------------------------------------------------------------------------------------------
+
+
+def captioned(captions: Captions, kept: NDArray[np.bool_], visual: Features, text: Features) -> dict[str, Any]:
+    """The arrays that training reads, of the rows that were kept."""
+    labels = captions.labels[kept]
+    train = np.ones(len(labels), dtype=bool) if captions.train is None else captions.train[kept]
+    # A class may have lost all its images: the rest is numbered anew.
+    left = np.unique(labels[train & (labels >= 0)])
+    if not len(left):
+        raise DataError("no labelled training row is left")
+    lost = ~np.isin(labels, left) & (labels >= 0)
+    if lost.any():
+        name = captions.class_names[int(labels[lost][0])]
+        raise DataError(f"no training image of the class '{name}' can be used, but test images of it can")
+    numbers = np.full(len(captions.class_names) + 1, -1, dtype=np.int64)
+    numbers[left] = np.arange(len(left))
+    labels = numbers[labels]
+    arrays: dict[str, Any] = {}
+    for part, chosen in (("train", train), ("test", ~train)):
+        if chosen.any():
+            arrays[f"visual_{part}"], arrays[f"label_{part}"] = visual[chosen], labels[chosen]
+            arrays[f"text_{part}"] = text[chosen]
+    arrays["class_names"] = np.array([captions.class_names[k] for k in left])
+    return arrays
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """The arrays whole or not at all; class names go into a safetensors file's metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as draft:
+        if path.suffix == ".npz":
+            np.savez(draft, allow_pickle=False, **arrays)
+            return
+        names = arrays.pop("class_names", None)
+        metadata = None if names is None else {"class_names": json.dumps(names.tolist())}
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, draft, metadata=metadata)
+
+
+def summary(about: dict[str, Any], arrays: dict[str, Any]) -> str:
+    """What was read, left out and converted, in a few lines."""
+    lines = [f"{about['images']} images, {about['images'] - len(about['left_out'])} used"]
+    if about["left_out"]:
+        reasons = Counter(entry["problem"].partition(" (")[0] for entry in about["left_out"])
+        lines.append("left out: " + ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())))
+        shown = about["left_out"][:_SHOWN]
+        lines += [f"  {entry['image']}: {entry['problem']}" for entry in shown]
+        if len(about["left_out"]) > _SHOWN:
+            lines.append(f"  and {len(about['left_out']) - _SHOWN} more")
+    if about["converted"]:
+        lines.append("converted: " + ", ".join(f"{count} {kind}" for kind, count in about["converted"].items()))
+    for name, array in arrays.items():
+        missing = int(np.isnan(array[:, 0]).sum()) if name.startswith("text") else 0
+        lines.append(f"{name:<13} {tuple(array.shape)}" + (f", {missing} rows without text" if missing else ""))
+    return "\n".join(lines)
+
+
+def extract(config: ExtractConfig) -> str:
+    """The whole command; returns the summary to print."""
+    out = target(config)
+    if not Path(config.images).is_dir():
+        raise DataError(f"--images {config.images} is not a folder")
+    captions = read_captions(Path(config.captions)) if config.captions else None
+    # An image may stand in several rows, with a caption each, and is seen once.
+    images = list(dict.fromkeys(captions.images)) if captions else find_images(Path(config.images))
+    if not images:
+        raise DataError(f"--images {config.images} holds no image file")
+    device = choose_device(config.device)
+    encoder = vision_encoder(config.vision, device)
+    words = text_encoder(config.text, device, dim=config.text_dim, batch_size=config.batch_size) if captions else None
+    parts = parts_folder(out, job_of(config, images, encoder.fingerprint, words.fingerprint if words else ""))
+    seen = see_images(config, images, encoder, device, parts)
+    used = seen.problems == ""
+    arrays: dict[str, Any] = {"visual": seen.features}
+    if captions and words:
+        place = {image: i for i, image in enumerate(images)}
+        index = np.array([place[image] for image in captions.images])
+        kept = used[index]
+        visual = seen.features[(np.cumsum(used) - 1)[index[kept]]]
+        texts = [text for text, keep in zip(captions.texts, kept, strict=True) if keep]
+        train = np.ones(len(texts), dtype=bool) if captions.train is None else captions.train[kept]
+        arrays = captioned(captions, kept, visual, see_texts(texts, train, words, parts))
+    about = {
+        "images": len(images),
+        "vision": config.vision,
+        "text": config.text if captions else None,
+        "used": [image for image, use in zip(images, used, strict=True) if use],
+        "left_out": [
+            {"image": image, "problem": str(why)} for image, why in zip(images, seen.problems, strict=True) if why
+        ],
+        "converted": dict(sorted(Counter(n for notes in seen.notes for n in notes.split(",") if n).items())),
+    }
+    told = summary(about, arrays)
+    write_arrays(out, arrays)
+    with atomic_path(out.with_name(f"{out.name}.json")) as draft:
+        draft.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(parts)
+    return told
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 with one sentence on stderr."""
+
+    def body() -> None:
+        config = ExtractConfig(**settings_of(PROGRAM, __doc__, {"extract": ExtractConfig}, argv)["extract"])
+        torch.backends.cudnn.deterministic = True
+        # Our own limit speaks, once and in one sentence.
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+        print(extract(config))
+        print(f"\nwritten: {config.out}, {config.out}.json")
+
+    return run(body, PROGRAM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

