@@ -16,6 +16,7 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+ConditionName = Literal["both", "semantic", "visual"]
 SamplerName = Literal["ddim", "renoise"]
 
 
@@ -34,6 +35,7 @@ class SeDAConfig:
     blocks: int = setting(3, "interaction blocks in each network, L")
     visual_width: int = setting(512, "hidden size of the visual head")
     time_embedding: int = setting(64, "size of the sinusoidal timestep embedding and its hidden layer")
+    condition: ConditionName = setting("both", "what the translator sees: s and v, or one of them")
     diffusion_steps: int = setting(1000, "timesteps of the noise schedule, T")
     semantic_sampler: SamplerName = setting("renoise", "sampler of the semantic stage")
     semantic_steps: int = setting(5, "sampling steps of the semantic stage, S")

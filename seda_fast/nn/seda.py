@@ -226,7 +226,7 @@ class SeDA(nn.Module):
         x_v = q_sample(visual, tau_s, *tables, **key, stream=VISUAL_NOISE)
         s = self.learner(x_v, visual, tau_s, dropout)
         x_t = q_sample(text, tau_t, *tables, **key, stream=TEXTUAL_NOISE)
-        t = self.translator(x_t, torch.cat((s, visual), dim=1), tau_t, dropout._replace(stream=layers[1]))
+        t = self.translator(x_t, self._condition(s, visual), tau_t, dropout._replace(stream=layers[1]))
         mapped = t.detach()
 
         soft = self._soft_labels(visual, text, labels, paired)
@@ -247,6 +247,12 @@ class SeDA(nn.Module):
         )
         total = sum((w * term for w, term in zip(settings.loss_weights, terms, strict=True)), torch.zeros_like(centre))
         return Losses(total, *terms)
+
+    def _condition(self, s: Tensor, visual: Tensor) -> Tensor:
+        """What the translator is told: [s, v], zeros in the place of what `SeDAConfig.condition` leaves out."""
+        keep = self.config.condition
+        semantic = s if keep != "visual" else torch.zeros_like(s)
+        return torch.cat((semantic, visual if keep != "semantic" else torch.zeros_like(visual)), dim=1)
 
     def _soft_labels(self, visual: Tensor, text: Tensor, labels: Tensor, paired: Tensor) -> Tensor | None:
         """The teacher's class probabilities (B, K), rows of zeros where a row is labelled or has no text."""
@@ -386,7 +392,7 @@ class SeDA(nn.Module):
         v = self.standardise_visual(visual)
         s = self._stage(self.learner.network, v, v, samplers[0], sample_ids, seed, draw, SEMANTIC_CHAIN)
         blank = v.new_zeros(v.shape[0], self.config.text_dim)
-        condition = torch.cat((s, v), dim=1)
+        condition = self._condition(s, v)
         t = self._stage(
             self.translator.network, blank, condition, samplers[1], sample_ids, seed, draw, TEXTUAL_CHAIN
         )

@@ -125,6 +125,18 @@ def test_unlabelled_rows_train_text_and_teacher_terms_only() -> None:
     assert found.teacher > 0
 
 
+@pytest.mark.parametrize("condition", ["both", "semantic", "visual"])
+def test_translator_sees_what_the_condition_names(condition: str) -> None:
+    made, data = model(condition=condition), batch()
+    seen: dict[str, Tensor] = {}
+    made.learner.register_forward_hook(lambda module, inputs, output: seen.update(s=output))
+    made.translator.register_forward_hook(lambda module, inputs, output: seen.update(c=inputs[1]))
+    losses(made, data)
+    s, v = seen["c"].split(DV, dim=1)
+    assert torch.equal(s, torch.zeros_like(s) if condition == "visual" else seen["s"])
+    assert torch.equal(v, torch.zeros_like(v) if condition == "semantic" else data["visual"])
+
+
 def test_teacher_labels_unlabelled_pairs_only() -> None:
     """With a teacher of pairs each class term is the mean over labelled rows and softly labelled ones alike."""
     made, data = model(), batch()

@@ -1,0 +1,1 @@
+"""Does the method pay? Every regime, baseline and ablation, measured on real paired data."""

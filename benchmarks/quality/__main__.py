@@ -1,0 +1,97 @@
+"""``python -m benchmarks.quality``: measure SeDA, its ablations and the baselines in every regime.
+
+Each training is written down when it ends; repeated, the command goes on where it was stopped. It then writes
+``quality.json``, ``docs/quality.md`` and its pictures from all that is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import selection, summary
+from .methods import ABLATIONS, METHODS, SEDA
+from .regimes import REGIMES, SETS, DataSet, apply, load
+from .runs import TEST, Job, Runs
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = {"sets": ["wikipedia", "cub10"], "regimes": ["full", "labels-4"], "methods": ["seda", "linear", "mlp"]}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the paired sets")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of each training on a test part's set")
+    parser.add_argument("--quick", action="store_true", help="two small sets, two regimes, three methods, one seed")
+    parser.add_argument("--select", type=int, default=0, metavar="N", help="first choose settings among N by folds")
+    parser.add_argument("--folds", type=int, default=3, help="folds of that choice")
+    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks/results/quality_runs.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quality.json")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where quality.md and its pictures go")
+    parser.add_argument("--report-only", action="store_true", help="train nothing, write from what is known")
+    chosen = parser.parse_args(argv)
+    if chosen.quick:
+        for name, value in QUICK.items():
+            setattr(chosen, name, value)
+        chosen.seeds = 1
+    return chosen
+
+
+def jobs(chosen: argparse.Namespace, settings: dict[str, dict[str, object]]) -> list[Job]:
+    """Every training on a test part's set, seeds outermost, so that a stopped command leaves a whole table.
+
+    Ablations are measured on the full set and with few labels, where the parts that they remove matter.
+    """
+    found = []
+    for seed in range(chosen.seeds):
+        for name in chosen.sets:
+            for regime in chosen.regimes:
+                for method in chosen.methods:
+                    if method in ABLATIONS and regime not in ("full", "labels-8"):
+                        continue
+                    if method == "mlp_pseudo" and not regime.startswith("labels"):
+                        continue  # nothing is unlabelled, so it is the MLP itself
+                    key = SEDA if method.startswith(SEDA) else f"{method} on {name}"
+                    found.append(Job(name, regime, method, TEST, seed, settings.get(key, {})))
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; 2 with one sentence where the data is missing."""
+    chosen = arguments(argv)
+    runs = Runs(chosen.runs)
+    settings: dict[str, dict[str, object]] = {}
+    if not chosen.report_only:
+        missing = [name for name in chosen.sets if not (chosen.data / f"{SETS[name]}.npz").is_file()]
+        if missing:
+            print(f"benchmarks.quality: {chosen.data} has no {SETS[missing[0]]}.npz; give --data", file=sys.stderr)
+            return 2
+        data: dict[str, DataSet] = {name: load(name, chosen.data) for name in chosen.sets}
+        if chosen.select:
+            wanted = selection.jobs(list(data.values()), selection.SELECTED, chosen.select, chosen.folds)
+            for job in tqdm(wanted, "selection", disable=None):
+                runs.get(job, selection.task_of(job, data[job.set]))
+            settings = {group: dict(best) for group, best in selection.choose(runs, wanted).items()}
+        for job in tqdm(jobs(chosen, settings), "test parts", disable=None):
+            runs.get(job, apply(job.regime, data[job.set].task, job.seed))
+    rows = summary.summarise(list(runs))
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text(json.dumps({"selected": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    chosen.docs.mkdir(parents=True, exist_ok=True)
+    text = summary.markdown(rows, "python -m benchmarks.quality")
+    (chosen.docs / "quality.md").write_text(text, encoding="utf-8")
+    summary.plot(rows, chosen.docs / "quality")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""What is compared: SeDA, its ablations, the baselines, and two peers; each from a task to predictions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from seda_fast import SeDAConfig, TrainConfig
+from seda_fast.baselines import fit_baseline
+from seda_fast.data import FeatureSet
+from seda_fast.loop import train
+from seda_fast.nn.interaction import PFIN
+from seda_fast.nn.schedule import NoiseSchedule
+from seda_fast.prepare import prepare
+
+from .regimes import Rows, Task
+
+Float = NDArray[np.float32]
+Settings = Mapping[str, Any]
+SEDA, LINEAR, MLP, ONE_STEP = "seda", "linear", "mlp", "one_step"
+PEERS = ("one_step_mse", "mlp_pseudo", "bridge")
+ABLATIONS = ("seda:dcsl_only", "seda:no_semantic_space", "seda:no_interaction", "seda:one_step", "seda:no_teacher")
+METHODS = (SEDA, LINEAR, MLP, ONE_STEP, *PEERS, *ABLATIONS)
+# Against these the accuracy of SeDA is held; the others are measured beside it.
+BASELINES = (LINEAR, MLP, ONE_STEP, "mlp_pseudo")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Predictions on a task's test rows: log_proba (M, K); where the method maps to texts, aligned (M, Dt) as samples
+    and point (M, Dt) as point estimates, both standardised; seconds of training."""
+
+    log_proba: Float
+    aligned: Float | None
+    point: Float | None
+    seconds: float
+
+
+def standardised(task: Task) -> Task:
+    """The task in the units of its training rows, as SeDA itself standardises."""
+
+    def scale(values: Float) -> tuple[Float, Float]:
+        known = values[~np.isnan(values).any(1)].astype(np.float64)
+        deviation = known.std(0)
+        return known.mean(0).astype(np.float32), np.where(deviation > 0, deviation, 1).astype(np.float32)
+
+    v, t = scale(task.train.visual), scale(task.train.text)
+    train, test = (Rows((r.visual - v[0]) / v[1], (r.text - t[0]) / t[1], r.labels) for r in (task.train, task.test))
+    return Task(train, test, task.n_classes)
+
+
+def fit(method: str, task: Task, seed: int, settings: Settings) -> Fitted:
+    """Train one of `METHODS` on ``task.train`` and predict ``task.test`` from its visual features."""
+    name, _, ablation = method.partition(":")
+    if name == SEDA:
+        return _seda(task, seed, settings, ablation)
+    task = standardised(task)
+    if name == "mlp_pseudo":
+        return _baseline(MLP, Task(_pseudo_labelled(task.train), task.test, task.n_classes), seed, settings)
+    if name == "bridge":
+        return _bridge(task, seed, settings)
+    return _baseline(name, task, seed, settings)
+
+
+def _baseline(name: str, task: Task, seed: int, settings: Settings) -> Fitted:
+    rows = task.train
+    fitted = fit_baseline(name, rows.visual, rows.text, rows.labels, n_classes=task.n_classes, seed=seed, **settings)
+    aligned = fitted.aligned(task.test.visual)
+    return Fitted(fitted.log_proba(task.test.visual), aligned, aligned, fitted.seconds)
+
+
+def _pseudo_labelled(rows: Rows) -> Rows:
+    """Unlabelled pairs get the class that a classifier of the labelled texts gives their text."""
+    known, paired = rows.labels >= 0, ~np.isnan(rows.text).any(1)
+    unknown = ~known & paired
+    if not unknown.any():
+        return rows
+    classifier = LogisticRegression(max_iter=1000).fit(rows.text[known & paired], rows.labels[known & paired])
+    labels = rows.labels.copy()
+    labels[unknown] = classifier.predict(rows.text[unknown])
+    return Rows(rows.visual, rows.text, labels)
+
+
+# ------------------------------------------------------------------------------------------------------ SeDA
+
+_MODEL_FIELDS = set(SeDAConfig.__dataclass_fields__)
+_ABLATED: dict[str, dict[str, Any]] = {
+    "": {},
+    # The semantic stage alone: no text is looked at, neither in training nor in prediction.
+    "dcsl_only": {"textual_weight": 0.0, "visual_weight": 0.0, "text_weight": 0.0, "mapped_weight": 0.0,
+                  "textual_head_weight": 0.0, "teacher_weight": 0.0},
+    "no_semantic_space": {"condition": "visual"},
+    "no_interaction": {},
+    "one_step": {"semantic_steps": 1, "textual_steps": 1},
+    "no_teacher": {"teacher_weight": 0.0},
+}  # fmt: skip
+
+
+def _seda(task: Task, seed: int, settings: Settings, ablation: str) -> Fitted:
+    chosen = {**settings, **_ABLATED[ablation]}
+    model_settings = {k: v for k, v in chosen.items() if k in _MODEL_FIELDS}
+    train_settings = {k: v for k, v in chosen.items() if k not in _MODEL_FIELDS}
+    rows, test = task.train, task.test
+    sizes = {"visual_dim": rows.visual.shape[1], "text_dim": rows.text.shape[1], "n_classes": task.n_classes}
+    begin = time.perf_counter()
+    model, data = prepare(_feature_set(task), SeDAConfig(**sizes, **model_settings), seed, torch.device("cpu"))
+    if ablation in ("dcsl_only", "no_teacher"):
+        model.teacher = None
+    if ablation == "no_interaction":
+        for stage in (model.learner, model.translator):
+            stage.network.gates.requires_grad_(False)  # at its initial 0, so that g = 1
+    model, _ = train(model, data, TrainConfig(seed=seed, **train_settings))
+    seconds = time.perf_counter() - begin
+    with torch.inference_mode():
+        visual = torch.from_numpy(test.visual)
+        log_proba, aligned = model(visual), model.align(visual)[1]
+        point = model.align(visual, steps=1)[1]
+    return Fitted(log_proba.numpy(), aligned.numpy(), point.numpy(), seconds)
+
+
+def _feature_set(task: Task) -> FeatureSet:
+    train, test = task.train, task.test
+    return FeatureSet(
+        visual_train=train.visual,
+        text_train=train.text,
+        label_train=train.labels,
+        visual_test=test.visual,
+        label_test=test.labels,
+        text_test=None,
+        class_names=tuple(map(str, range(task.n_classes))),
+        ids_train=np.arange(len(train.labels)),
+        ids_test=np.arange(len(test.labels)),
+        source="benchmark",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ bridge
+
+_BRIDGE = {"epochs": 40, "batch_size": 256, "learning_rate": 1e-3, "width": 512, "blocks": 3, "start": 0.5, "steps": 10}
+
+
+def _bridge(task: Task, seed: int, settings: Settings) -> Fitted:
+    """The idea of Diffusion Bridge (CVPR 2025): a diffusion model of the texts alone, started midway.
+
+    The one-step mapping's output is noised to ``start`` of the schedule and denoised by a model that saw no image; a
+    linear probe on real texts classifies the result.
+    """
+    chosen = {**_BRIDGE, **settings}
+    begin = time.perf_counter()
+    mapping = fit_baseline(
+        "one_step_mse", task.train.visual, task.train.text, task.train.labels, n_classes=task.n_classes, seed=seed
+    )
+    paired = ~np.isnan(task.train.text).any(1)
+    denoise = _text_diffusion(torch.from_numpy(task.train.text[paired]), seed, chosen)
+    probe_rows = paired & (task.train.labels >= 0)
+    probe = LogisticRegression(max_iter=1000).fit(task.train.text[probe_rows], task.train.labels[probe_rows])
+    seconds = time.perf_counter() - begin
+    mapped = mapping.aligned(task.test.visual)
+    assert mapped is not None
+    aligned = denoise(torch.from_numpy(mapped)).numpy()
+    log_proba = np.full((len(aligned), task.n_classes), -np.inf, np.float32)
+    log_proba[:, probe.classes_] = probe.predict_log_proba(aligned)
+    return Fitted(log_proba, aligned, mapped, seconds)
+
+
+def _text_diffusion(text: Tensor, seed: int, chosen: Settings) -> Callable[[Tensor], Tensor]:
+    """Train an unconditional denoiser of ``text`` (N, Dt); returns the map from a starting point to a sample."""
+    schedule = NoiseSchedule(1000)
+    abar = schedule.alpha_bar.float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = PFIN(
+            text.shape[1], 1, width=chosen["width"], expansion=2, blocks=chosen["blocks"], time_embedding=64, steps=1000
+        )
+        optimiser = torch.optim.AdamW(network.parameters(), lr=chosen["learning_rate"], weight_decay=0.05, fused=True)
+        total = chosen["epochs"] * -(-len(text) // chosen["batch_size"])
+        schedule_lr = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
+        for _ in range(chosen["epochs"]):
+            for rows in torch.randperm(len(text)).split(chosen["batch_size"]):
+                tau = torch.randint(0, 1000, (len(rows),)).sort().values
+                rate = abar[tau][:, None]
+                noised = rate.sqrt() * text[rows] + (1 - rate).sqrt() * torch.randn_like(text[rows])
+                estimate = network(rate.sqrt() * noised, text.new_zeros(len(rows), 1), tau)
+                optimiser.zero_grad(set_to_none=True)
+                (estimate - text[rows]).square().mean().backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimiser.step()
+                schedule_lr.step()
+
+    @torch.inference_mode()
+    def denoise(start: Tensor) -> Tensor:
+        steps = [round(999 * chosen["start"] * (1 - i / chosen["steps"])) for i in range(chosen["steps"])]
+        generator = torch.Generator().manual_seed(seed)
+        rate = abar[steps[0]]
+        x = rate.sqrt() * start + (1 - rate).sqrt() * torch.randn(start.shape, generator=generator)
+        for step, after in zip(steps, [*steps[1:], None], strict=True):
+            rate = abar[step]
+            tau = torch.full((len(x),), step)
+            clean = network(rate.sqrt() * x, x.new_zeros(len(x), 1), tau)
+            if after is None:
+                return clean
+            noise = (x - rate.sqrt() * clean) / (1 - rate).sqrt()
+            x = abar[after].sqrt() * clean + (1 - abar[after]).sqrt() * noise
+        return x
+
+    return denoise

@@ -1,0 +1,139 @@
+"""Data sets, their folds, and the regimes that a training part is put through."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float32]
+Int = NDArray[np.int64]
+
+SETS = {"fashion_products": "fashion_products", "wikipedia": "wikipedia", "cub10": "cub10_googlenet_doc2vec"}
+REGIMES = (
+    "full",
+    "labels-4",
+    "labels-8",
+    "labels-16",
+    "samples-4",
+    "samples-8",
+    "samples-16",
+    "noise",
+    "tail",
+    "half-text",
+)
+ABOUT = {
+    "full": "every training row with label and text",
+    "labels-N": "N labelled rows per class, all other training pairs unlabelled",
+    "samples-N": "N rows per class and nothing else",
+    "noise": "half a standard deviation of Gaussian noise on all visual features, test part included",
+    "tail": "class sizes fall geometrically, the largest 50 times the smallest",
+    "half-text": "half of the texts missing",
+}
+IMBALANCE = 50
+NOISE = 0.5
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Triples: visual (N, Dv), text (N, Dt) with NaN rows where it is missing, labels (N,) int64, -1 unlabelled."""
+
+    visual: Float
+    text: Float
+    labels: Int
+
+    def take(self, index: NDArray[np.generic]) -> Rows:
+        """The rows of an index or mask."""
+        return Rows(self.visual[index], self.text[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is trained on and what it is measured on."""
+
+    train: Rows
+    test: Rows
+    n_classes: int
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A set with its own test part; rows of one group (equal titles) never lie on both sides of a fold."""
+
+    name: str
+    task: Task
+    groups: Int
+
+
+def load(name: str, folder: Path) -> DataSet:
+    """One of `SETS` from ``folder``."""
+    file = SETS[name]
+    with np.load(folder / f"{file}.npz", allow_pickle=False) as source:
+        parts = [
+            Rows(source[f"visual_{p}"].astype(np.float32), source[f"text_{p}"].astype(np.float32), source[f"label_{p}"])
+            for p in ("train", "test")
+        ]
+        n_classes = len(source["class_names"])
+    titles = folder / f"{file}.texts.json.gz"
+    groups = np.arange(len(parts[0].labels))
+    if titles.is_file():
+        with gzip.open(titles, "rt", encoding="utf-8") as stream:
+            groups = np.unique(json.load(stream)["train"], return_inverse=True)[1]
+    return DataSet(name, Task(parts[0], parts[1], n_classes), groups)
+
+
+def fold(data: DataSet, index: int, folds: int, seed: int) -> Task:
+    """Fold ``index`` of a stratified, grouped cross-validation of the training part; the test part is not touched."""
+    rows, rng = data.task.train, np.random.default_rng(seed)
+    held = np.zeros(len(rows.labels), dtype=bool)
+    for label in range(data.task.n_classes):
+        members = np.flatnonzero(rows.labels == label)
+        order = {g: i for i, g in enumerate(rng.permutation(np.unique(data.groups[members])))}
+        position = np.array([order[g] for g in data.groups[members]])
+        held[members[position % folds == index]] = len(order) > 1
+    return Task(rows.take(~held), rows.take(held), data.task.n_classes)
+
+
+def apply(regime: str, task: Task, seed: int) -> Task:
+    """The task in a regime of `REGIMES`; which rows, labels or texts are lost depends on ``seed``."""
+    kind, _, number = regime.partition("-")
+    rng, train = np.random.default_rng(seed), task.train
+    if kind == "full":
+        return task
+    if kind in ("labels", "samples"):
+        keep = _first(rng, train.labels, dict.fromkeys(range(task.n_classes), int(number)))
+        if kind == "samples":
+            return replace(task, train=train.take(keep))
+        return replace(task, train=replace(train, labels=np.where(keep, train.labels, -1)))
+    if kind == "tail":
+        return replace(task, train=train.take(_first(rng, train.labels, _tail(rng, train.labels, task.n_classes))))
+    if kind == "noise":
+        deviation = NOISE * train.visual.std(0)
+        noisy = [
+            replace(part, visual=part.visual + (deviation * rng.standard_normal(part.visual.shape)).astype(np.float32))
+            for part in (train, task.test)
+        ]
+        return Task(noisy[0], noisy[1], task.n_classes)
+    if regime == "half-text":
+        missing = rng.permutation(len(train.labels)) < len(train.labels) // 2
+        return replace(task, train=replace(train, text=np.where(missing[:, None], np.float32(np.nan), train.text)))
+    raise ValueError(f"regime must be one of {', '.join(REGIMES)}, not {regime!r}")
+
+
+def _first(rng: np.random.Generator, labels: Int, counts: dict[int, int]) -> NDArray[np.bool_]:
+    """A mask of up to ``counts[label]`` random rows of each class."""
+    keep = np.zeros(len(labels), dtype=bool)
+    for label, count in counts.items():
+        keep[rng.permutation(np.flatnonzero(labels == label))[:count]] = True
+    return keep
+
+
+def _tail(rng: np.random.Generator, labels: Int, n_classes: int) -> dict[int, int]:
+    """Class sizes from the largest class's down to a 50th of it, in random class order, at least 2."""
+    largest = int(np.bincount(labels, minlength=n_classes).max())
+    falling = largest * IMBALANCE ** (-np.arange(n_classes) / (n_classes - 1))
+    return {int(label): max(2, round(size)) for label, size in zip(rng.permutation(n_classes), falling, strict=True)}

@@ -1,0 +1,125 @@
+"""Single measurements: made once, written down at once, found again when the command is repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from seda_fast.metrics import alignment_metrics, classification_metrics
+
+from . import methods
+from .regimes import Task
+
+TEST = "test"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: on which part ("test", or "cv 0/3" for the first of three folds), in which regime, with what."""
+
+    set: str
+    regime: str
+    method: str
+    part: str
+    seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Names the job among the records."""
+        text = json.dumps(
+            [self.set, self.regime, self.method, self.part, self.seed, dict(self.settings)], sort_keys=True
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a job gave: accuracies in percent, ``right`` (M,) which test rows were right, seconds of training."""
+
+    job: Job
+    metrics: dict[str, float]
+    alignment: dict[str, float] | None
+    alignment_point: dict[str, float] | None
+    right: NDArray[np.bool_]
+    seconds: float
+
+    def line(self) -> str:
+        """One line of JSON; the bits of ``right`` as hexadecimal digits."""
+        values = {
+            **{k: getattr(self.job, k) for k in ("set", "regime", "method", "part", "seed")},
+            "settings": dict(self.job.settings),
+            "metrics": self.metrics,
+            "alignment": self.alignment,
+            "alignment_point": self.alignment_point,
+            "rows": len(self.right),
+            "right": np.packbits(self.right).tobytes().hex(),
+            "seconds": round(self.seconds, 2),
+        }
+        return json.dumps(values)
+
+    @classmethod
+    def read(cls, line: str) -> Record:
+        """From `line`."""
+        v = json.loads(line)
+        job = Job(v["set"], v["regime"], v["method"], v["part"], v["seed"], v["settings"])
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(v["right"]), np.uint8))[: v["rows"]].astype(bool)
+        return cls(job, v["metrics"], v["alignment"], v["alignment_point"], bits, v["seconds"])
+
+
+class Runs:
+    """The records of a file of JSON lines, appended to as jobs end: a killed command goes on where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # A kill may have cut the last line short; its job is made again.
+        records = (Record.read(line) for line in lines if line.endswith("}"))
+        self.records = {record.job.key: record for record in records}
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records.values())
+
+    def get(self, job: Job, task: Task) -> Record:
+        """The record of ``job``, made on ``task`` (already folded and in its regime) if there is none."""
+        if job.key not in self.records:
+            record = measure(job, task)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(record.line() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self.records[job.key] = record
+        return self.records[job.key]
+
+
+def measure(job: Job, task: Task) -> Record:
+    """Train and predict once."""
+    torch.manual_seed(job.seed)
+    fitted = methods.fit(job.method, task, job.seed, job.settings)
+    labels = task.test.labels
+    text = methods.standardised(task).test.text
+    log_proba = np.nan_to_num(fitted.log_proba, neginf=-1e4)
+    known = ("top1", "top5", "balanced_accuracy", "ece")
+    found = classification_metrics(log_proba - np.logaddexp.reduce(log_proba, axis=1, keepdims=True), labels)
+    alignments = [
+        None if mapped is None else {k: round(v, 4) for k, v in alignment_metrics(mapped, text, seed=0).items()}
+        for mapped in (fitted.aligned, fitted.point)
+    ]
+    right = fitted.log_proba.argmax(1) == labels
+    return Record(job, {k: round(found[k], 4) for k in known}, *alignments, right, fitted.seconds)
+
+
+def of(records: Iterable[Record], **wanted: object) -> list[Record]:
+    """The records whose job has these values, by seed."""
+    found = [r for r in records if all(getattr(r.job, k) == v for k, v in wanted.items())]
+    return sorted(found, key=lambda r: r.job.seed)
