@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .config import ConfigError
 from .files import DataError
+from .interrupt import Interrupted
 from .loop import TrainingError
 
 BAD_INPUT = 2
@@ -128,13 +129,21 @@ def run(command: Callable[[], None], program: str) -> int:
     try:
         command()
     except (DataError, ConfigError, TrainingError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        report(program, str(error))
         return BAD_INPUT
+    except Interrupted as stop:
+        report(program, str(stop))
+        return stop.exit_code
     except BrokenPipeError:
         # The reader of our output (head, less) has closed it; nothing is wrong and nobody is left to tell.
         sys.stderr.close()
         return 0
     return 0
+
+
+def report(program: str, sentence: str) -> None:
+    """A sentence on stderr."""
+    print(f"{program}: {sentence}", file=sys.stderr, flush=True)
 
 
 def progress(total: int, label: str) -> tqdm[NoReturn]:
