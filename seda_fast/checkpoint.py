@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,28 +47,58 @@ class Checkpoints:
 
     def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
         self.folder, self._report = folder, report
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of ``step``, then remove all but the `KEPT` newest; returns the tensors' path.
+        """Copy the tensors and begin to write the checkpoint of ``step``; returns the path that it will have.
+
+        A thread writes it and then removes all but the `KEPT` newest, so that training goes on meanwhile: with the
+        default model that is 96 MB, which take 0.2 to 0.5 s, half as long as an epoch of the embedded set.
+
+        Raises:
+            DataError: the one before could not be written, see `finish`.
+        """
+        self.finish()
+        still = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+        path = self._path(step)
+        # A daemon: a process that is told to end does not wait for it, and what it leaves is no checkpoint.
+        self._writer = threading.Thread(target=self._write, args=(path, step, still, dict(state)), daemon=True)
+        self._writer.start()
+        return path
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun last is there.
 
         Raises:
             DataError: it cannot be written (the disk is full, say); the older ones are untouched.
         """
-        path = self.folder / f"step-{step:09d}{_TENSORS}"
-        still = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _write(self, path: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        try:
+            self._write_files(path, step, tensors, state)
+            self._prune(step)
+        except BaseException as failure:  # noqa: BLE001 - `finish` raises it where somebody listens
+            self._failure = failure
+
+    def _write_files(self, path: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as draft:
-                save_file(still, draft)
+                save_file(tensors, draft)
                 checksum, size = _checksum(draft), draft.stat().st_size
-            about = {"format": _FORMAT, "step": step, "sha256": checksum, "bytes": size, "state": dict(state)}
+            about = {"format": _FORMAT, "step": step, "sha256": checksum, "bytes": size, "state": state}
             text = json.dumps({**about, "about_sha256": _digest(about)}, allow_nan=False)
             with atomic_path(path.with_suffix(_STATE)) as draft:
                 draft.write_text(text + "\n", encoding="utf-8")
         except (SafetensorError, OSError) as error:
             raise DataError(f"the checkpoint {path} cannot be written: {_reason(error)}") from error
-        self._prune(step)
-        return path
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint, None where there is none at all; each damaged one is reported.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,7 @@ class Trainer:
         self.model, self.data, self.settings, self._keeping, self._say = model, data, settings, keeping, say
         self.steps_per_epoch = -(-len(data) // settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
-        self.stepper = Stepper(
-            model, data, settings, self.total_steps, engine=engine, precision=precision, say=say
-        )
+        self.stepper = Stepper(model, data, settings, self.total_steps, engine=engine, precision=precision, say=say)
         self._precision = precision
         self._order = torch.Generator().manual_seed(settings.seed)
         self.history: list[Epoch] = []
@@ -156,9 +155,15 @@ class Trainer:
             DataError: a checkpoint cannot be written.
         """
         self.model.train()
-        with matrix_precision(self._precision):
-            while len(self.history) < self.settings.epochs:
-                self._epoch(on_step)
+        try:
+            with matrix_precision(self._precision):
+                while len(self.history) < self.settings.epochs:
+                    self._epoch(on_step)
+        except BaseException:
+            with suppress(DataError):  # why the run ends is what counts
+                self._finish_checkpoint()
+            raise
+        self._finish_checkpoint()
         self.stepper.average.store()
         return self.model.eval(), self.history
 
@@ -207,9 +212,14 @@ class Trainer:
             self._last_checkpoint = self._keeping.checkpoints.save(done, self._tensors(), self._state())
         if stop:
             assert interrupts is not None
+            self._finish_checkpoint()
             raise interrupts.stop(
                 f"stopped in step {done} of {self.total_steps}; --resume continues from {self._last_checkpoint}"
             )
+
+    def _finish_checkpoint(self) -> None:
+        if self._keeping is not None:
+            self._keeping.checkpoints.finish()
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.stepper.tensors(), "order": self._order_state}
@@ -285,9 +295,7 @@ class Trainer:
 def _refuse_difference(own: Mapping[str, Any], before: Mapping[str, Any], path: Path) -> None:
     for name, value in own.items():
         if before.get(name) != value:
-            raise ConfigError(
-                f"{name} is {value!r}, but the run to resume began with {before.get(name)!r} ({path})"
-            )
+            raise ConfigError(f"{name} is {value!r}, but the run to resume began with {before.get(name)!r} ({path})")
 
 
 def train(

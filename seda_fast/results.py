@@ -133,9 +133,7 @@ def _acquire(place: Path, out: Path, report: Callable[[str], None]) -> IO[str]:
     host, pid = _owner(file.read())
     if pid is not None and host != socket.gethostname():
         file.close()
-        raise DataError(
-            f"process {pid} on {host} works, or worked, on {out}; if it is no more, delete {path}"
-        )
+        raise DataError(f"process {pid} on {host} works, or worked, on {out}; if it is no more, delete {path}")
     if pid is not None:
         report(f"the lock of process {pid}, which is no more, is taken over ({path})")
     file.truncate(0)
