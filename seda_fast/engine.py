@@ -261,7 +261,7 @@ class Stepper:
         return settings.learning_rate * learning_rate_factor(self.done, self.total_steps, settings.warmup)
 
     def report(self) -> dict[str, Any]:
-        """For ``metrics.json``: the engine asked for and used, why, and what fell back to another one."""
+        """For ``metrics.json``: the engine asked for and used, why, and which steps fell back to another one."""
         return {**self.plan._asdict(), "fallbacks": [{"what": what, **how} for what, how in self.fallbacks.items()]}
 
     # ---- steps ---------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ class Stepper:
             whole = rows == self.settings.batch_size
             if self.plan.used == "compile" and not whole:
                 self._fall(f"a batch of {rows} rows", "eager", "a new shape would be compiled anew")
-            self._host_step(batch, self._compiled if whole else self.objective)
+            self._host_step(batch, self._compiled_losses if whole else self.objective)
             yield
 
     def _host_step(self, batch: Batch, objective: Callable[..., Losses]) -> None:
@@ -289,6 +289,18 @@ class Stepper:
         self.average.update(self.done)
         self.step += 1
         self.done += 1
+
+    def _compiled_losses(self, batch: Batch, seed: Tensor, step: Tensor) -> Losses:
+        if self._compiled is self.objective:
+            return self.objective(batch, seed, step)
+        try:
+            return self._compiled(batch, seed, step)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # No compiler is there, say; it fails at the first call, before anything has changed.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self._fall("engine compile", "eager", f"it failed: {reason}", steps=self.total_steps - self.done)
+            self.plan, self._compiled = self.plan._replace(used="eager"), self.objective
+            return self.objective(batch, seed, step)
 
     def _gradients(self, batch: Batch, objective: Callable[..., Losses]) -> None:
         """Losses to the sums, clipped gradients to the parameters."""
@@ -318,16 +330,22 @@ class Stepper:
     def _graphed(self, parts: list[Tensor]) -> Iterator[None]:
         size = self.settings.batch_size
         whole = [part for part in parts if len(part) == size]
-        if whole:
-            if self._graph is None:
+        if whole and self._graph is None and "engine graph" not in self.fallbacks:
+            try:
                 self._graph = Graph(self)
-            self._graph.order(torch.cat(whole))
-            for _ in whole:
+            except RuntimeError as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self._fall("engine graph", "eager", f"it failed: {reason}", steps=self.total_steps - self.done)
+        replayed = whole if self._graph is not None else []
+        if self._graph is not None and replayed:
+            self._graph.order(torch.cat(replayed))
+            for _ in replayed:
                 self._graph.replay()
                 self.done += 1
                 yield
-        for part in parts[len(whole) :]:
-            self._fall(f"a batch of {len(part)} rows", "eager", "a graph has one shape")
+        for part in parts[len(replayed) :]:
+            if len(part) != size:
+                self._fall(f"a batch of {len(part)} rows", "eager", "a graph has one shape")
             self.device_step(self.data.rows(part.to(self.data.device)))
             self.done += 1
             yield

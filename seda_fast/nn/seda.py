@@ -95,7 +95,7 @@ def _class_terms(
     if soft is None:
         return centre, hard
     n_hard, n_soft = (labels >= 0).sum(), soft.sum()
-    entropy = -(soft * F.log_softmax(head(features), dim=1)).sum()
+    entropy = -(soft * F.log_softmax(head(features).to(soft.dtype), dim=1)).sum()
     return centre, (hard * n_hard + entropy) / (n_hard + n_soft).clamp(min=1)
 
 
@@ -232,14 +232,16 @@ class SeDA(nn.Module):
         soft = self._soft_labels(visual, text, labels, paired)
         # The label of a row without text says nothing of texts.
         known = labels.masked_fill(~paired, UNLABELLED)
-        pairs = paired.to(text.dtype)
+        # Sums over rows and dimensions are made in float32 at least, also where the networks run in a half precision.
+        wide = torch.promote_types(text.dtype, torch.float32)
+        pairs = paired.to(wide)
         row_weights = pairs / pairs.sum().clamp(min=1)
         smoothing, head = settings.label_smoothing, self.translator.head
         centre, semantic = _class_terms(s, labels, self.centres, self.learner.head, smoothing, soft)
         terms = (
             centre,
             semantic,
-            ((t - text).square().mean(1) * row_weights).sum(),
+            ((t.to(wide) - text.to(wide)).square().mean(1) * row_weights).sum(),
             _class_terms(mapped, known, None, head, smoothing, soft)[1],
             _class_terms(text, known, None, head, smoothing, soft)[1],
             self._teacher(s, mapped, text, row_weights, settings.teacher_temperature),
@@ -253,16 +255,17 @@ class SeDA(nn.Module):
         if self.teacher is None:
             return None
         unlabelled = (labels < 0) & paired
-        soft: Tensor = self.teacher(visual, text)
+        dtype = self.teacher.trust.dtype
+        soft: Tensor = self.teacher(visual.to(dtype), text.to(dtype))
         return soft * unlabelled[:, None]
 
     def _teacher(self, s: Tensor, t: Tensor, text: Tensor, row_weights: Tensor, temperature: float) -> Tensor:
         """Mean divergence of the two heads from the text's, softened; the text itself learns nothing from it."""
         with torch.no_grad():
-            target = F.log_softmax(self.translator.head(text) / temperature, dim=1)
+            target = F.log_softmax(self.translator.head(text).to(row_weights.dtype) / temperature, dim=1)
         divergence = torch.zeros_like(row_weights)
         for student in (self.learner.head(s), self.translator.head(t)):
-            log_q = F.log_softmax(student / temperature, dim=1)
+            log_q = F.log_softmax(student.to(row_weights.dtype) / temperature, dim=1)
             divergence = divergence + (target.exp() * (target - log_q)).sum(1)
         return temperature**2 / 2 * (divergence * row_weights).sum()
 
