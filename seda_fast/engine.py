@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import ConfigError, TrainConfig
-from .nn import Losses, SeDA
+from .nn import Losses, SeDA, Shard
+from .ranks import ALONE, Ranks
 
 EngineName = Literal["auto", "eager", "compile", "graph"]
 PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -20,10 +22,16 @@ TERMS = Losses._fields
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Steps run on a stream of their own before a capture: libraries set themselves up, kernels are tuned.
 _WARM_UP_STEPS = 3
+_LATEST = 2**62
 
 
 class Rows(Protocol):
-    """A training set as the engines see it: on ``device``, batches by row number."""
+    """A training set as the engines see it: on ``device``, batches by row number; ``labels`` and ``paired`` whole."""
+
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def paired(self) -> Tensor: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -44,7 +52,7 @@ class Plan(NamedTuple):
     reason: str
 
 
-def plan(asked: EngineName, precision: PrecisionName, data: Rows, batch_size: int) -> Plan:
+def plan(asked: EngineName, precision: PrecisionName, data: Rows, batch_size: int, ranks: Ranks = ALONE) -> Plan:
     """The engine that runs, by a rule: graph needs CUDA, data on the device, a whole batch and no fp16 scaling; what
     cannot be captured is compiled; a CPU runs eager unless told otherwise.
 
@@ -60,6 +68,7 @@ def plan(asked: EngineName, precision: PrecisionName, data: Rows, batch_size: in
         return Plan(asked, asked, "asked for")
     obstacles = {
         "it needs a CUDA device": not cuda,
+        "ranks exchange their gradients": not ranks.alone,
         "the data are streamed from files": not data.on_device,
         "the batch is larger than the training part": len(data) < batch_size,
         "fp16 scales its losses on the host's word": precision == "fp16",
@@ -137,8 +146,8 @@ class _Losses(nn.Module):
         super().__init__()
         self.model, self.settings = model, settings
 
-    def forward(self, batch: Batch, seed: Tensor, step: Tensor) -> Losses:
-        return self.model.losses(*batch, seed=seed, step=step, settings=self.settings)
+    def forward(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
+        return self.model.losses(*batch, seed=seed, step=step, settings=self.settings, shard=shard)
 
 
 class Objective(nn.Module):
@@ -154,16 +163,36 @@ class Objective(nn.Module):
         self.losses = _Losses(model, settings)
         self.dtype = _HALF.get(precision)
 
-    def forward(self, batch: Batch, seed: Tensor, step: Tensor) -> Losses:
+        # What `forward` calls for whole batches, where the engine compiles.
+        self.compiled: Callable[..., Losses] | None = None
+
+    def forward(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None, compiled: bool) -> Losses:
         """The losses of ``batch`` at ``step``, both int64 () as in `SeDA.losses`."""
+        call = self.compiled if compiled and self.compiled is not None else self.eager
+        return call(batch, seed, step, shard)
+
+    def eager(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
+        """`forward` in eager PyTorch."""
         if self.dtype is None:
-            return self.losses(batch, seed, step)  # type: ignore[no-any-return]
+            return self.losses(batch, seed, step, shard)  # type: ignore[no-any-return]
         model = self.losses.model
         tensors = {**dict(model.named_parameters()), "centres": model.centres}
         cast = {f"model.{name}": tensor.to(self.dtype) for name, tensor in tensors.items()}
         visual, text, *rest = batch
         half = (visual.to(self.dtype), text.to(self.dtype), *rest)
-        return torch.func.functional_call(self.losses, cast, (half, seed, step))  # type: ignore[no-any-return]
+        return torch.func.functional_call(  # type: ignore[no-any-return]
+            self.losses, cast, (half, seed, step, shard)
+        )
+
+
+def _parallel(objective: Objective) -> nn.Module:
+    """The objective with gradients averaged over the ranks; see `Stepper._rehearse`."""
+    if objective.compiled is not None:
+        torch._dynamo.config.optimize_ddp = False  # it would cut the compiled graph at the buckets
+    with warnings.catch_warnings():
+        # The new name of the argument is not known to the oldest PyTorch that we run on.
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
 
 
 class Stepper:
@@ -184,10 +213,12 @@ class Stepper:
         *,
         engine: EngineName = "eager",
         precision: PrecisionName = "fp32",
+        ranks: Ranks = ALONE,
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.model, self.data, self.settings, self.total_steps, self._say = model, data, settings, total_steps, say
-        self.plan = plan(engine, precision, data, settings.batch_size)
+        self.ranks = ranks
+        self.plan = plan(engine, precision, data, settings.batch_size, ranks)
         self.fallbacks: dict[str, dict[str, Any]] = {}
         if engine not in ("auto", self.plan.used):
             self._fall(f"engine {engine}", self.plan.used, self.plan.reason, steps=total_steps)
@@ -219,11 +250,12 @@ class Stepper:
                 "step": zero, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
             }  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.objective: Callable[..., Losses] = Objective(model, settings, precision)
-        self._compiled: Callable[..., Losses] = self.objective
+        self.objective = Objective(model, settings, precision)
         if self.plan.used == "compile":
-            self._compiled = torch.compile(self.objective, fullgraph=True, dynamic=False)
+            self.objective.compiled = torch.compile(self.objective.eager, fullgraph=True, dynamic=False)
+        self._losses: nn.Module = self.objective if ranks.alone else _parallel(self.objective)
         self._graph: Graph | None = None
+        self._rehearsed = False
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
@@ -250,10 +282,35 @@ class Stepper:
             own.copy_(tensors[name])
         self.done = int(self.step)
 
-    def first_bad(self) -> tuple[int, str] | None:
-        """Step (from 1) and term of the first loss that was not finite; waits for the device."""
+    def spread(self) -> None:
+        """Every rank takes over the first one's state; the sums stay there."""
+        for tensor in self.tensors().values():
+            self.ranks.spread(tensor)
+        if not self.ranks.first:
+            self.sums.zero_()
+        self.done = int(self.step)
+
+    def look(self, stop: int) -> tuple[tuple[int, str] | None, int]:
+        """Step (from 1) and term of the first loss on any rank that was not finite, and the largest ``stop``.
+
+        Waits for the device and, where there are several, for all ranks.
+        """
         code = int(self._first_bad)
-        return None if code < 0 else (code // len(TERMS) + 1, TERMS[code % len(TERMS)])
+        # The first is the least, and -1 stands for none.
+        late = -1 if code < 0 else _LATEST - code
+        late, stop = self.ranks.largest([late, stop])
+        code = _LATEST - late
+        return (None if late < 0 else (code // len(TERMS) + 1, TERMS[code % len(TERMS)])), stop
+
+    def gather_sums(self) -> Tensor:
+        """The loss sums of all ranks, which the first goes on with alone, so that it can stop and resume there."""
+        if not self.ranks.alone:
+            self.ranks.add(self.sums)
+            if not self.ranks.first:
+                gathered = self.sums.clone()
+                self.sums.zero_()
+                return gathered
+        return self.sums
 
     def rate(self) -> float:
         """Learning rate of the step to come."""
@@ -271,46 +328,73 @@ class Stepper:
         if self.plan.used == "graph":
             yield from self._graphed(parts)
             return
-        for batch in self.data.batches(parts):
-            rows = len(batch[0])
-            whole = rows == self.settings.batch_size
-            if self.plan.used == "compile" and not whole:
+        if not self.ranks.alone and not self._rehearsed:
+            self._rehearse()
+        own = (part[self.ranks.part(len(part))] for part in parts)
+        for part, batch in zip(parts, self.data.batches(own), strict=True):
+            rows = len(part)
+            compiled = self.plan.used == "compile" and rows == self.settings.batch_size
+            if self.plan.used == "compile" and not compiled:
                 self._fall(f"a batch of {rows} rows", "eager", "a new shape would be compiled anew")
-            self._host_step(batch, self._compiled_losses if whole else self.objective)
+            self._host_step(batch, part, compiled)
             yield
 
-    def _host_step(self, batch: Batch, objective: Callable[..., Losses]) -> None:
+    def _rehearse(self) -> None:
+        """Gradients of the first rows, thrown away.
+
+        After its first step DistributedDataParallel lays its buckets out anew, and then sums of more than two ranks
+        add in another order. So that a resumed run, whose first step is another one's later step, has the same
+        bits, no step that counts is the first.
+        """
+        part = torch.arange(min(self.settings.batch_size, len(self.data)))
+        (batch,) = self.data.batches([part[self.ranks.part(len(part))]])
+        compiled = self.plan.used == "compile" and len(part) == self.settings.batch_size
+        self._losses_of(batch, self._shard(batch, part), compiled).total.backward()
+        self.optimiser.zero_grad(set_to_none=True)
+        self._rehearsed = True
+
+    def _host_step(self, batch: Batch, part: Tensor, compiled: bool) -> None:
         rate = self.rate()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        self._gradients(batch, objective)
+        self._gradients(batch, self._losses_of(batch, self._shard(batch, part), compiled), len(part))
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.average.update(self.done)
         self.step += 1
         self.done += 1
 
-    def _compiled_losses(self, batch: Batch, seed: Tensor, step: Tensor) -> Losses:
-        if self._compiled is self.objective:
-            return self.objective(batch, seed, step)
+    def _shard(self, batch: Batch, part: Tensor) -> Shard | None:
+        """Where the rows of ``batch``, which are this rank's, stand in ``part``, which are all ranks'."""
+        if self.ranks.alone:
+            return None
+        data, rows = self.data, part.to(self.data.device)
+        whole = self.model.term_rows(data.labels[rows], data.paired[rows])
+        own = self.model.term_rows(batch[2], batch[3])
+        dtype = torch.promote_types(self.average.values[0].dtype, torch.float32)
+        return Shard(self.ranks.part(len(part)).start, len(part), own.to(dtype) / whole.clamp(min=1).to(dtype))
+
+    def _losses_of(self, batch: Batch, shard: Shard | None, compiled: bool) -> Losses:
+        if not compiled:
+            return self._losses(batch, self.seed, self.step, shard, False)  # type: ignore[no-any-return]
         try:
-            return self._compiled(batch, seed, step)
+            return self._losses(batch, self.seed, self.step, shard, True)  # type: ignore[no-any-return]
         except torch._dynamo.exc.TorchDynamoException as error:
             # No compiler is there, say; it fails at the first call, before anything has changed.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._fall("engine compile", "eager", f"it failed: {reason}", steps=self.total_steps - self.done)
-            self.plan, self._compiled = self.plan._replace(used="eager"), self.objective
-            return self.objective(batch, seed, step)
+            self.plan, self.objective.compiled = self.plan._replace(used="eager"), None
+            return self._losses(batch, self.seed, self.step, shard, False)  # type: ignore[no-any-return]
 
-    def _gradients(self, batch: Batch, objective: Callable[..., Losses]) -> None:
-        """Losses to the sums, clipped gradients to the parameters."""
-        losses = objective(batch, self.seed, self.step)
+    def _gradients(self, batch: Batch, losses: Losses, rows: int) -> None:
+        """Losses of a batch of ``rows`` rows on all ranks to the sums, clipped gradients to the parameters."""
         self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(losses.total).backward()
+        # DistributedDataParallel takes the mean of the ranks' gradients; ours are shares, to be added.
+        self.scaler.scale(losses.total * self.ranks.world).backward()
         self.scaler.unscale_(self.optimiser)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         values = torch.stack([term.detach().double() for term in losses])
-        self.sums += values * len(batch[0])
+        self.sums += values * rows
         bad = ~values.isfinite()
         # The terms come first, so that one of them is named rather than their sum.
         first = torch.argmax(bad.roll(-1).to(torch.int8))
@@ -322,7 +406,7 @@ class Stepper:
         assert self._rates is not None
         for group in self.optimiser.param_groups:
             group["lr"].copy_(self._rates.index_select(0, self.step[None])[0])
-        self._gradients(batch, self.objective)
+        self._gradients(batch, self._losses_of(batch, None, False), len(batch[0]))
         self.optimiser.step()
         self.average.update_on_device(self.step)
         self.step += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -43,14 +44,23 @@ class Interrupts:
         self._deferring = False
         self._over = threading.Event()
         self._before: dict[int, Any] = {}
+        self._wakeup_before = -1
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            # Python calls a handler when the main thread is back from native code; the thread hears of it at once.
+            self._ear, self._mouth = socket.socketpair()
+            self._mouth.setblocking(False)
+            self._wakeup_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._insist, args=(self._ear,), daemon=True).start()
         return self
 
     def __exit__(self, *unused: object) -> None:
         self._over.set()
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_before)
+            self._mouth.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -63,20 +73,27 @@ class Interrupts:
         finally:
             self._deferring = False
 
-    def stop(self, sentence: str) -> Interrupted:
-        """The exception to raise once a deferred signal can be obeyed."""
-        return Interrupted(sentence, self.requested or signal.SIGTERM)
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.requested = self.requested is None, number
-        if first:
-            threading.Thread(target=self._insist, args=(number,), daemon=True).start()
         if not (first and self._deferring):
             raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
-    def _insist(self, number: int) -> None:
+    def _insist(self, ear: socket.socket) -> None:
+        with ear:
+            number = self._heard(ear)
+            if number is not None:
+                self._force(number)
+
+    def _force(self, number: int) -> None:
         if self._deferring and not self._over.wait(GRACE_SECONDS):
             os.kill(os.getpid(), number)
         if not self._over.wait(LAST_SECONDS):
             print("stopped by force, as an operation did not return", file=sys.stderr, flush=True)
             os._exit(128 + number)
+
+    def _heard(self, ear: socket.socket) -> int | None:
+        """The first of our signals that comes, None when the block ends before."""
+        while content := ear.recv(1):
+            if content[0] in _SIGNALS:
+                return content[0]
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -17,8 +18,9 @@ from .checkpoint import Checkpoint, Checkpoints
 from .config import ConfigError, TrainConfig
 from .engine import TERMS, Batch, EngineName, PrecisionName, Rows, Stepper, matrix_precision
 from .files import DataError
-from .interrupt import Interrupts
+from .interrupt import Interrupted, Interrupts
 from .nn import SeDA
+from .ranks import ALONE, Ranks
 
 # How many steps may pass on a GPU before the host looks whether the losses are finite; on a CPU it looks every step.
 LOOK_EVERY = 50
@@ -91,12 +93,12 @@ class Keeping:
     """What a run keeps while it is unfinished.
 
     Attributes:
-        checkpoints: where to, and from where `Trainer.resume` takes the newest.
+        checkpoints: where to, and from where `Trainer.resume` takes the newest; None on all ranks but the first.
         every: epochs between checkpoints; a fraction for several an epoch.
         interrupts: asked after each step whether to stop.
     """
 
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | None
     every: float = 1.0
     interrupts: Interrupts | None = None
 
@@ -111,7 +113,8 @@ class Trainer:
 
     Args:
         engine, precision: see `engine.plan`; the parameters stay in their own dtype.
-        keeping: None keeps nothing.
+        keeping: None keeps nothing. Either all ranks have one or none has.
+        ranks: those that train together; each batch is shared among them.
         say: called with a sentence on what a user should know (a fallback of the engine, where a resumed run starts).
     """
 
@@ -124,13 +127,16 @@ class Trainer:
         engine: EngineName = "eager",
         precision: PrecisionName = "fp32",
         keeping: Keeping | None = None,
+        ranks: Ranks = ALONE,
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.model, self.data, self.settings, self._keeping, self._say = model, data, settings, keeping, say
         self.steps_per_epoch = -(-len(data) // settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
-        self.stepper = Stepper(model, data, settings, self.total_steps, engine=engine, precision=precision, say=say)
-        self._precision = precision
+        self.stepper = Stepper(
+            model, data, settings, self.total_steps, engine=engine, precision=precision, ranks=ranks, say=say
+        )
+        self._precision, self._ranks = precision, ranks
         self._order = torch.Generator().manual_seed(settings.seed)
         self.history: list[Epoch] = []
         # Batches done and seconds spent of the epoch that is under way, and the shuffling's state at its start.
@@ -173,24 +179,25 @@ class Trainer:
         rate = stepper.rate()
         for _ in stepper.steps(parts[self._batch :]):
             self._batch += 1
-            if stepper.data.device.type == "cpu" or stepper.done % LOOK_EVERY == 0:
-                self._refuse_non_finite()
             on_step(stepper.done, self.total_steps)
             if self._batch < len(parts):
                 self._seconds = time.perf_counter() - started
                 self._keep()
                 rate = stepper.rate()
         self._refuse_non_finite()
-        means = dict(zip(TERMS, (stepper.sums / len(self.data)).tolist(), strict=True))
+        means = dict(zip(TERMS, (stepper.gather_sums() / len(self.data)).tolist(), strict=True))
         self.history.append(Epoch(len(self.history) + 1, means, rate, time.perf_counter() - started))
         stepper.sums.zero_()
         self._batch, self._seconds, self._order_state = 0, 0.0, self._order.get_state()
         self._keep()
 
-    def _refuse_non_finite(self) -> None:
-        found = self.stepper.first_bad()
+    def _refuse_non_finite(self) -> int:
+        """Raises TrainingError where a loss on any rank is not finite; returns the signal that any rank got, or 0."""
+        interrupts = self._keeping.interrupts if self._keeping is not None else None
+        requested = (interrupts.requested or 0) if interrupts is not None else 0
+        found, requested = self.stepper.look(requested)
         if found is None:
-            return
+            return requested
         step, term = found
         kept = f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "no checkpoint yet"
         what = "the weighted sum of the losses" if term == "total" else f"the loss term {term}"
@@ -200,29 +207,31 @@ class Trainer:
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _keep(self) -> None:
-        """Write a checkpoint where one is due, and stop where a signal asked for it."""
-        if self._keeping is None:
+        """Look whether all is well, write a checkpoint where one is due, and stop where a signal asked for it."""
+        keeping, done = self._keeping, self.stepper.done
+        due = keeping is not None and (
+            done % max(1, round(keeping.every * self.steps_per_epoch)) == 0 or done == self.total_steps
+        )
+        alone_on_gpu = self._ranks.alone and self.data.device.type == "cuda"
+        told = keeping is not None and keeping.interrupts is not None and keeping.interrupts.requested is not None
+        # Several ranks must come to this together, so a signal waits for the next look.
+        if not (due or self.data.device.type == "cpu" or done % LOOK_EVERY == 0 or (alone_on_gpu and told)):
             return
-        every = max(1, round(self._keeping.every * self.steps_per_epoch))
-        interrupts = self._keeping.interrupts
-        stop = interrupts is not None and interrupts.requested is not None
-        done = self.stepper.done
-        if stop or done % every == 0 or done == self.total_steps:
-            self._refuse_non_finite()
-            self._last_checkpoint = self._keeping.checkpoints.save(done, self._tensors(), self._state())
-        if stop:
-            assert interrupts is not None
+        signum = self._refuse_non_finite()
+        if keeping is None or not (due or signum):
+            return
+        tensors, state = {**self.stepper.tensors(), "order": self._order_state}, self._state()
+        tensors["sums"] = self.stepper.gather_sums()
+        if keeping.checkpoints is not None:
+            self._last_checkpoint = keeping.checkpoints.save(done, tensors, state)
+        if signum:
             self._finish_checkpoint()
-            raise interrupts.stop(
-                f"stopped in step {done} of {self.total_steps}; --resume continues from {self._last_checkpoint}"
-            )
+            where = f"; --resume continues from {self._last_checkpoint}" if keeping.checkpoints is not None else ""
+            raise Interrupted(f"stopped in step {done} of {self.total_steps}{where}", signum)
 
     def _finish_checkpoint(self) -> None:
-        if self._keeping is not None:
+        if self._keeping is not None and self._keeping.checkpoints is not None:
             self._keeping.checkpoints.finish()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**self.stepper.tensors(), "order": self._order_state}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -244,32 +253,37 @@ class Trainer:
             "engine": self.stepper.plan.used,
             "precision": self._precision,
             "device": self.data.device.type,
+            "ranks": self._ranks.world,
             "torch": torch.__version__,
         }
 
     def resume(self) -> bool:
-        """Go to where the newest checkpoint was written; false where there is none.
+        """Go to where the newest checkpoint was written; false where there is none. All ranks must call this.
 
         Raises:
             DataError: no checkpoint can be used, or it is of other data.
             ConfigError: it is of a run with other settings.
         """
-        found = self._keeping.checkpoints.newest() if self._keeping is not None else None
-        if found is None:
+        checkpoints = self._keeping.checkpoints if self._keeping is not None else None
+        found = checkpoints.newest() if checkpoints is not None else None
+        if found is not None:
+            self._check_same_run(found)
+            try:
+                self.stepper.load(found.tensors)
+                self._order_state = found.tensors["order"].clone()
+            except (KeyError, ValueError) as error:
+                raise DataError(f"the checkpoint {found.path} is not of this version ({error})") from error
+            self._last_checkpoint = found.path
+        state = json.loads(self._ranks.spread_text(json.dumps(found.state if found is not None else None)))
+        if state is None:
             return False
-        self._check_same_run(found)
-        try:
-            self.stepper.load(found.tensors)
-            self._order_state = found.tensors["order"]
-            self._order.set_state(self._order_state)
-            state = found.state
-            self.stepper.scaler.load_state_dict(state["scaler"])
-            self.history = [Epoch(**epoch) for epoch in state["history"]]
-            self._batch, self._seconds = int(state["batch"]), float(state["seconds"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"the checkpoint {found.path} is not of this version of the package ({error})") from error
-        self._last_checkpoint = found.path
-        self._say(f"continuing after step {found.step} of {self.total_steps}, from {found.path}")
+        self.stepper.spread()
+        self._ranks.spread(self._order_state)
+        self._order.set_state(self._order_state)
+        self.stepper.scaler.load_state_dict(state["scaler"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self._batch, self._seconds = int(state["batch"]), float(state["seconds"])
+        self._say(f"continuing after step {self.stepper.done} of {self.total_steps}, from {self._last_checkpoint}")
         return True
 
     def _check_same_run(self, found: Checkpoint) -> None:

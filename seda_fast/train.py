@@ -37,8 +37,9 @@ from .loop import Epoch, Keeping, Trainer, TrainingSet
 from .measure import alignment, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
 from .metrics import classification_metrics
 from .nn import SeDA
-from .outputs import Outputs, model_outputs
+from .outputs import Outputs
 from .prepare import prepare
+from .ranks import ALONE, Ranks, joined, restarted
 from .results import (
     CONFIG_FILE,
     HISTORY_FILE,
@@ -48,6 +49,7 @@ from .results import (
     write_history,
     write_settings,
 )
+from .sharded import sharded_outputs
 
 PROGRAM = "seda_fast.train"
 # Samples whose way through the steps is drawn.
@@ -174,10 +176,14 @@ def write_report(folder: Path, model: SeDA, part: EvaluationRows, outputs: Outpu
 
 
 def fit(
-    model: SeDA, rows: TrainingSet, settings: Settings, keeping: Keeping
+    model: SeDA, rows: TrainingSet, settings: Settings, keeping: Keeping, ranks: Ranks = ALONE
 ) -> tuple[SeDA, list[Epoch], dict[str, Any]]:
     """Train, or continue training; returns the model, its history, and what ``metrics.json`` says of it."""
-    say = partial(report, PROGRAM)
+
+    def say(sentence: str) -> None:
+        if ranks.first:
+            report(PROGRAM, sentence)
+
     trainer = Trainer(
         model,
         rows,
@@ -185,9 +191,10 @@ def fit(
         engine=settings.run.engine,
         precision=settings.run.precision,
         keeping=keeping,
+        ranks=ranks,
         say=say,
     )
-    if settings.run.resume and not trainer.resume():
+    if (settings.run.resume or restarted()) and not trainer.resume():
         say(f"there is no unfinished run to {settings.run.out}; starting at the beginning")
     resumed_after, before = trainer.stepper.done, trainer.seconds
     started = time.perf_counter()
@@ -202,13 +209,14 @@ def fit(
         "samples_per_second": settings.train.epochs * len(rows) / seconds,
         "peak_memory_bytes": peak_memory_bytes(rows.device),
         "engine": trainer.stepper.report(),
+        "ranks": ranks.world,
         "precision": settings.run.precision,
         "resumed_after_step": resumed_after,
     }  # fmt: skip
 
 
-def train_and_evaluate(settings: Settings, draft: Path, keeping: Keeping) -> str:
-    """The whole run into ``draft``; returns the table to print."""
+def train_and_evaluate(settings: Settings, draft: Path | None, keeping: Keeping, ranks: Ranks = ALONE) -> str:
+    """The whole run into ``draft``; returns the table to print. Without a draft only this rank's share of the work."""
     device = choose_device(settings.run.device)
     data = FeatureSet.load(
         settings.run.data,
@@ -217,11 +225,13 @@ def train_and_evaluate(settings: Settings, draft: Path, keeping: Keeping) -> str
         seed=settings.train.seed,
     )
     config = settings.model_config(data)
-    model, rows = prepare(data, config, settings.train.seed, device)
-    model, history, training = fit(model, rows, settings, keeping)
+    model, rows = prepare(data, config, settings.train.seed, device, ranks)
+    model, history, training = fit(model, rows, settings, keeping, ranks)
     part = data.test_part
     with progress(len(part.visual), "predicting") as bar:
-        outputs = model_outputs(model, part, on_rows=bar.update)
+        outputs = sharded_outputs(model, part, ranks, on_rows=bar.update)
+    if draft is None:
+        return ""
     metrics = outputs_metrics(outputs, model, part)
     metrics["train"] = training
     arrays = {**outputs.arrays(), "labels": part.labels, "ids": part.ids}
@@ -253,18 +263,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         settings = parse(argv)
-        out, options = Path(settings.run.out), settings.run
-        with (
-            Interrupts() as interrupts,
-            results_folder(
-                out, overwrite=options.overwrite, resume=options.resume, report=partial(report, PROGRAM)
-            ) as (draft, checkpoints),
-        ):
-            shown = train_and_evaluate(settings, draft, Keeping(checkpoints, options.checkpoint_every, interrupts))
-        print(shown)
-        print(f"\nresults: {out}")
+        with Interrupts() as interrupts, joined(choose_device(settings.run.device)) as ranks:
+            run_on(settings, ranks, interrupts)
 
     return run(body, PROGRAM)
+
+
+def run_on(settings: Settings, ranks: Ranks, interrupts: Interrupts) -> None:
+    """One rank's whole run; the first one's has the results folder, and prints."""
+    out, options = Path(settings.run.out), settings.run
+    if not ranks.first:
+        train_and_evaluate(settings, None, Keeping(None, options.checkpoint_every, interrupts), ranks)
+        return
+    # What torchrun starts anew has the arguments that it had, and must not drop what it did.
+    resume = options.resume or restarted()
+    overwrite, say = options.overwrite and not restarted(), partial(report, PROGRAM)
+    with results_folder(out, overwrite=overwrite, resume=resume, report=say) as (draft, checkpoints):
+        keeping = Keeping(checkpoints, options.checkpoint_every, interrupts)
+        shown = train_and_evaluate(settings, draft, keeping, ranks)
+    print(shown)
+    print(f"\nresults: {out}")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ import pytest
 from seda_fast.interrupt import GRACE_SECONDS, LAST_SECONDS, Interrupted, Interrupts
 
 HANGS = """
-import signal, sys, time
+import hashlib, signal, sys, time
 from seda_fast import interrupt
 interrupt.GRACE_SECONDS = interrupt.LAST_SECONDS = 0.2
 with interrupt.Interrupts() as interrupts, interrupts.deferred():
     print("ready", flush=True)
-    while interrupts.requested is None:
-        time.sleep(0.01)
-    if sys.argv[1] == "deaf":
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
+        if sys.argv[1] == "deaf":
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # native code, from which no handler brings it back
         time.sleep(60)
     except interrupt.Interrupted as stop:
         print(stop)
@@ -38,7 +36,6 @@ def test_a_deferred_signal_is_only_noted_and_a_second_raises() -> None:
     with Interrupts() as interrupts, interrupts.deferred():
         signal.raise_signal(signal.SIGINT)
         assert interrupts.requested == signal.SIGINT
-        assert interrupts.stop("told").exit_code == 130
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGTERM)
 

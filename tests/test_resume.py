@@ -219,7 +219,7 @@ def unfinished(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *options:
         raise train.DataError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "model_outputs", fail)
+        patch.setattr(train, "sharded_outputs", fail)
         assert train.main(arguments) == 2
     return arguments
 

@@ -56,6 +56,19 @@ class Losses(NamedTuple):
     visual: Tensor
 
 
+class Shard(NamedTuple):
+    """Which rows of a batch that several ranks train on together are here.
+
+    Attributes:
+        first: place of the first of them in the batch. rows: the whole batch's.
+        shares: (terms,) what the rows here are of the rows that each term is a mean of, see `SeDA.term_rows`.
+    """
+
+    first: int
+    rows: int
+    shares: Tensor
+
+
 class SemanticLearner(nn.Module):
     """Diffusion-Controlled Semantic Learner (DCSL): from noised visual features to their category centre."""
 
@@ -164,11 +177,19 @@ class SeDA(nn.Module):
         labels: Tensor,
     ) -> None:
         """Set the standardisation, and the centres from *standardised* ``visual`` (N, Dv) and ``labels`` (N,)."""
+        centres = category_centres(visual, labels, self.config.n_classes)
+        self.set_statistics(visual_mean, visual_scale, text_mean, text_scale, centres)
+
+    @torch.no_grad()
+    def set_statistics(
+        self, visual_mean: Tensor, visual_scale: Tensor, text_mean: Tensor, text_scale: Tensor, centres: Tensor
+    ) -> None:
+        """Set the standardisation, means and scales (D,), and the category centres (K, Dv)."""
         self.visual_mean.copy_(visual_mean)
         self.visual_scale.copy_(visual_scale)
         self.text_mean.copy_(text_mean)
         self.text_scale.copy_(text_scale)
-        self.centres.copy_(category_centres(visual, labels, self.config.n_classes))
+        self.centres.copy_(centres)
 
     def fit_teacher(self, visual: Tensor, text: Tensor, labels: Tensor, paired: Tensor, seed: int) -> None:
         """Set ``teacher`` from standardised training triples where some pairs are unlabelled, else remove it.
@@ -201,6 +222,7 @@ class SeDA(nn.Module):
         seed: Tensor,
         step: Tensor,
         settings: TrainConfig,
+        shard: Shard | None = None,
     ) -> Losses:
         """The training objective on one batch of standardised triples.
 
@@ -209,13 +231,15 @@ class SeDA(nn.Module):
             labels: (B,) int64, -1 unlabelled. paired: (B,) bool, whether the row has a text.
             sample_ids: (B,) int64. seed, step: int64 (), key all randomness of the step.
             settings: dropout, smoothing and the weights of the terms.
+            shard: these rows are a part of a batch; the result is their share of its losses, which adds up to them.
 
         Rows without text train the visual and semantic terms only. Unlabelled rows train the text and teacher terms;
         where the model has a ``teacher`` of pairs, its class probabilities serve as their labels in all class terms,
         a row counting there as much as a labelled one.
         """
+        place = {} if shard is None else {"first_row": shard.first, "batch": shard.rows}
         tau_s, tau_t = (
-            stratified_timesteps(seed, step, sample_ids, self.config.diffusion_steps, stream)
+            stratified_timesteps(seed, step, sample_ids, self.config.diffusion_steps, stream, **place)
             for stream in (SEMANTIC_TIMESTEPS, TEXTUAL_TIMESTEPS)
         )
         layers = FIRST_DROPOUT, FIRST_DROPOUT + self.config.blocks, FIRST_DROPOUT + 2 * self.config.blocks
@@ -238,7 +262,7 @@ class SeDA(nn.Module):
         row_weights = pairs / pairs.sum().clamp(min=1)
         smoothing, head = settings.label_smoothing, self.translator.head
         centre, semantic = _class_terms(s, labels, self.centres, self.learner.head, smoothing, soft)
-        terms = (
+        terms: tuple[Tensor, ...] = (
             centre,
             semantic,
             ((t.to(wide) - text.to(wide)).square().mean(1) * row_weights).sum(),
@@ -247,8 +271,22 @@ class SeDA(nn.Module):
             self._teacher(s, mapped, text, row_weights, settings.teacher_temperature),
             _class_terms(hidden, labels, None, self.visual.head, smoothing, soft)[1],
         )
+        if shard is not None:
+            terms = tuple(term * share for term, share in zip(terms, shard.shares.unbind(0), strict=True))
         total = sum((w * term for w, term in zip(settings.loss_weights, terms, strict=True)), torch.zeros_like(centre))
         return Losses(total, *terms)
+
+    def term_rows(self, labels: Tensor, paired: Tensor) -> Tensor:
+        """Of how many rows each term of `losses` (but the total) is the mean: int64 (terms,).
+
+        ``labels`` (B,) and ``paired`` (B,) as for `losses`.
+        """
+        labelled, pairs = labels >= 0, paired.sum()
+        hard = labelled.sum()
+        # What the teacher labels counts beside the labelled rows.
+        soft = torch.zeros_like(hard) if self.teacher is None else (~labelled & paired).sum()
+        known = (labelled & paired).sum() + soft
+        return torch.stack((hard, hard + soft, pairs, known, known, pairs, hard + soft))
 
     def _soft_labels(self, visual: Tensor, text: Tensor, labels: Tensor, paired: Tensor) -> Tensor | None:
         """The teacher's class probabilities (B, K), rows of zeros where a row is labelled or has no text."""
