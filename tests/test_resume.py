@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from seda_fast import train
+from seda_fast import DataError, train
 from seda_fast.results import unfinished_folder
 
 SMALL = ["--width", "16", "--blocks", "1", "--diffusion-steps", "50", "--no-baselines", "--batch-size", "16"]
@@ -169,8 +169,9 @@ def test_killed_at_thirty_moments_a_run_ends_with_the_same_bits(nursery: Nursery
     assert finished <= 8, "the run is too short for its kills"
 
 
+@pytest.mark.slow
 def test_told_to_stop_a_run_writes_a_checkpoint_and_leaves_soon(nursery: Nursery, data: Path, tmp_path: Path) -> None:
-    common = ["--data", str(data), *SMALL, "--epochs", "60", "--checkpoint-every", "2"]
+    common = ["--data", str(data), *SMALL, "--epochs", "30", "--checkpoint-every", "2"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert nursery.run(*common, "--out", str(whole)) == 0
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -184,14 +185,14 @@ def test_told_to_stop_a_run_writes_a_checkpoint_and_leaves_soon(nursery: Nursery
         assert nursery.wait() == 128 + number
         assert time.monotonic() - told < 10
         said = nursery.said().splitlines()[-1]
-        assert re.search(r"stopped in step \d+ of 360; --resume continues from .*step-\d+.safetensors", said), said
+        assert re.search(r"stopped in step \d+ of 180; --resume continues from .*step-\d+.safetensors", said), said
         assert not out.exists()
         assert [path.suffix for path in sorted(unfinished_folder(out).iterdir())][-2:] == [".json", ".safetensors"]
     assert nursery.run(*common, "--out", str(out), "--resume") == 0
-    assert re.search(r"continuing after step \d+ of 360, from ", nursery.said())
+    assert re.search(r"continuing after step \d+ of 180, from ", nursery.said())
     assert same(whole, out)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert 0 < metrics["train"]["resumed_after_step"] < 360
+    assert 0 < metrics["train"]["resumed_after_step"] < 180
 
 
 def test_a_full_disk_stops_with_a_sentence_and_the_run_can_go_on(nursery: Nursery, data: Path, tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def unfinished(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *options:
     arguments = ["--data", str(data), *SMALL, "--epochs", "3", "--out", str(out), *options]
 
     def fail(*given: object, **named: object) -> None:
-        raise train.DataError("no more")
+        raise DataError("no more")
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "sharded_outputs", fail)
