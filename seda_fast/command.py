@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,9 @@ from tqdm import tqdm
 
 from .config import ConfigError
 from .files import DataError
+from .interrupt import Interrupted
 from .loop import TrainingError
+from .ranks import RankLost
 
 BAD_INPUT = 2
 
@@ -127,9 +130,12 @@ def run(command: Callable[[], None], program: str) -> int:
     """Run a command's body; expected failures become one sentence on stderr and exit code 2."""
     try:
         command()
-    except (DataError, ConfigError, TrainingError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+    except (DataError, ConfigError, TrainingError, RankLost) as error:
+        report(program, str(error))
         return BAD_INPUT
+    except Interrupted as stop:
+        report(program, str(stop))
+        return stop.exit_code
     except BrokenPipeError:
         # The reader of our output (head, less) has closed it; nothing is wrong and nobody is left to tell.
         sys.stderr.close()
@@ -137,9 +143,17 @@ def run(command: Callable[[], None], program: str) -> int:
     return 0
 
 
+def report(program: str, sentence: str) -> None:
+    """A sentence on stderr; of several ranks, all but the first say which they are."""
+    rank = os.environ.get("RANK", "0")
+    who = program if rank == "0" else f"{program} (rank {rank})"
+    print(f"{who}: {sentence}", file=sys.stderr, flush=True)
+
+
 def progress(total: int, label: str) -> tqdm[NoReturn]:
-    """A progress bar on stderr, silent when that is not a terminal."""
-    return tqdm(total=total, desc=label, disable=None, leave=False, dynamic_ncols=True)
+    """A progress bar on stderr, silent when that is not a terminal, and on all ranks but the first."""
+    silent = True if os.environ.get("RANK", "0") != "0" else None
+    return tqdm(total=total, desc=label, disable=silent, leave=False, dynamic_ncols=True)
 
 
 def split_settings(model_folder: Path) -> tuple[float, int]:

@@ -15,7 +15,9 @@ from .config import check_given, check_range, check_types, setting
 from .data import FeatureSet
 from .measure import outputs_metrics, table
 from .nn import SeDA
-from .outputs import PREDICTION_SEED, model_outputs
+from .outputs import PREDICTION_SEED
+from .ranks import Ranks, joined
+from .sharded import sharded_outputs
 
 PROGRAM = "seda_fast.evaluate"
 
@@ -36,8 +38,8 @@ class EvaluateConfig:
         check_range(self, "seed", 0 <= self.seed < 2**63, "in 0 .. 2**63 - 1")
 
 
-def measure(config: EvaluateConfig) -> dict[str, Any]:
-    """The metrics of a saved model on a test part."""
+def measure(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any] | None:
+    """The metrics of a saved model on a test part, whose rows the ranks share; None on all but the first."""
     folder = Path(config.model)
     model = SeDA.from_pretrained(folder, choose_device(config.device))
     fraction, split_seed = split_settings(folder)
@@ -51,7 +53,9 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         seed=split_seed,
     )
     with progress(len(part.visual), "predicting") as bar:
-        outputs = model_outputs(model, part, seed=config.seed, on_rows=bar.update)
+        outputs = sharded_outputs(model, part, ranks, seed=config.seed, on_rows=bar.update)
+    if not ranks.first:
+        return None
     return {**outputs_metrics(outputs, model, part), "data": part.source}
 
 
@@ -60,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         config = EvaluateConfig(**settings_of(PROGRAM, __doc__, {"evaluate": EvaluateConfig}, argv)["evaluate"])
-        metrics = measure(config)
+        with joined(choose_device(config.device)) as ranks:
+            metrics = measure(config, ranks)
+        if metrics is None:
+            return
         if config.json:
             print(json.dumps(metrics, indent=1, allow_nan=False))
             return

@@ -1,19 +1,29 @@
-"""The training loop: batches, optimiser, exponential moving average, history."""
+"""The training loop: epochs and batches, history, checkpoints, and stopping without loss."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
-from .config import TrainConfig
-from .nn import Losses, SeDA
+from .checkpoint import Checkpoint, Checkpoints
+from .config import ConfigError, TrainConfig
+from .engine import TERMS, Batch, EngineName, PrecisionName, Rows, Stepper, matrix_precision
+from .files import DataError
+from .interrupt import Interrupted, Interrupts
+from .nn import SeDA
+from .ranks import ALONE, Ranks
 
-Tensors = tuple[Tensor, ...] | list[Tensor]
+# How many steps may pass on a GPU before the host looks whether the losses are finite; on a CPU it looks every step.
+LOOK_EVERY = 50
 
 
 class TrainingError(RuntimeError):
@@ -37,7 +47,17 @@ class TrainingSet:
     def __len__(self) -> int:
         return self.visual.shape[0]
 
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    @property
+    def device(self) -> torch.device:
+        """Where all of it lies."""
+        return self.visual.device
+
+    @property
+    def on_device(self) -> bool:
+        """A batch is a gather on the device."""
+        return True
+
+    def rows(self, index: Tensor) -> Batch:
         """The rows ``index`` (B,) of every field, in the order of `SeDA.losses`."""
         return (
             self.visual[index],
@@ -46,6 +66,11 @@ class TrainingSet:
             self.paired[index],
             self.sample_ids[index],
         )
+
+    def batches(self, parts: Iterable[Tensor]) -> Iterator[Batch]:
+        """`rows` of each of ``parts``, which lie on the host."""
+        for index in parts:
+            yield self.rows(index.to(self.device))
 
 
 @dataclass(frozen=True)
@@ -63,30 +88,19 @@ class Epoch:
         return {"epoch": self.epoch, **terms, "learning_rate": self.learning_rate, "seconds": self.seconds}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay, biases do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+@dataclass(frozen=True)
+class Keeping:
+    """What a run keeps while it is unfinished.
 
+    Attributes:
+        checkpoints: where to, and from where `Trainer.resume` takes the newest; None on all ranks but the first.
+        every: epochs between checkpoints; a fraction for several an epoch.
+        interrupts: asked after each step whether to stop.
+    """
 
-def moving_average(model: SeDA, decay: float) -> AveragedModel:
-    """An exponential moving average that forgets its start: update n uses ``min(decay, (1 + n) / (10 + n))``."""
-
-    def update(averaged: Tensors, current: Tensors, n: Tensor | int) -> None:
-        now = min(decay, (1 + float(n)) / (10 + float(n)))
-        torch._foreach_lerp_(averaged, current, 1 - now)
-
-    return AveragedModel(model, multi_avg_fn=update)
-
-
-def learning_rate_factor(step: int, total: int, warmup: float) -> float:
-    """Linear rise over the first ``warmup`` share of the steps, then a half cosine down to 0."""
-    rise = max(1, round(total * warmup))
-    if step < rise:
-        return (step + 1) / rise
-    progress = (step - rise) / max(1, total - rise)
-    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress, dtype=torch.float64))))
+    checkpoints: Checkpoints | None
+    every: float = 1.0
+    interrupts: Interrupts | None = None
 
 
 def batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -94,65 +108,215 @@ def batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[
     yield from torch.randperm(rows, generator=generator).split(batch_size)
 
 
+class Trainer:
+    """One training of ``model`` on standardised triples; its statistics must be set (`SeDA.fit_statistics`).
+
+    Args:
+        engine, precision: see `engine.plan`; the parameters stay in their own dtype.
+        keeping: None keeps nothing. Either all ranks have one or none has.
+        ranks: those that train together; each batch is shared among them.
+        say: called with a sentence on what a user should know (a fallback of the engine, where a resumed run starts).
+    """
+
+    def __init__(
+        self,
+        model: SeDA,
+        data: Rows,
+        settings: TrainConfig,
+        *,
+        engine: EngineName = "eager",
+        precision: PrecisionName = "fp32",
+        keeping: Keeping | None = None,
+        ranks: Ranks = ALONE,
+        say: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self.model, self.data, self.settings, self._keeping, self._say = model, data, settings, keeping, say
+        self.steps_per_epoch = -(-len(data) // settings.batch_size)
+        self.total_steps = settings.epochs * self.steps_per_epoch
+        self.stepper = Stepper(
+            model, data, settings, self.total_steps, engine=engine, precision=precision, ranks=ranks, say=say
+        )
+        self._precision, self._ranks = precision, ranks
+        self._order = torch.Generator().manual_seed(settings.seed)
+        self.history: list[Epoch] = []
+        # Batches done and seconds spent of the epoch that is under way, and the shuffling's state at its start.
+        self._batch, self._seconds = 0, 0.0
+        self._order_state = self._order.get_state()
+        self._last_checkpoint: Path | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the steps so far, those before a resumption included."""
+        return sum(epoch.seconds for epoch in self.history) + self._seconds
+
+    def run(self, on_step: Callable[[int, int], None] = lambda done, total: None) -> tuple[SeDA, list[Epoch]]:
+        """Train to the end; ``on_step`` is called after each optimiser step with (steps done, steps in all).
+
+        Returns:
+            The model carrying the moving average of the weights, in evaluation mode, and a row per epoch.
+
+        Raises:
+            TrainingError: a loss is no longer finite.
+            Interrupted: a signal asked to stop; a checkpoint is written.
+            DataError: a checkpoint cannot be written.
+        """
+        self.model.train()
+        try:
+            with matrix_precision(self._precision):
+                while len(self.history) < self.settings.epochs:
+                    self._epoch(on_step)
+        except BaseException:
+            with suppress(DataError):  # why the run ends is what counts
+                self._finish_checkpoint()
+            raise
+        self._finish_checkpoint()
+        self.stepper.average.store()
+        return self.model.eval(), self.history
+
+    def _epoch(self, on_step: Callable[[int, int], None]) -> None:
+        stepper, started = self.stepper, time.perf_counter() - self._seconds
+        parts = list(batches(len(self.data), self.settings.batch_size, self._order))
+        rate = stepper.rate()
+        for _ in stepper.steps(parts[self._batch :]):
+            self._batch += 1
+            on_step(stepper.done, self.total_steps)
+            if self._batch < len(parts):
+                self._seconds = time.perf_counter() - started
+                self._keep()
+                rate = stepper.rate()
+        self._refuse_non_finite()
+        means = dict(zip(TERMS, (stepper.gather_sums() / len(self.data)).tolist(), strict=True))
+        self.history.append(Epoch(len(self.history) + 1, means, rate, time.perf_counter() - started))
+        stepper.sums.zero_()
+        self._batch, self._seconds, self._order_state = 0, 0.0, self._order.get_state()
+        self._keep()
+
+    def _refuse_non_finite(self) -> int:
+        """Raises TrainingError where a loss on any rank is not finite; returns the signal that any rank got, or 0."""
+        interrupts = self._keeping.interrupts if self._keeping is not None else None
+        requested = (interrupts.requested or 0) if interrupts is not None else 0
+        found, requested = self.stepper.look(requested)
+        if found is None:
+            return requested
+        step, term = found
+        kept = f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "no checkpoint yet"
+        what = "the weighted sum of the losses" if term == "total" else f"the loss term {term}"
+        epoch = (step - 1) // self.steps_per_epoch + 1
+        raise TrainingError(f"{what} is no longer finite, first in step {step} (epoch {epoch}); {kept}")
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """Look whether all is well, write a checkpoint where one is due, and stop where a signal asked for it."""
+        keeping, done = self._keeping, self.stepper.done
+        due = keeping is not None and (
+            done % max(1, round(keeping.every * self.steps_per_epoch)) == 0 or done == self.total_steps
+        )
+        alone_on_gpu = self._ranks.alone and self.data.device.type == "cuda"
+        told = keeping is not None and keeping.interrupts is not None and keeping.interrupts.requested is not None
+        # Several ranks must come to this together, so a signal waits for the next look.
+        if not (due or self.data.device.type == "cpu" or done % LOOK_EVERY == 0 or (alone_on_gpu and told)):
+            return
+        signum = self._refuse_non_finite()
+        if keeping is None or not (due or signum):
+            return
+        tensors, state = {**self.stepper.tensors(), "order": self._order_state}, self._state()
+        tensors["sums"] = self.stepper.gather_sums()
+        if keeping.checkpoints is not None:
+            self._last_checkpoint = keeping.checkpoints.save(done, tensors, state)
+        if signum:
+            self._finish_checkpoint()
+            where = f"; --resume continues from {self._last_checkpoint}" if keeping.checkpoints is not None else ""
+            raise Interrupted(f"stopped in step {done} of {self.total_steps}{where}", signum)
+
+    def _finish_checkpoint(self) -> None:
+        if self._keeping is not None and self._keeping.checkpoints is not None:
+            self._keeping.checkpoints.finish()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "batch": self._batch,
+            "seconds": self._seconds,
+            "history": [dataclasses.asdict(epoch) for epoch in self.history],
+            "scaler": self.stepper.scaler.state_dict(),
+            "rows": len(self.data),
+            "settings": {
+                "train": dataclasses.asdict(self.settings),
+                "model": dataclasses.asdict(self.model.config),
+            },
+            "ran_on": self._ran_on(),
+        }
+
+    def _ran_on(self) -> dict[str, Any]:
+        """What a continued run must share with its beginning to be bit-identical."""
+        return {
+            "engine": self.stepper.plan.used,
+            "precision": self._precision,
+            "device": self.data.device.type,
+            "ranks": self._ranks.world,
+            "torch": torch.__version__,
+        }
+
+    def resume(self) -> bool:
+        """Go to where the newest checkpoint was written; false where there is none. All ranks must call this.
+
+        Raises:
+            DataError: no checkpoint can be used, or it is of other data.
+            ConfigError: it is of a run with other settings.
+        """
+        checkpoints = self._keeping.checkpoints if self._keeping is not None else None
+        found = checkpoints.newest() if checkpoints is not None else None
+        if found is not None:
+            self._check_same_run(found)
+            try:
+                self.stepper.load(found.tensors)
+                self._order_state = found.tensors["order"].clone()
+            except (KeyError, ValueError) as error:
+                raise DataError(f"the checkpoint {found.path} is not of this version ({error})") from error
+            self._last_checkpoint = found.path
+        state = json.loads(self._ranks.spread_text(json.dumps(found.state if found is not None else None)))
+        if state is None:
+            return False
+        self.stepper.spread()
+        self._ranks.spread(self._order_state)
+        self._order.set_state(self._order_state)
+        self.stepper.scaler.load_state_dict(state["scaler"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self._batch, self._seconds = int(state["batch"]), float(state["seconds"])
+        self._say(f"continuing after step {self.stepper.done} of {self.total_steps}, from {self._last_checkpoint}")
+        return True
+
+    def _check_same_run(self, found: Checkpoint) -> None:
+        state = found.state
+        own = self._state()
+        for section, settings in own["settings"].items():
+            _refuse_difference(settings, state.get("settings", {}).get(section, {}), found.path)
+        statistics = ("visual_mean", "visual_scale", "text_mean", "text_scale", "centres")
+        same = state.get("rows") == len(self.data) and all(
+            # Ranks in another number add up in another order.
+            torch.allclose(found.tensors[f"model.{name}"].to(value.device), value, rtol=1e-4, atol=1e-5)
+            for name, value in ((name, getattr(self.model, name)) for name in statistics)
+            if f"model.{name}" in found.tensors
+        )
+        if not same:
+            raise DataError(f"the checkpoint {found.path} is of a run on other data")
+        for name, value in self._ran_on().items():
+            before = state.get("ran_on", {}).get(name)
+            if before != value:
+                self._say(f"continuing with {name} {value} after {before}: close to, but not the same bits as, one run")
+
+
+def _refuse_difference(own: Mapping[str, Any], before: Mapping[str, Any], path: Path) -> None:
+    for name, value in own.items():
+        if before.get(name) != value:
+            raise ConfigError(f"{name} is {value!r}, but the run to resume began with {before.get(name)!r} ({path})")
+
+
 def train(
     model: SeDA,
-    data: TrainingSet,
+    data: Rows,
     settings: TrainConfig,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[SeDA, list[Epoch]]:
-    """Train ``model`` in place on standardised triples; its statistics must be set (`SeDA.fit_statistics`).
-
-    Args:
-        on_step: called after each optimiser step with (steps done, steps in all).
-
-    Returns:
-        The model carrying the moving average of the weights, in evaluation mode, and a row per epoch.
-
-    Raises:
-        TrainingError: the loss is no longer finite.
-    """
-    device = data.visual.device
-    optimiser = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.99), fused=True
-    )
-    steps_per_epoch = -(-len(data) // settings.batch_size)
-    total_steps = settings.epochs * steps_per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: learning_rate_factor(step, total_steps, settings.warmup)
-    )
-    average = moving_average(model, settings.ema_decay)
-    order = torch.Generator().manual_seed(settings.seed)
-    seed = torch.tensor(settings.seed, dtype=torch.int64, device=device)
-    step = torch.zeros((), dtype=torch.int64, device=device)
-    history: list[Epoch] = []
-    model.train()
-    done = 0
-    for epoch in range(1, settings.epochs + 1):
-        started = time.perf_counter()
-        sums = torch.zeros(len(Losses._fields), dtype=torch.float64, device=device)
-        rate = settings.learning_rate
-        for index in batches(len(data), settings.batch_size, order):
-            rate = float(schedule.get_last_lr()[0])
-            batch = data.rows(index.to(device))
-            losses = model.losses(*batch, seed=seed, step=step, settings=settings)
-            optimiser.zero_grad(set_to_none=True)
-            losses.total.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-            optimiser.step()
-            schedule.step()
-            average.update_parameters(model)
-            step += 1
-            done += 1
-            sums += torch.stack([term.detach().double() for term in losses]) * len(index)
-            on_step(done, total_steps)
-        means = dict(zip(Losses._fields, (sums / len(data)).tolist(), strict=True))
-        history.append(Epoch(epoch, means, rate, time.perf_counter() - started))
-        _refuse_non_finite(history[-1])
-    model.load_state_dict(average.module.state_dict())
-    return model.eval(), history
-
-
-def _refuse_non_finite(epoch: Epoch) -> None:
-    for name, value in epoch.losses.items():
-        if name != "total" and value - value != 0:
-            raise TrainingError(f"the loss term {name} became {value} in epoch {epoch.epoch}")
+    """Train ``model`` in place, eagerly and without checkpoints; see `Trainer`."""
+    return Trainer(model, data, settings).run(on_step)

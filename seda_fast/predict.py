@@ -17,7 +17,9 @@ from .config import check_given, check_range, check_types, setting
 from .data import load_visual
 from .files import DataError, atomic_path, check_writable
 from .nn import SeDA
-from .outputs import PREDICTION_SEED, Outputs, model_outputs
+from .outputs import PREDICTION_SEED, Outputs
+from .ranks import Ranks, joined
+from .sharded import sharded_outputs
 
 PROGRAM = "seda_fast.predict"
 HEADER = ("id", "label", "class_name", "probability", "top5")
@@ -75,8 +77,8 @@ def _target(name: str, option: str, suffixes: tuple[str, ...]) -> Path | None:
     return path
 
 
-def write(config: PredictConfig) -> None:
-    """Predict and write or print; nothing is written before the last prediction is there."""
+def write(config: PredictConfig, ranks: Ranks) -> None:
+    """Predict, each rank its part, and write or print on the first; nothing before the last prediction is there."""
     out = _target(config.out, "--out", (".csv",))
     features = _target(config.features, "--features", (".npz", ".safetensors"))
     folder = Path(config.model)
@@ -84,7 +86,9 @@ def write(config: PredictConfig) -> None:
     fraction, split_seed = split_settings(folder)
     rows = load_visual(config.data, visual_dim=model.config.visual_dim, test_fraction=fraction, seed=split_seed)
     with progress(len(rows.visual), "predicting") as bar:
-        outputs = model_outputs(model, rows, seed=config.seed, on_rows=bar.update)
+        outputs = sharded_outputs(model, rows, ranks, seed=config.seed, on_rows=bar.update)
+    if not ranks.first:
+        return
     for path in (out, features):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,10 +103,13 @@ def write(config: PredictConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 with one sentence on stderr."""
-    return run(
-        lambda: write(PredictConfig(**settings_of(PROGRAM, __doc__, {"predict": PredictConfig}, argv)["predict"])),
-        PROGRAM,
-    )
+
+    def body() -> None:
+        config = PredictConfig(**settings_of(PROGRAM, __doc__, {"predict": PredictConfig}, argv)["predict"])
+        with joined(choose_device(config.device)) as ranks:
+            write(config, ranks)
+
+    return run(body, PROGRAM)
 
 
 if __name__ == "__main__":

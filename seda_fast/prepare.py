@@ -11,13 +11,17 @@ from .config import SeDAConfig
 from .data import FeatureSet
 from .files import DataError
 from .loop import TrainingSet
-from .nn import SeDA
+from .nn import SeDA, centres_of, class_sums
+from .ranks import ALONE, Ranks
 
 
-def prepare(data: FeatureSet, config: SeDAConfig, seed: int, device: torch.device) -> tuple[SeDA, TrainingSet]:
+def prepare(
+    data: FeatureSet, config: SeDAConfig, seed: int, device: torch.device, ranks: Ranks = ALONE
+) -> tuple[SeDA, TrainingSet]:
     """A new model carrying the data's statistics, and the standardised training set on ``device``.
 
-    Rows without text keep zeros there, which nothing reads. Raises DataError when no row is labelled.
+    Rows without text keep zeros there, which nothing reads. Each of the ranks sums its part of the rows for the
+    category centres. Raises DataError when no row is labelled.
     """
     if not data.labelled_train.any():
         raise DataError(f"{data.source}: 'label_train' has no labelled row")
@@ -33,7 +37,9 @@ def prepare(data: FeatureSet, config: SeDAConfig, seed: int, device: torch.devic
     visual = (torch.from_numpy(float_rows(data.visual_train, everything)) - visual_mean) / visual_scale
     text = (torch.from_numpy(float_rows(data.text_train, everything)) - text_mean) / text_scale
     labels = torch.from_numpy(np.asarray(data.label_train))
-    model.fit_statistics(visual_mean, visual_scale, text_mean, text_scale, visual, labels)
+    part = ranks.part(len(labels))
+    sums, counts = (ranks.add(found) for found in class_sums(visual[part], labels[part], config.n_classes))
+    model.set_statistics(visual_mean, visual_scale, text_mean, text_scale, centres_of(sums, counts))
     text, paired = text.nan_to_num(nan=0.0), torch.from_numpy(data.paired_train)
     model.fit_teacher(visual, text, labels, paired, seed)
     rows = TrainingSet(

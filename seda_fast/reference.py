@@ -113,15 +113,25 @@ def dropout_keep(seed: Tensor, step: Tensor, sample_ids: Tensor, width: int, str
     return (random_words(seed, step, sample_ids, width, stream) >> 8) >= threshold
 
 
-def stratified_timesteps(seed: Tensor, step: Tensor, sample_ids: Tensor, steps: int, stream: int) -> Tensor:
+def stratified_timesteps(
+    seed: Tensor,
+    step: Tensor,
+    sample_ids: Tensor,
+    steps: int,
+    stream: int,
+    *,
+    first_row: int = 0,
+    batch: int | None = None,
+) -> Tensor:
     """Stratified timesteps: row i of a batch of B gets ``floor((i + u_i) * T / B)``, ascending in i.
 
-    Exact in integers up to ``B * T < 2**38``. ``sample_ids`` int64 (B,) name the rows; returns int64 (B,) in
-    0 .. T-1.
+    Exact in integers up to ``B * T < 2**38``. ``sample_ids`` int64 (n,) name the rows, which are those from
+    ``first_row`` on of a batch of ``batch`` rows, by default all; returns int64 (n,) in 0 .. T-1.
     """
-    batch = sample_ids.shape[0]
+    count = sample_ids.shape[0]
+    batch = count if batch is None else batch
     offset = 2 * (random_words(seed, step, sample_ids, 1, stream)[:, 0] >> 8) + 1  # u_i * 2**25
-    rows = torch.arange(batch, dtype=torch.int64, device=sample_ids.device)
+    rows = torch.arange(first_row, first_row + count, dtype=torch.int64, device=sample_ids.device)
     return ((rows << 25) + offset) * steps // (max(batch, 1) << 25)
 
 

@@ -1,47 +1,154 @@
-"""The folder of a run's results: its files, and that it appears whole or not at all."""
+"""The folder of a run's results: its files, that it appears whole or not at all, and where an unfinished run lives.
+
+While a run is unfinished, ``OUT.unfinished`` beside its results holds the lock, the checkpoints and the draft of the
+results; it goes when the results are there.
+"""
 
 from __future__ import annotations
 
 import csv
-import secrets
+import fcntl
+import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tomli_w
 
+from .checkpoint import Checkpoints
 from .files import DataError, check_writable
 from .loop import Epoch
 from .nn import WEIGHTS_FILE
 
 CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.toml", "metrics.json", "history.csv"
 OUTPUTS_FILE = "outputs.safetensors"
+_LOCK_FILE, _DRAFT_FOLDER = "lock", "draft"
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Where a run whose results go to ``out`` keeps what it needs until it is finished."""
+    return out.absolute().parent / f"{out.absolute().name}.unfinished"
 
 
 @contextmanager
-def results_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside ``out`` whose files move to ``out`` when the block ends well, and vanish otherwise.
+def results_folder(
+    out: Path, *, overwrite: bool, resume: bool, report: Callable[[str], None]
+) -> Iterator[tuple[Path, Checkpoints]]:
+    """A draft folder whose files move to ``out`` when the block ends well and vanish otherwise, and the checkpoints.
+
+    The checkpoints stay when the block ends otherwise, for ``resume``; a finished run has none.
+
+    Args:
+        overwrite: replace the results and drop the unfinished run that are there.
+        resume: the checkpoints that are there are this run's.
+        report: called with a sentence on what was found and put right (a stale lock, a damaged checkpoint).
 
     Raises:
-        DataError: ``out`` cannot be written, or holds the results of an earlier run and ``overwrite`` is false.
+        DataError: ``out`` cannot be written; it holds the results of an earlier run, or an unfinished one; or another
+            process works on it.
     """
     check_writable(out)
-    if not overwrite and any((out / name).exists() for name in (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE)):
-        raise DataError(f"the folder {out} holds the results of an earlier run; give another --out or --overwrite")
-    draft = out.absolute().parent / f".{out.name}.{secrets.token_hex(6)}"
+    place = unfinished_folder(out)
+    with _locked(place, out, report):
+        checkpoints = Checkpoints(place, report)
+        unfinished = bool(checkpoints.steps())
+        finished = any((out / name).exists() for name in (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE))
+        # A run that was killed while its results moved has both.
+        if finished and not overwrite and not (resume and unfinished):
+            raise DataError(f"the folder {out} holds the results of an earlier run; give another --out or --overwrite")
+        if unfinished and not overwrite and not resume:
+            raise DataError(f"an unfinished run to {out} is there; --resume continues it, --overwrite drops it")
+        draft = place / _DRAFT_FOLDER
+        try:
+            shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+            if not resume:
+                checkpoints.clear()
+            draft.mkdir()
+            yield draft, checkpoints
+            _move(draft, out)
+            checkpoints.clear()
+        except OSError as error:
+            raise DataError(f"the folder {out} cannot be written: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _move(draft: Path, out: Path) -> None:
+    """All files of ``draft`` to ``out``, by one rename where nothing is there yet."""
+    with suppress(OSError):  # there is something, or a link to a folder: file by file then
+        if not out.is_symlink():
+            draft.rename(out)
+            return
+    for file in sorted(path for path in draft.rglob("*") if path.is_file()):
+        target = out / file.relative_to(draft)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+
+
+@contextmanager
+def _locked(place: Path, out: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock file of ``place``, whose folder is made, and removed where nothing else was left in it.
+
+    The system's lock on the file goes with its process, however that ends, so a file that nobody holds is stale.
+    Host and process id stand in it for people, and because some shared file systems lock within one host only.
+    """
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        for file in sorted(path for path in draft.rglob("*") if path.is_file()):
-            target = out / file.relative_to(draft)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
+        file = _acquire(place, out, report)
     except OSError as error:
-        raise DataError(f"the folder {out} cannot be written: {error.strerror or error}") from error
+        raise DataError(f"the folder {place} cannot be written: {error.strerror or error}") from error
+    try:
+        yield
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):  # the folder stays where checkpoints are in it
+            (place / _LOCK_FILE).unlink()
+            place.rmdir()
+        file.close()
+
+
+def _acquire(place: Path, out: Path, report: Callable[[str], None]) -> IO[str]:
+    path = place / _LOCK_FILE
+    while True:
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:
+            continue  # a run that ended just now took the folder with it
+        file.seek(0)
+        host, pid = _owner(file.read())
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise DataError(f"another run works on {out}: process {pid} on {host} (lock {path})") from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # its owner removed it between our opening and locking it
+    # Read again: its owner may have written and died since.
+    file.seek(0)
+    host, pid = _owner(file.read())
+    if pid is not None and host != socket.gethostname():
+        file.close()
+        raise DataError(f"process {pid} on {host} works, or worked, on {out}; if it is no more, delete {path}")
+    if pid is not None:
+        report(f"the lock of process {pid}, which is no more, is taken over ({path})")
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+    file.flush()
+    return file
+
+
+def _owner(text: str) -> tuple[str, int | None]:
+    """Host and process id of a lock file; a file that was cut short names nobody."""
+    try:
+        found = json.loads(text)
+        return str(found["host"]), int(found["pid"])
+    except (ValueError, KeyError, TypeError):
+        return "an unknown host", None
 
 
 def write_settings(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,7 +2,8 @@
 
 The folder holds ``config.toml`` (every setting in force), ``model.safetensors``, ``history.csv`` (a row an epoch),
 ``metrics.json``, ``outputs.safetensors`` (what the metrics were computed from) and ``report/*.png``. It appears whole
-or not at all.
+or not at all; until then the run lives in ``OUT.unfinished`` beside it, with checkpoints from which ``--resume``
+continues to the same bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,17 +26,20 @@ from safetensors.numpy import save_file
 from . import _eval_extra  # noqa: F401 - checks first that what measuring needs is installed
 from .arrays import rows as float_rows
 from .baselines import BASELINES, Baseline, fit_baseline
-from .command import choose_device, progress, run, settings_of
+from .command import choose_device, progress, report, run, settings_of
 from .config import ConfigError, SeDAConfig, TrainConfig, check_range, check_types, setting
 from .data import EvaluationRows, FeatureSet
+from .engine import EngineName, PrecisionName
 from .figures import write_figures
 from .files import atomic_path
-from .loop import Epoch, TrainingSet, train
+from .interrupt import Interrupts
+from .loop import Epoch, Keeping, Trainer, TrainingSet
 from .measure import alignment, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
 from .metrics import classification_metrics
 from .nn import SeDA
-from .outputs import Outputs, model_outputs
+from .outputs import Outputs
 from .prepare import prepare
+from .ranks import ALONE, Ranks, joined, restarted
 from .results import (
     CONFIG_FILE,
     HISTORY_FILE,
@@ -44,6 +49,7 @@ from .results import (
     write_history,
     write_settings,
 )
+from .sharded import sharded_outputs
 
 PROGRAM = "seda_fast.train"
 # Samples whose way through the steps is drawn.
@@ -62,10 +68,15 @@ class RunConfig:
     unpaired: Literal["refuse", "keep"] = setting("refuse", "what to do with training rows whose text is missing")
     test_fraction: float = setting(0.2, "share of the rows to hold out where the data has no test part")
     baselines: bool = setting(True, "train and measure the baselines too")
+    engine: EngineName = setting("auto", "what runs a training step; auto goes by the device")
+    precision: PrecisionName = setting("fp32", "of products and activations; the weights stay float32")
+    checkpoint_every: float = setting(1.0, "epochs between checkpoints; a fraction for several an epoch")
+    resume: bool = setting(False, "continue the unfinished run to that folder")
 
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "test_fraction", 0 < self.test_fraction < 1, "between 0 and 1")
+        check_range(self, "checkpoint_every", 0 < self.checkpoint_every < float("inf"), "positive")
 
 
 SECTIONS: dict[str, type] = {"run": RunConfig, "model": SeDAConfig, "train": TrainConfig}
@@ -164,8 +175,48 @@ def write_report(folder: Path, model: SeDA, part: EvaluationRows, outputs: Outpu
     )
 
 
-def train_and_evaluate(settings: Settings, draft: Path) -> str:
-    """The whole run into ``draft``; returns the table to print."""
+def fit(
+    model: SeDA, rows: TrainingSet, settings: Settings, keeping: Keeping, ranks: Ranks = ALONE
+) -> tuple[SeDA, list[Epoch], dict[str, Any]]:
+    """Train, or continue training; returns the model, its history, and what ``metrics.json`` says of it."""
+
+    def say(sentence: str) -> None:
+        if ranks.first:
+            report(PROGRAM, sentence)
+
+    trainer = Trainer(
+        model,
+        rows,
+        settings.train,
+        engine=settings.run.engine,
+        precision=settings.run.precision,
+        keeping=keeping,
+        ranks=ranks,
+        say=say,
+    )
+    if (settings.run.resume or restarted()) and not trainer.resume():
+        say(f"there is no unfinished run to {settings.run.out}; starting at the beginning")
+    resumed_after, before = trainer.stepper.done, trainer.seconds
+    started = time.perf_counter()
+    assert keeping.interrupts is not None
+    with progress(trainer.total_steps, "training") as bar, keeping.interrupts.deferred():
+        bar.update(resumed_after)
+        model, history = trainer.run(on_step=lambda done, total: bar.update())
+    seconds = before + time.perf_counter() - started
+    return model, history, {
+        "seconds": seconds,
+        "epochs": settings.train.epochs,
+        "samples_per_second": settings.train.epochs * len(rows) / seconds,
+        "peak_memory_bytes": peak_memory_bytes(rows.device),
+        "engine": trainer.stepper.report(),
+        "ranks": ranks.world,
+        "precision": settings.run.precision,
+        "resumed_after_step": resumed_after,
+    }  # fmt: skip
+
+
+def train_and_evaluate(settings: Settings, draft: Path | None, keeping: Keeping, ranks: Ranks = ALONE) -> str:
+    """The whole run into ``draft``; returns the table to print. Without a draft only this rank's share of the work."""
     device = choose_device(settings.run.device)
     data = FeatureSet.load(
         settings.run.data,
@@ -174,22 +225,15 @@ def train_and_evaluate(settings: Settings, draft: Path) -> str:
         seed=settings.train.seed,
     )
     config = settings.model_config(data)
-    model, rows = prepare(data, config, settings.train.seed, device)
-    started = time.perf_counter()
-    steps = settings.train.epochs * -(-len(rows) // settings.train.batch_size)
-    with progress(steps, "training") as bar:
-        model, history = train(model, rows, settings.train, on_step=lambda done, total: bar.update())
-    seconds = time.perf_counter() - started
+    model, rows = prepare(data, config, settings.train.seed, device, ranks)
+    model, history, training = fit(model, rows, settings, keeping, ranks)
     part = data.test_part
     with progress(len(part.visual), "predicting") as bar:
-        outputs = model_outputs(model, part, on_rows=bar.update)
+        outputs = sharded_outputs(model, part, ranks, on_rows=bar.update)
+    if draft is None:
+        return ""
     metrics = outputs_metrics(outputs, model, part)
-    metrics["train"] = {
-        "seconds": seconds,
-        "epochs": settings.train.epochs,
-        "samples_per_second": settings.train.epochs * len(rows) / seconds,
-        "peak_memory_bytes": peak_memory_bytes(device),
-    }
+    metrics["train"] = training
     arrays = {**outputs.arrays(), "labels": part.labels, "ids": part.ids}
     metrics["baselines"] = {}
     if settings.run.baselines:
@@ -199,7 +243,7 @@ def train_and_evaluate(settings: Settings, draft: Path) -> str:
     metrics.update(data=data.source, seed=settings.train.seed, device=str(device), versions=versions())
     model.save_pretrained(draft)
     sections = {
-        "run": dataclasses.asdict(settings.run),
+        "run": {**dataclasses.asdict(settings.run), "resume": False},
         "model": dataclasses.asdict(config),
         "train": dataclasses.asdict(settings.train),
     }
@@ -215,17 +259,30 @@ def train_and_evaluate(settings: Settings, draft: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, or 2 with one sentence on stderr."""
+    """Entry point; returns the exit code: 0, or with one sentence on stderr 2, or 128 + n when signal n stopped it."""
 
     def body() -> None:
         settings = parse(argv)
-        out = Path(settings.run.out)
-        with results_folder(out, settings.run.overwrite) as draft:
-            shown = train_and_evaluate(settings, draft)
-        print(shown)
-        print(f"\nresults: {out}")
+        with Interrupts() as interrupts, joined(choose_device(settings.run.device)) as ranks:
+            run_on(settings, ranks, interrupts)
 
     return run(body, PROGRAM)
+
+
+def run_on(settings: Settings, ranks: Ranks, interrupts: Interrupts) -> None:
+    """One rank's whole run; the first one's has the results folder, and prints."""
+    out, options = Path(settings.run.out), settings.run
+    if not ranks.first:
+        train_and_evaluate(settings, None, Keeping(None, options.checkpoint_every, interrupts), ranks)
+        return
+    # What torchrun starts anew has the arguments that it had, and must not drop what it did.
+    resume = options.resume or restarted()
+    overwrite, say = options.overwrite and not restarted(), partial(report, PROGRAM)
+    with results_folder(out, overwrite=overwrite, resume=resume, report=say) as (draft, checkpoints):
+        keeping = Keeping(checkpoints, options.checkpoint_every, interrupts)
+        shown = train_and_evaluate(settings, draft, keeping, ranks)
+    print(shown)
+    print(f"\nresults: {out}")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,13 @@ def test_metrics_have_the_promised_keys(trained: Path) -> None:
         assert classes <= set(values)
     assert set(metrics["baselines"]["one_step"]["alignment"]) == aligned
     assert metrics["baselines"]["mlp"]["alignment"] is None
-    assert set(metrics["train"]) == {"seconds", "epochs", "samples_per_second", "peak_memory_bytes"}
+    assert set(metrics["train"]) == {
+        "seconds", "epochs", "samples_per_second", "peak_memory_bytes", "engine", "precision", "ranks",
+        "resumed_after_step",
+    }  # fmt: skip
+    assert metrics["train"]["engine"] == {
+        "asked": "auto", "used": "eager", "reason": "device is a CPU", "fallbacks": [],
+    }  # fmt: skip
     assert metrics["seed"] == 5
     assert {"python", "torch", "numpy"} <= set(metrics["versions"])
 
@@ -306,7 +312,7 @@ def test_a_run_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(train, "write_report", fail)
     with pytest.raises(KeyboardInterrupt):
         train.main(["--data", str(data), "--out", str(tmp_path / "deep" / "run"), *SMALL, "--no-baselines"])
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["run.unfinished"]
     assert not list(tmp_path.rglob("metrics.json"))
 
 

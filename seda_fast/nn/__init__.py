@@ -2,8 +2,8 @@
 
 from .interaction import PFIN, Dropout, InteractionBlock
 from .schedule import NoiseSchedule, Sampler
-from .seda import WEIGHTS_FILE, Losses, SeDA, SemanticLearner, SemanticTranslator
-from .space import category_centres
+from .seda import WEIGHTS_FILE, Losses, SeDA, SemanticLearner, SemanticTranslator, Shard
+from .space import category_centres, centres_of, class_sums
 
 __all__ = [
     "PFIN",
@@ -16,5 +16,8 @@ __all__ = [
     "SeDA",
     "SemanticLearner",
     "SemanticTranslator",
+    "Shard",
     "category_centres",
+    "centres_of",
+    "class_sums",
 ]

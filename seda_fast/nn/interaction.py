@@ -78,7 +78,8 @@ class TimestepModulation(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         """``timesteps`` (n,) integer -> (L, 3, n, d), a view."""
         angles = timesteps.to(self.frequencies.dtype)[:, None] * self.frequencies
-        embedding = torch.cat((angles.sin(), angles.cos()), dim=1)
+        # The angles need float32; their sines and cosines go on in the weights' dtype.
+        embedding = torch.cat((angles.sin(), angles.cos()), dim=1).to(self.embed.weight.dtype)
         rows: Tensor = self.tables(torch.nn.functional.silu(self.embed(embedding)))
         tables: Tensor = rows.unflatten(1, (self.blocks, 3, self.width))
         return tables.permute(1, 2, 0, 3)

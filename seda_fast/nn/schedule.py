@@ -77,9 +77,7 @@ class NoiseSchedule:
 
     def timesteps(self, sampling_steps: int) -> Tensor:
         """S evenly spaced timesteps, int64, from T-1 downward ("trailing" spacing: Lin et al. 2024, table 2)."""
-        return torch.tensor(
-            [round(self.steps - i * self.steps / sampling_steps) - 1 for i in range(sampling_steps)]
-        )
+        return torch.tensor([round(self.steps - i * self.steps / sampling_steps) - 1 for i in range(sampling_steps)])
 
     def sampler(self, name: Literal["ddim", "renoise"], sampling_steps: int) -> Sampler:
         """The coefficient table of a sampler, computed in float64.
@@ -106,6 +104,4 @@ class NoiseSchedule:
             initial_signal, initial_noise = abar[:1], (gain * noise_rate)[:1]
         else:
             raise ValueError(f"sampler must be 'ddim' or 'renoise', not {name!r}")
-        return Sampler(
-            tau, table.float(), initial_signal.float(), initial_noise.float(), bool((e != 0).any())
-        )
+        return Sampler(tau, table.float(), initial_signal.float(), initial_noise.float(), bool((e != 0).any()))

@@ -56,6 +56,19 @@ class Losses(NamedTuple):
     visual: Tensor
 
 
+class Shard(NamedTuple):
+    """Which rows of a batch that several ranks train on together are here.
+
+    Attributes:
+        first: place of the first of them in the batch. rows: the whole batch's.
+        shares: (terms,) what the rows here are of the rows that each term is a mean of, see `SeDA.term_rows`.
+    """
+
+    first: int
+    rows: int
+    shares: Tensor
+
+
 class SemanticLearner(nn.Module):
     """Diffusion-Controlled Semantic Learner (DCSL): from noised visual features to their category centre."""
 
@@ -95,7 +108,7 @@ def _class_terms(
     if soft is None:
         return centre, hard
     n_hard, n_soft = (labels >= 0).sum(), soft.sum()
-    entropy = -(soft * F.log_softmax(head(features), dim=1)).sum()
+    entropy = -(soft * F.log_softmax(head(features).to(soft.dtype), dim=1)).sum()
     return centre, (hard * n_hard + entropy) / (n_hard + n_soft).clamp(min=1)
 
 
@@ -164,11 +177,19 @@ class SeDA(nn.Module):
         labels: Tensor,
     ) -> None:
         """Set the standardisation, and the centres from *standardised* ``visual`` (N, Dv) and ``labels`` (N,)."""
+        centres = category_centres(visual, labels, self.config.n_classes)
+        self.set_statistics(visual_mean, visual_scale, text_mean, text_scale, centres)
+
+    @torch.no_grad()
+    def set_statistics(
+        self, visual_mean: Tensor, visual_scale: Tensor, text_mean: Tensor, text_scale: Tensor, centres: Tensor
+    ) -> None:
+        """Set the standardisation, means and scales (D,), and the category centres (K, Dv)."""
         self.visual_mean.copy_(visual_mean)
         self.visual_scale.copy_(visual_scale)
         self.text_mean.copy_(text_mean)
         self.text_scale.copy_(text_scale)
-        self.centres.copy_(category_centres(visual, labels, self.config.n_classes))
+        self.centres.copy_(centres)
 
     def fit_teacher(self, visual: Tensor, text: Tensor, labels: Tensor, paired: Tensor, seed: int) -> None:
         """Set ``teacher`` from standardised training triples where some pairs are unlabelled, else remove it.
@@ -201,6 +222,7 @@ class SeDA(nn.Module):
         seed: Tensor,
         step: Tensor,
         settings: TrainConfig,
+        shard: Shard | None = None,
     ) -> Losses:
         """The training objective on one batch of standardised triples.
 
@@ -209,13 +231,15 @@ class SeDA(nn.Module):
             labels: (B,) int64, -1 unlabelled. paired: (B,) bool, whether the row has a text.
             sample_ids: (B,) int64. seed, step: int64 (), key all randomness of the step.
             settings: dropout, smoothing and the weights of the terms.
+            shard: these rows are a part of a batch; the result is their share of its losses, which adds up to them.
 
         Rows without text train the visual and semantic terms only. Unlabelled rows train the text and teacher terms;
         where the model has a ``teacher`` of pairs, its class probabilities serve as their labels in all class terms,
         a row counting there as much as a labelled one.
         """
+        place = {} if shard is None else {"first_row": shard.first, "batch": shard.rows}
         tau_s, tau_t = (
-            stratified_timesteps(seed, step, sample_ids, self.config.diffusion_steps, stream)
+            stratified_timesteps(seed, step, sample_ids, self.config.diffusion_steps, stream, **place)
             for stream in (SEMANTIC_TIMESTEPS, TEXTUAL_TIMESTEPS)
         )
         layers = FIRST_DROPOUT, FIRST_DROPOUT + self.config.blocks, FIRST_DROPOUT + 2 * self.config.blocks
@@ -232,19 +256,23 @@ class SeDA(nn.Module):
         soft = self._soft_labels(visual, text, labels, paired)
         # The label of a row without text says nothing of texts.
         known = labels.masked_fill(~paired, UNLABELLED)
-        pairs = paired.to(text.dtype)
+        # Sums over rows and dimensions are made in float32 at least, also where the networks run in a half precision.
+        wide = torch.promote_types(text.dtype, torch.float32)
+        pairs = paired.to(wide)
         row_weights = pairs / pairs.sum().clamp(min=1)
         smoothing, head = settings.label_smoothing, self.translator.head
         centre, semantic = _class_terms(s, labels, self.centres, self.learner.head, smoothing, soft)
-        terms = (
+        terms: tuple[Tensor, ...] = (
             centre,
             semantic,
-            ((t - text).square().mean(1) * row_weights).sum(),
+            ((t.to(wide) - text.to(wide)).square().mean(1) * row_weights).sum(),
             _class_terms(mapped, known, None, head, smoothing, soft)[1],
             _class_terms(text, known, None, head, smoothing, soft)[1],
             self._teacher(s, mapped, text, row_weights, settings.teacher_temperature),
             _class_terms(hidden, labels, None, self.visual.head, smoothing, soft)[1],
         )
+        if shard is not None:
+            terms = tuple(term * share for term, share in zip(terms, shard.shares.unbind(0), strict=True))
         total = sum((w * term for w, term in zip(settings.loss_weights, terms, strict=True)), torch.zeros_like(centre))
         return Losses(total, *terms)
 
@@ -254,21 +282,34 @@ class SeDA(nn.Module):
         semantic = s if keep != "visual" else torch.zeros_like(s)
         return torch.cat((semantic, visual if keep != "semantic" else torch.zeros_like(visual)), dim=1)
 
+    def term_rows(self, labels: Tensor, paired: Tensor) -> Tensor:
+        """Of how many rows each term of `losses` (but the total) is the mean: int64 (terms,).
+
+        ``labels`` (B,) and ``paired`` (B,) as for `losses`.
+        """
+        labelled, pairs = labels >= 0, paired.sum()
+        hard = labelled.sum()
+        # What the teacher labels counts beside the labelled rows.
+        soft = torch.zeros_like(hard) if self.teacher is None else (~labelled & paired).sum()
+        known = (labelled & paired).sum() + soft
+        return torch.stack((hard, hard + soft, pairs, known, known, pairs, hard + soft))
+
     def _soft_labels(self, visual: Tensor, text: Tensor, labels: Tensor, paired: Tensor) -> Tensor | None:
         """The teacher's class probabilities (B, K), rows of zeros where a row is labelled or has no text."""
         if self.teacher is None:
             return None
         unlabelled = (labels < 0) & paired
-        soft: Tensor = self.teacher(visual, text)
+        dtype = self.teacher.trust.dtype
+        soft: Tensor = self.teacher(visual.to(dtype), text.to(dtype))
         return soft * unlabelled[:, None]
 
     def _teacher(self, s: Tensor, t: Tensor, text: Tensor, row_weights: Tensor, temperature: float) -> Tensor:
         """Mean divergence of the two heads from the text's, softened; the text itself learns nothing from it."""
         with torch.no_grad():
-            target = F.log_softmax(self.translator.head(text) / temperature, dim=1)
+            target = F.log_softmax(self.translator.head(text).to(row_weights.dtype) / temperature, dim=1)
         divergence = torch.zeros_like(row_weights)
         for student in (self.learner.head(s), self.translator.head(t)):
-            log_q = F.log_softmax(student / temperature, dim=1)
+            log_q = F.log_softmax(student.to(row_weights.dtype) / temperature, dim=1)
             divergence = divergence + (target.exp() * (target - log_q)).sum(1)
         return temperature**2 / 2 * (divergence * row_weights).sum()
 
@@ -393,9 +434,7 @@ class SeDA(nn.Module):
         s = self._stage(self.learner.network, v, v, samplers[0], sample_ids, seed, draw, SEMANTIC_CHAIN)
         blank = v.new_zeros(v.shape[0], self.config.text_dim)
         condition = self._condition(s, v)
-        t = self._stage(
-            self.translator.network, blank, condition, samplers[1], sample_ids, seed, draw, TEXTUAL_CHAIN
-        )
+        t = self._stage(self.translator.network, blank, condition, samplers[1], sample_ids, seed, draw, TEXTUAL_CHAIN)
         return s, t
 
     def _stage(
@@ -434,9 +473,7 @@ class SeDA(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Apply ``function`` to the device's `BLOCK_ROWS` at a time, the last block zero-padded; join the results."""
         if visual.ndim != 2 or visual.shape[1] != self.config.visual_dim:
-            raise ValueError(
-                f"visual must have shape (rows, {self.config.visual_dim}), not {tuple(visual.shape)}"
-            )
+            raise ValueError(f"visual must have shape (rows, {self.config.visual_dim}), not {tuple(visual.shape)}")
         if not visual.is_floating_point():
             raise ValueError(f"visual must be floating, not {visual.dtype}")
         rows = visual.shape[0]
@@ -448,10 +485,7 @@ class SeDA(nn.Module):
         padding = -rows % block_rows if rows else block_rows
         visual = F.pad(visual.to(self.visual_mean.dtype), (0, 0, 0, padding))
         sample_ids = F.pad(sample_ids, (0, padding))
-        parts = [
-            function(v, i)
-            for v, i in zip(visual.split(block_rows), sample_ids.split(block_rows), strict=True)
-        ]
+        parts = [function(v, i) for v, i in zip(visual.split(block_rows), sample_ids.split(block_rows), strict=True)]
         return tuple(torch.cat(part)[:rows] for part in zip(*parts, strict=True))
 
     # ---- files ---------------------------------------------------------------------------------------------------

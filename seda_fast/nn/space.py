@@ -21,6 +21,11 @@ def category_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor
     Raises:
         ValueError: a label is K or more.
     """
+    return centres_of(*class_sums(features, labels, n_classes)).to(features.dtype)
+
+
+def class_sums(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    """What `category_centres` is made of: float64 sums (K, D) and int64 counts (K,), which add up over parts."""
     labelled = labels >= 0
     target = labels[labelled]
     counts = torch.bincount(target, minlength=n_classes)
@@ -28,4 +33,9 @@ def category_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor
         raise ValueError(f"labels reach {len(counts) - 1} but there are {n_classes} classes")
     sums = torch.zeros(n_classes, features.shape[1], dtype=torch.float64, device=features.device)
     sums.index_add_(0, target, features[labelled].double())
-    return (sums / counts.clamp(min=1)[:, None]).to(features.dtype)
+    return sums, counts
+
+
+def centres_of(sums: Tensor, counts: Tensor) -> Tensor:
+    """The centres (K, D) float64 from `class_sums`."""
+    return sums / counts.clamp(min=1)[:, None]

@@ -1,0 +1,486 @@
+"""One optimiser step, and the engines that run it: eager PyTorch, `torch.compile`, or one CUDA graph a step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .config import ConfigError, TrainConfig
+from .nn import Losses, SeDA, Shard
+from .ranks import ALONE, Ranks
+
+EngineName = Literal["auto", "eager", "compile", "graph"]
+PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+TERMS = Losses._fields
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Steps run on a stream of their own before a capture: libraries set themselves up, kernels are tuned.
+_WARM_UP_STEPS = 3
+_LATEST = 2**62
+
+
+class Rows(Protocol):
+    """A training set as the engines see it: on ``device``, batches by row number; ``labels`` and ``paired`` whole."""
+
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def paired(self) -> Tensor: ...
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def on_device(self) -> bool:
+        """Whether `rows` is a gather on the device, without the host."""
+
+    def __len__(self) -> int: ...
+    def rows(self, index: Tensor) -> Batch: ...
+    def batches(self, parts: Iterable[Tensor]) -> Iterator[Batch]: ...
+
+
+class Plan(NamedTuple):
+    """Which engine runs a training, and why."""
+
+    asked: str
+    used: str
+    reason: str
+
+
+def plan(asked: EngineName, precision: PrecisionName, data: Rows, batch_size: int, ranks: Ranks = ALONE) -> Plan:
+    """The engine that runs, by a rule: graph needs CUDA, data on the device, a whole batch and no fp16 scaling; what
+    cannot be captured is compiled; a CPU runs eager unless told otherwise.
+
+    Raises:
+        ConfigError: the precision needs another device.
+    """
+    cuda = data.device.type == "cuda"
+    if precision == "tf32" and not cuda:
+        raise ConfigError("precision tf32 needs a CUDA device; give fp32 or bf16")
+    if asked == "auto" and not cuda:
+        return Plan(asked, "eager", "device is a CPU")
+    if asked in ("eager", "compile"):
+        return Plan(asked, asked, "asked for")
+    obstacles = {
+        "it needs a CUDA device": not cuda,
+        "ranks exchange their gradients": not ranks.alone,
+        "the data are streamed from files": not data.on_device,
+        "the batch is larger than the training part": len(data) < batch_size,
+        "fp16 scales its losses on the host's word": precision == "fp16",
+    }
+    found = [obstacle for obstacle, there in obstacles.items() if there]
+    if found:
+        return Plan(asked, "compile", f"no graph: {'; '.join(found)}")
+    return Plan(asked, "graph", "device is CUDA" if asked == "auto" else "asked for")
+
+
+@contextmanager
+def matrix_precision(precision: PrecisionName) -> Iterator[None]:
+    """TF32 products while the block runs, where ``precision`` says so."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices decay, biases do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def learning_rate_factor(step: int, total: int, warmup: float) -> float:
+    """Linear rise over the first ``warmup`` share of the steps, then a half cosine down to 0."""
+    rise = max(1, round(total * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    progress = (step - rise) / max(1, total - rise)
+    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress, dtype=torch.float64))))
+
+
+class MovingAverage:
+    """An exponential moving average of parameters that forgets its start.
+
+    Update n (from 0) keeps ``min(decay, (1 + n) / (10 + n))`` of what was there, the first nothing.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
+        self.decay = decay
+        self._current = list(parameters)
+        self.values = [p.detach().clone() for p in self._current]
+
+    @torch.no_grad()
+    def update(self, n: int) -> None:
+        """Update number ``n``, known to the host."""
+        if n == 0:
+            torch._foreach_copy_(self.values, self._current)
+        else:
+            torch._foreach_lerp_(self.values, self._current, 1 - min(self.decay, (1 + n) / (10 + n)))
+
+    @torch.no_grad()
+    def update_on_device(self, n: Tensor) -> None:
+        """The same with ``n`` int64 () on the parameters' device, for a captured graph."""
+        kept = ((1 + n) / (10 + n)).clamp(max=self.decay) * (n > 0)
+        difference = torch._foreach_sub(self._current, self.values)
+        torch._foreach_mul_(difference, (1 - kept).to(self.values[0].dtype))
+        torch._foreach_add_(self.values, difference)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Write the average into the parameters."""
+        torch._foreach_copy_(self._current, self.values)
+
+
+class _Losses(nn.Module):
+    """`SeDA.losses` as the forward of a module, which is what `torch.func.functional_call` calls."""
+
+    def __init__(self, model: SeDA, settings: TrainConfig) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
+        return self.model.losses(*batch, seed=seed, step=step, settings=self.settings, shard=shard)
+
+
+class Objective(nn.Module):
+    """`SeDA.losses` in the run's precision, as the forward of a module.
+
+    With a half precision, weights and features are cast and the gradients arrive at the float32 masters through the
+    cast. This rather than `torch.autocast`, which does not see into the package's own operations; those accumulate
+    in float32.
+    """
+
+    def __init__(self, model: SeDA, settings: TrainConfig, precision: PrecisionName) -> None:
+        super().__init__()
+        self.losses = _Losses(model, settings)
+        self.dtype = _HALF.get(precision)
+
+        # What `forward` calls for whole batches, where the engine compiles.
+        self.compiled: Callable[..., Losses] | None = None
+
+    def forward(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None, compiled: bool) -> Losses:
+        """The losses of ``batch`` at ``step``, both int64 () as in `SeDA.losses`."""
+        call = self.compiled if compiled and self.compiled is not None else self.eager
+        return call(batch, seed, step, shard)
+
+    def eager(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
+        """`forward` in eager PyTorch."""
+        if self.dtype is None:
+            return self.losses(batch, seed, step, shard)  # type: ignore[no-any-return]
+        model = self.losses.model
+        tensors = {**dict(model.named_parameters()), "centres": model.centres}
+        cast = {f"model.{name}": tensor.to(self.dtype) for name, tensor in tensors.items()}
+        visual, text, *rest = batch
+        half = (visual.to(self.dtype), text.to(self.dtype), *rest)
+        return torch.func.functional_call(  # type: ignore[no-any-return]
+            self.losses, cast, (half, seed, step, shard)
+        )
+
+
+def _parallel(objective: Objective) -> nn.Module:
+    """The objective with gradients averaged over the ranks; see `Stepper._rehearse`."""
+    if objective.compiled is not None:
+        torch._dynamo.config.optimize_ddp = False  # it would cut the compiled graph at the buckets
+    with warnings.catch_warnings():
+        # The new name of the argument is not known to the oldest PyTorch that we run on.
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+
+
+class Stepper:
+    """Everything that an optimiser step changes, and the engine that runs it.
+
+    Args:
+        model: trained in place, on the data's device.
+        total_steps: of the whole run, for the learning rate.
+        say: called with a sentence where the engine falls back.
+    """
+
+    def __init__(
+        self,
+        model: SeDA,
+        data: Rows,
+        settings: TrainConfig,
+        total_steps: int,
+        *,
+        engine: EngineName = "eager",
+        precision: PrecisionName = "fp32",
+        ranks: Ranks = ALONE,
+        say: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self.model, self.data, self.settings, self.total_steps, self._say = model, data, settings, total_steps, say
+        self.ranks = ranks
+        self.plan = plan(engine, precision, data, settings.batch_size, ranks)
+        self.fallbacks: dict[str, dict[str, Any]] = {}
+        if engine not in ("auto", self.plan.used):
+            self._fall(f"engine {engine}", self.plan.used, self.plan.reason, steps=total_steps)
+        device = data.device
+        self.done = 0
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.seed = torch.tensor(settings.seed, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+        # Step and term of the first loss that is not finite, as step * len(TERMS) + term; -1 while there is none.
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.average = MovingAverage(model.parameters(), settings.ema_decay)
+        captured = self.plan.used == "graph"
+        self._rates: Tensor | None = None
+        rate: float | Tensor = settings.learning_rate
+        if captured:
+            factors = [learning_rate_factor(step, total_steps, settings.warmup) for step in range(total_steps)]
+            self._rates = (settings.learning_rate * torch.tensor(factors, dtype=torch.float64)).float().to(device)
+            rate = self._rates[0].clone()
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(model, settings.weight_decay),
+            lr=rate,
+            betas=(0.9, 0.99),
+            fused=True,
+            capturable=captured and device.type == "cuda",
+        )
+        for p in model.parameters():
+            zero = torch.zeros((), dtype=torch.float32, device=device)
+            self.optimiser.state[p] = {
+                "step": zero, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
+            }  # fmt: skip
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.objective = Objective(model, settings, precision)
+        if self.plan.used == "compile":
+            self.objective.compiled = torch.compile(self.objective.eager, fullgraph=True, dynamic=False)
+        self._losses: nn.Module = self.objective if ranks.alone else _parallel(self.objective)
+        self._graph: Graph | None = None
+        self._rehearsed = False
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by name; the tensors themselves, not copies."""
+        named = list(self.model.named_parameters())
+        kept = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for (name, _), value in zip(named, self.average.values, strict=True):
+            kept[f"average.{name}"] = value
+        for name, p in named:
+            kept |= {f"optimiser.{key}.{name}": value for key, value in self.optimiser.state[p].items()}
+        return {**kept, "sums": self.sums, "step": self.step}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape.
+        """
+        for name, own in self.tensors().items():
+            if name not in tensors or tensors[name].shape != own.shape:
+                raise ValueError(f"the tensor {name} is missing or has another shape")
+            own.copy_(tensors[name])
+        self.done = int(self.step)
+
+    def spread(self) -> None:
+        """Every rank takes over the first one's state; the sums stay there."""
+        for tensor in self.tensors().values():
+            self.ranks.spread(tensor)
+        if not self.ranks.first:
+            self.sums.zero_()
+        self.done = int(self.step)
+
+    def look(self, stop: int) -> tuple[tuple[int, str] | None, int]:
+        """Step (from 1) and term of the first loss on any rank that was not finite, and the largest ``stop``.
+
+        Waits for the device and, where there are several, for all ranks.
+        """
+        code = int(self._first_bad)
+        # The first is the least, and -1 stands for none.
+        late = -1 if code < 0 else _LATEST - code
+        late, stop = self.ranks.largest([late, stop])
+        code = _LATEST - late
+        return (None if late < 0 else (code // len(TERMS) + 1, TERMS[code % len(TERMS)])), stop
+
+    def gather_sums(self) -> Tensor:
+        """The loss sums of all ranks, which the first goes on with alone, so that it can stop and resume there."""
+        if not self.ranks.alone:
+            self.ranks.add(self.sums)
+            if not self.ranks.first:
+                gathered = self.sums.clone()
+                self.sums.zero_()
+                return gathered
+        return self.sums
+
+    def rate(self) -> float:
+        """Learning rate of the step to come."""
+        settings = self.settings
+        return settings.learning_rate * learning_rate_factor(self.done, self.total_steps, settings.warmup)
+
+    def report(self) -> dict[str, Any]:
+        """For ``metrics.json``: the engine asked for and used, why, and which steps fell back to another one."""
+        return {**self.plan._asdict(), "fallbacks": [{"what": what, **how} for what, how in self.fallbacks.items()]}
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    def steps(self, parts: list[Tensor]) -> Iterator[None]:
+        """Train on the batches ``parts`` of row numbers, yielding after each."""
+        if self.plan.used == "graph":
+            yield from self._graphed(parts)
+            return
+        if not self.ranks.alone and not self._rehearsed:
+            self._rehearse()
+        own = (part[self.ranks.part(len(part))] for part in parts)
+        for part, batch in zip(parts, self.data.batches(own), strict=True):
+            rows = len(part)
+            compiled = self.plan.used == "compile" and rows == self.settings.batch_size
+            if self.plan.used == "compile" and not compiled:
+                self._fall(f"a batch of {rows} rows", "eager", "a new shape would be compiled anew")
+            self._host_step(batch, part, compiled)
+            yield
+
+    def _rehearse(self) -> None:
+        """Gradients of the first rows, thrown away.
+
+        After its first step DistributedDataParallel lays its buckets out anew, and then sums of more than two ranks
+        add in another order. So that a resumed run, whose first step is another one's later step, has the same
+        bits, no step that counts is the first.
+        """
+        part = torch.arange(min(self.settings.batch_size, len(self.data)))
+        (batch,) = self.data.batches([part[self.ranks.part(len(part))]])
+        compiled = self.plan.used == "compile" and len(part) == self.settings.batch_size
+        self._losses_of(batch, self._shard(batch, part), compiled).total.backward()
+        self.optimiser.zero_grad(set_to_none=True)
+        self._rehearsed = True
+
+    def _host_step(self, batch: Batch, part: Tensor, compiled: bool) -> None:
+        rate = self.rate()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self._gradients(batch, self._losses_of(batch, self._shard(batch, part), compiled), len(part))
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.average.update(self.done)
+        self.step += 1
+        self.done += 1
+
+    def _shard(self, batch: Batch, part: Tensor) -> Shard | None:
+        """Where the rows of ``batch``, which are this rank's, stand in ``part``, which are all ranks'."""
+        if self.ranks.alone:
+            return None
+        data, rows = self.data, part.to(self.data.device)
+        whole = self.model.term_rows(data.labels[rows], data.paired[rows])
+        own = self.model.term_rows(batch[2], batch[3])
+        dtype = torch.promote_types(self.average.values[0].dtype, torch.float32)
+        return Shard(self.ranks.part(len(part)).start, len(part), own.to(dtype) / whole.clamp(min=1).to(dtype))
+
+    def _losses_of(self, batch: Batch, shard: Shard | None, compiled: bool) -> Losses:
+        if not compiled:
+            return self._losses(batch, self.seed, self.step, shard, False)  # type: ignore[no-any-return]
+        try:
+            return self._losses(batch, self.seed, self.step, shard, True)  # type: ignore[no-any-return]
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # No compiler is there, say; it fails at the first call, before anything has changed.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self._fall("engine compile", "eager", f"it failed: {reason}", steps=self.total_steps - self.done)
+            self.plan, self.objective.compiled = self.plan._replace(used="eager"), None
+            return self._losses(batch, self.seed, self.step, shard, False)  # type: ignore[no-any-return]
+
+    def _gradients(self, batch: Batch, losses: Losses, rows: int) -> None:
+        """Losses of a batch of ``rows`` rows on all ranks to the sums, clipped gradients to the parameters."""
+        self.optimiser.zero_grad(set_to_none=True)
+        # DistributedDataParallel takes the mean of the ranks' gradients; ours are shares, to be added.
+        self.scaler.scale(losses.total * self.ranks.world).backward()
+        self.scaler.unscale_(self.optimiser)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        values = torch.stack([term.detach().double() for term in losses])
+        self.sums += values * rows
+        bad = ~values.isfinite()
+        # The terms come first, so that one of them is named rather than their sum.
+        first = torch.argmax(bad.roll(-1).to(torch.int8))
+        code = self.step * len(TERMS) + (first + 1) % len(TERMS)
+        self._first_bad.copy_(torch.where((self._first_bad < 0) & bad.any(), code, self._first_bad))
+
+    def device_step(self, batch: Batch) -> None:
+        """A step that reads nothing on the host: learning rate and counters are tensors. What a graph captures."""
+        assert self._rates is not None
+        for group in self.optimiser.param_groups:
+            group["lr"].copy_(self._rates.index_select(0, self.step[None])[0])
+        self._gradients(batch, self._losses_of(batch, None, False), len(batch[0]))
+        self.optimiser.step()
+        self.average.update_on_device(self.step)
+        self.step += 1
+
+    def _graphed(self, parts: list[Tensor]) -> Iterator[None]:
+        size = self.settings.batch_size
+        whole = [part for part in parts if len(part) == size]
+        if whole and self._graph is None and "engine graph" not in self.fallbacks:
+            try:
+                self._graph = Graph(self)
+            except RuntimeError as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self._fall("engine graph", "eager", f"it failed: {reason}", steps=self.total_steps - self.done)
+        replayed = whole if self._graph is not None else []
+        if self._graph is not None and replayed:
+            self._graph.order(torch.cat(replayed))
+            for _ in replayed:
+                self._graph.replay()
+                self.done += 1
+                yield
+        for part in parts[len(replayed) :]:
+            if len(part) != size:
+                self._fall(f"a batch of {len(part)} rows", "eager", "a graph has one shape")
+            self.device_step(self.data.rows(part.to(self.data.device)))
+            self.done += 1
+            yield
+
+    def _fall(self, what: str, used: str, reason: str, steps: int = 1) -> None:
+        if what in self.fallbacks:
+            self.fallbacks[what]["steps"] += steps
+            return
+        self.fallbacks[what] = {"used": used, "reason": reason, "steps": steps}
+        self._say(f"{what} runs on {used}: {reason}")
+
+
+class Graph:
+    """A whole step as one CUDA graph: gather, noising, networks, losses, backward, clipping, AdamW, average, counters.
+
+    The rows of the epoch lie in one tensor on the device; the graph itself moves the cursor, so that a replay needs
+    nothing from the host.
+    """
+
+    def __init__(self, stepper: Stepper) -> None:
+        data, size = stepper.data, stepper.settings.batch_size
+        self._cursor = torch.zeros((), dtype=torch.int64, device=data.device)
+        self._order = torch.zeros(len(data), dtype=torch.int64, device=data.device)
+        within = torch.arange(size, device=data.device)
+
+        def whole_step() -> None:
+            stepper.device_step(data.rows(self._order.index_select(0, self._cursor + within)))
+            self._cursor += size
+
+        state = [*stepper.tensors().values(), stepper._first_bad, self._cursor]
+        before = [tensor.detach().clone() for tensor in state]
+        side = torch.cuda.Stream(data.device)
+        side.wait_stream(torch.cuda.current_stream(data.device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP_STEPS):
+                self._cursor.zero_()
+                whole_step()
+        torch.cuda.current_stream(data.device).wait_stream(side)
+        with torch.no_grad():
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+        stepper.optimiser.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            whole_step()
+
+    def order(self, rows: Tensor) -> None:
+        """Set the rows (n,) that the next replays walk through, a batch each."""
+        self._order[: len(rows)].copy_(rows)
+        self._cursor.zero_()
+
+    def replay(self) -> None:
+        """Run one step."""
+        self._graph.replay()

@@ -1,0 +1,124 @@
+"""The processes that train or predict together, as ``torchrun`` starts them; alone, all of this costs nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class RankLost(RuntimeError):
+    """Another rank has ended, so nothing can be exchanged any more; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's ``rank`` among ``world`` of them. Every method but `part` must be called by all ranks."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self.world == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    def part(self, rows: int, rank: int | None = None) -> slice:
+        """The contiguous share of ``rows`` rows of a rank, by default this one; sizes differ by one at most."""
+        at = self.rank if rank is None else rank
+        size, more = divmod(rows, self.world)
+        start = at * size + min(at, more)
+        return slice(start, start + size + (at < more))
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if not self.alone:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of all ranks' values, place by place; goes over the host, so no device is waited for."""
+        if self.alone:
+            return list(values)
+        found = torch.tensor(list(values), dtype=torch.int64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return [int(value) for value in found.tolist()]
+
+    def spread(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` with that of the first rank."""
+        if not self.alone:
+            dist.broadcast(tensor, src=0)
+
+    def spread_text(self, text: str) -> str:
+        """The first rank's text."""
+        if self.alone:
+            return text
+        content = text.encode() if self.first else b""
+        (size,) = self.largest([len(content)])
+        buffer = torch.zeros(size, dtype=torch.uint8)
+        if self.first and size:
+            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        self.spread(buffer)
+        return bytes(buffer.numpy()).decode()
+
+    def join(self, own: NDArray[Any], rows: int) -> NDArray[Any]:
+        """All ``rows`` rows in their order, from each rank's `part` of them; numeric arrays."""
+        if self.alone:
+            return own
+        sizes = [len(range(rows)[self.part(rows, rank)]) for rank in range(self.world)]
+        padded = torch.zeros((max(sizes), *own.shape[1:]), dtype=torch.from_numpy(own[:0]).dtype)
+        padded[: len(own)] = torch.from_numpy(np.ascontiguousarray(own))
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return np.concatenate([part[:size].numpy() for part, size in zip(parts, sizes, strict=True)])
+
+
+ALONE = Ranks()
+
+
+def restarted() -> bool:
+    """Whether ``torchrun`` started these processes anew after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Joins the ranks that ``torchrun`` announces in the environment; without it this process is alone.
+
+    gloo carries what lies on the host, nccl what lies on a GPU; each rank of a host takes one GPU.
+
+    Raises:
+        RankLost: another rank ended while this one waited for it.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    # torchrun's store may outlive a restart, and with it the addresses of processes that are no more.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    try:
+        yield Ranks(rank, world)
+    except RuntimeError as error:
+        if not any(name in str(error).lower() for name in ("gloo", "nccl", "connection closed", "connection reset")):
+            raise
+        raise RankLost("another rank has ended, so this one cannot go on") from error
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,290 @@
+"""Engines: the same training whichever runs it, the rule by which one is chosen, precisions, and losses gone bad."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seda_fast import SeDA, SeDAConfig, TrainConfig, engine, train
+from seda_fast.checkpoint import Checkpoints
+from seda_fast.config import ConfigError
+from seda_fast.engine import Plan, Stepper, plan
+from seda_fast.loop import Keeping, Trainer, TrainingError, TrainingSet
+
+CONFIG = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=1, time_embedding=8, diffusion_steps=60)
+# 4 batches of 14 rows and one of 4 an epoch: 50 steps.
+SETTINGS = TrainConfig(epochs=10, batch_size=14, learning_rate=3e-3)
+ROWS = 60
+
+
+def training_set(device: str = "cpu", rows: int = ROWS) -> TrainingSet:
+    generator = torch.Generator().manual_seed(9)
+    labels = torch.arange(rows) % 3
+    class_text = torch.randn(3, 5, generator=generator)
+    class_visual = torch.randn(3, 8, generator=generator)
+    fields = (
+        class_visual[labels] + 0.5 * torch.randn(rows, 8, generator=generator),
+        class_text[labels] + 0.5 * torch.randn(rows, 5, generator=generator),
+        labels,
+        torch.ones(rows, dtype=torch.bool),
+        torch.arange(rows),
+    )
+    return TrainingSet(*(field.to(device) for field in fields))
+
+
+def trainer(device: str = "cpu", settings: TrainConfig = SETTINGS, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    model, data = SeDA(CONFIG), training_set()
+    model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), data.visual, data.labels)
+    return Trainer(model.to(device), training_set(device), settings, **options)
+
+
+def agree(one: Trainer, other: Trainer, tolerance: float) -> None:
+    """Loss curves and weights."""
+    for a, b in zip(one.history, other.history, strict=True):
+        assert b.losses == pytest.approx(a.losses, rel=tolerance)
+        assert b.learning_rate == a.learning_rate
+    for (name, a), (_, b) in zip(one.model.named_parameters(), other.model.named_parameters(), strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=50 * tolerance, atol=50 * tolerance, msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_training_agrees_with_eager_over_fifty_steps() -> None:
+    eager, compiled = trainer(engine="eager"), trainer(engine="compile")
+    eager.run()
+    compiled.run()
+    assert eager.stepper.done == compiled.stepper.done == 50
+    agree(eager, compiled, 1e-5)
+    report = compiled.stepper.report()
+    assert report["used"] == "compile"
+    assert report["fallbacks"] == [
+        {"what": "a batch of 4 rows", "used": "eager", "reason": "a new shape would be compiled anew", "steps": 10}
+    ]
+
+
+# ------------------------------------------------------------------------------------------ the step without the host
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses what makes a host wait for its device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        assert name not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}, name
+        return func(*args, **(kwargs or {}))
+
+
+class FakeGraph:
+    """Calls the step that a CUDA graph would have captured."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        self.stepper = stepper
+
+    def order(self, rows: torch.Tensor) -> None:
+        self.rows = iter(rows.split(self.stepper.settings.batch_size))
+
+    def replay(self) -> None:
+        with NoReading():
+            self.stepper.device_step(self.stepper.data.rows(next(self.rows)))
+
+
+@pytest.fixture
+def graph_plan(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(engine, "plan", lambda *unused: Plan("graph", "graph", "a test"))
+    return monkeypatch
+
+
+def test_the_captured_step_reads_nothing_and_agrees_with_eager(graph_plan: pytest.MonkeyPatch) -> None:
+    graph_plan.setattr(engine, "Graph", FakeGraph)
+    graphed = trainer(engine="graph")
+    graph_plan.undo()
+    eager = trainer(engine="eager")
+    eager.run()
+    graph_plan.setattr(engine, "Graph", FakeGraph)
+    graphed.run()
+    assert int(graphed.stepper.step) == graphed.stepper.done == 50
+    agree(eager, graphed, 1e-5)
+    assert graphed.stepper.report()["fallbacks"] == [
+        {"what": "a batch of 4 rows", "used": "eager", "reason": "a graph has one shape", "steps": 10}
+    ]
+
+
+def test_the_reader_of_host_reads_sees_one() -> None:
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReading():
+        float(torch.ones(1))
+
+
+def test_a_capture_that_fails_is_told_and_training_goes_on(graph_plan: pytest.MonkeyPatch) -> None:
+    def fail(stepper: Stepper) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    graph_plan.setattr(engine, "Graph", fail)
+    said: list[str] = []
+    graphed = trainer(engine="graph", say=said.append)
+    graphed.run()
+    sentence = "engine graph runs on eager: it failed: operation not permitted when stream is capturing"
+    assert said == [sentence, "a batch of 4 rows runs on eager: a graph has one shape"]
+    graph_plan.undo()
+    eager = trainer(engine="eager")
+    eager.run()
+    agree(eager, graphed, 1e-5)
+
+
+@pytest.mark.gpu
+def test_graph_agrees_with_eager_over_fifty_steps_without_waiting() -> None:
+    eager, graphed = trainer("cuda", engine="eager"), trainer("cuda", engine="graph")
+    eager.run()
+
+    def look(done: int, total: int) -> None:
+        # Between the first and the last step of an epoch nothing may wait for the device.
+        torch.cuda.set_sync_debug_mode("error" if 1 <= done % 5 <= 3 and done > 5 else "default")
+
+    try:
+        graphed.run(on_step=look)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    agree(eager, graphed, 1e-4)
+    assert graphed.stepper.report()["used"] == "graph"
+    assert "engine graph" not in graphed.stepper.fallbacks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_graph_in_other_precisions_stays_near(precision: Any) -> None:
+    exact, other = trainer("cuda", engine="eager"), trainer("cuda", engine="graph", precision=precision)
+    exact.run()
+    other.run()
+    assert other.history[-1].losses["total"] == pytest.approx(exact.history[-1].losses["total"], rel=0.02)
+
+
+# --------------------------------------------------------------------------------------------------------- the rule
+
+
+@dataclasses.dataclass
+class Shown:
+    """As much of a training set as the rule looks at."""
+
+    device: torch.device
+    on_device: bool = True
+    rows: int = 100
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "change", "precision", "used", "reason"),
+    [
+        ("auto", "cpu", {}, "fp32", "eager", "device is a CPU"),
+        ("auto", "cuda", {}, "bf16", "graph", "device is CUDA"),
+        ("graph", "cuda", {}, "tf32", "graph", "asked for"),
+        ("graph", "cpu", {}, "fp32", "compile", "no graph: it needs a CUDA device"),
+        ("auto", "cuda", {"on_device": False}, "fp32", "compile", "no graph: the data are streamed from files"),
+        ("auto", "cuda", {"rows": 9}, "fp32", "compile", "no graph: the batch is larger than the training part"),
+        ("graph", "cuda", {}, "fp16", "compile", "no graph: fp16 scales its losses on the host's word"),
+        ("eager", "cuda", {}, "fp16", "eager", "asked for"),
+        ("compile", "cpu", {}, "bf16", "compile", "asked for"),
+    ],
+)
+def test_the_rule_that_chooses(
+    asked: Any, device: str, change: dict[str, Any], precision: Any, used: str, reason: str
+) -> None:
+    shown: Any = Shown(torch.device(device), **change)
+    assert plan(asked, precision, shown, 10) == Plan(asked, used, reason)
+
+
+def test_tf32_needs_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="precision tf32 needs a CUDA device"):
+        trainer(precision="tf32")
+
+
+def test_a_compiler_that_fails_is_told_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+
+    def failing(function: Any, **options: Any) -> Any:
+        def fail(*args: Any) -> Any:
+            raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a long story")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", failing)
+    said: list[str] = []
+    compiled, eager = trainer(engine="compile", say=said.append), trainer(engine="eager")
+    compiled.run()
+    eager.run()
+    assert said[0] == "engine compile runs on eager: it failed: no compiler"
+    assert compiled.stepper.report()["used"] == "eager"
+    agree(eager, compiled, 0.0)
+
+
+# --------------------------------------------------------------------------------------------------------- precisions
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precisions_keep_float32_masters_and_stay_near(precision: Any) -> None:
+    exact, half = trainer(), trainer(precision=precision)
+    exact.run()
+    half.run()
+    assert all(p.dtype == torch.float32 for p in half.model.parameters())
+    # fp16 begins with a scale that may be too large, and then leaves out a step.
+    assert half.history[0].losses == pytest.approx(exact.history[0].losses, rel=0.1)
+    assert half.history[-1].losses["total"] == pytest.approx(exact.history[-1].losses["total"], rel=0.05)
+    assert half.history[-1].losses != exact.history[-1].losses
+
+
+# ------------------------------------------------------------------------------------------------- losses gone bad
+
+
+def test_a_bad_loss_names_step_term_and_last_good_checkpoint(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, centre_weight=0.0)
+    kept = Checkpoints(tmp_path, lambda sentence: None)
+    broken = trainer(settings=settings, keeping=Keeping(kept))
+
+    def spoil(done: int, total: int) -> None:
+        if done == 12:
+            with torch.no_grad():
+                broken.model.translator.head.weight[0, 0] = float("inf")
+
+    with pytest.raises(TrainingError) as caught:
+        broken.run(on_step=spoil)
+    # The head of the translator is in three terms; mapped is the first of them.
+    assert str(caught.value) == (
+        "the loss term mapped is no longer finite, first in step 13 (epoch 3); "
+        f"the last good checkpoint is {tmp_path / 'step-000000010.safetensors'}"
+    )
+    assert kept.steps() == [5, 10]
+
+
+def test_a_sum_that_overflows_is_named_too() -> None:
+    settings = dataclasses.replace(SETTINGS, text_weight=3e38, centre_weight=3e38, semantic_weight=3e38)
+    with pytest.raises(TrainingError, match="the weighted sum of the losses is no longer finite, first in step 1 "):
+        trainer(settings=settings).run()
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_reports_its_engine(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    labels = np.arange(60) % 3
+    rng = np.random.default_rng(1)
+    np.savez(
+        tmp_path / "data.npz",
+        visual_train=rng.normal(size=(60, 8)),
+        text_train=rng.normal(size=(60, 5)),
+        label_train=labels,
+    )
+    arguments = ["--data", str(tmp_path / "data.npz"), "--width", "16", "--blocks", "1", "--epochs", "1"]
+    arguments += ["--batch-size", "16", "--no-baselines", "--out"]
+    assert train.main([*arguments, str(tmp_path / "half"), "--precision", "bf16", "--engine", "eager"]) == 0
+    metrics = json.loads((tmp_path / "half" / "metrics.json").read_text())["train"]
+    assert metrics["precision"] == "bf16"
+    assert metrics["engine"] == {"asked": "eager", "used": "eager", "reason": "asked for", "fallbacks": []}
+    capfd.readouterr()
+    assert train.main([*arguments, str(tmp_path / "tf32"), "--precision", "tf32", "--device", "cpu"]) == 2
+    assert capfd.readouterr().err == "seda_fast.train: precision tf32 needs a CUDA device; give fp32 or bf16\n"
+    assert not (tmp_path / "tf32").exists()

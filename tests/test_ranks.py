@@ -1,0 +1,235 @@
+"""Several ranks do what one does: the same loss curve, the same predictions, and a restart that goes on."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from seda_fast import evaluate, predict, train
+from seda_fast.ranks import Ranks
+from seda_fast.results import unfinished_folder
+
+# Runs as one of several processes, or alone; the first prints what the test compares, by dtype.
+TRAININGS = """
+import dataclasses, json, sys
+from pathlib import Path
+import torch
+from seda_fast import SeDA, SeDAConfig, TrainConfig
+from seda_fast.checkpoint import Checkpoints
+from seda_fast.loop import Keeping, Trainer, TrainingSet
+from seda_fast.ranks import joined
+
+CONFIG = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=1, time_embedding=8, diffusion_steps=30)
+# 3 batches of 20 rows and one of a single row an epoch; unlabelled rows and rows without text lie unevenly.
+SETTINGS = TrainConfig(epochs=8, batch_size=20, learning_rate=3e-3)
+
+
+def trainer(ranks, dtype, keeping=None, engine="eager"):
+    generator = torch.Generator().manual_seed(9)
+    labels, paired = torch.arange(61) % 3, torch.ones(61, dtype=torch.bool)
+    labels[5:20], paired[30:37] = -1, False
+    visual = torch.randn(61, 8, generator=generator, dtype=torch.float64)
+    text = torch.randn(61, 5, generator=generator, dtype=torch.float64)
+    data = TrainingSet(visual.to(dtype), text.to(dtype), labels, paired, torch.arange(61) * 7)
+    torch.manual_seed(0)
+    model = SeDA(CONFIG).to(dtype)
+    zeros, ones = torch.zeros, torch.ones
+    model.fit_statistics(zeros(8), ones(8), zeros(5), ones(5), data.visual, data.labels)
+    model.fit_teacher(data.visual, data.text, data.labels, data.paired, 0)
+    assert model.teacher is not None
+    return Trainer(model, data, SETTINGS, ranks=ranks, keeping=keeping, engine=engine)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at_18(done, total):
+    if done == 18:
+        raise Stop
+
+
+def resumed(ranks, whole, folder):
+    # In the middle of an epoch, on all ranks at once; the first has written the checkpoint of step 17.
+    checkpoints = Checkpoints(Path(folder), print) if ranks.first else None
+    keeping = Keeping(checkpoints, every=17 / 4)
+    try:
+        trainer(ranks, torch.float32, keeping).run(stop_at_18)
+    except Stop:
+        pass
+    again = trainer(ranks, torch.float32, keeping)
+    assert again.resume()
+    assert again.stepper.done == 17
+    again.run()
+    pairs = zip(whole.model.parameters(), again.model.parameters(), strict=True)
+    # The sums of an epoch that was cut add up in another order, in float64.
+    close = all(abs(a.losses[k] - b.losses[k]) < 1e-12 * abs(a.losses[k])
+                for a, b in zip(whole.history, again.history, strict=True) for k in a.losses)
+    return all(torch.equal(a, b) for a, b in pairs) and close
+
+
+with joined(torch.device("cpu")) as ranks:
+    found = {}
+    for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
+        done = trainer(ranks, dtype)
+        done.run()
+        found[name] = [epoch.losses for epoch in done.history]
+    found["resumed"] = resumed(ranks, done, sys.argv[1])
+    if "compile" in sys.argv:
+        done = trainer(ranks, torch.float32, engine="compile")
+        done.run()
+        found["compiled"] = [epoch.losses for epoch in done.history]
+        found["engine"] = done.stepper.report()["used"]
+    if ranks.first:
+        print(json.dumps(found))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def together(world: int, command: list[str], cwd: Path) -> list[subprocess.CompletedProcess[str]]:
+    """``command`` as ``world`` ranks; what each of them said."""
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(world):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, env={**common, **place}, cwd=cwd, text=True, **pipes))
+    ended = []
+    for process in processes:
+        out, said = process.communicate(timeout=300)
+        ended.append(subprocess.CompletedProcess(command, process.returncode, out, said))
+    return ended
+
+
+def curves(world: int, folder: Path, *options: str) -> dict[str, Any]:
+    folder.mkdir()
+    ended = together(world, [sys.executable, "-c", TRAININGS, str(folder / "kept"), *options], folder)
+    assert all(one.returncode == 0 for one in ended), "\n".join(one.stderr for one in ended)
+    found: dict[str, Any] = json.loads(ended[0].stdout.splitlines()[-1])
+    return found
+
+
+def differ(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:
+    """Largest relative difference of two loss curves."""
+    return max(abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(one, other, strict=True) for name in a)
+
+
+@pytest.mark.slow
+def test_one_two_and_four_ranks_have_the_same_loss_curve_and_resume_to_the_bit(tmp_path: Path) -> None:
+    one, two, four = (curves(world, tmp_path / str(world)) for world in (1, 2, 4))
+    for other in (two, four):
+        assert differ(one["float64"], other["float64"]) < 1e-6
+        assert differ(one["float32"], other["float32"]) < 1e-4
+        assert one["float32"] != other["float32"], "the ranks did not share the work"
+    assert (one["resumed"], two["resumed"], four["resumed"]) == (True, True, True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(3)
+    file = tmp_path_factory.mktemp("data") / "data.npz"
+    labels = np.arange(90) % 3
+    np.savez(
+        file,
+        visual_train=rng.normal(size=(90, 8)).astype(np.float32),
+        text_train=rng.normal(size=(90, 5)).astype(np.float32),
+        label_train=labels,
+        visual_test=rng.normal(size=(131, 8)).astype(np.float32),
+        text_test=rng.normal(size=(131, 5)).astype(np.float32),
+        label_test=np.arange(131) % 3,
+    )
+    return file
+
+
+SMALL = ["--width", "16", "--blocks", "1", "--diffusion-steps", "50", "--no-baselines", "--batch-size", "16"]
+
+
+@pytest.mark.slow
+def test_commands_of_two_ranks_write_what_one_writes(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", str(data), *SMALL, "--epochs", "3"]
+    assert train.main([*options, "--out", str(tmp_path / "one")]) == 0
+    capfd.readouterr()
+    module = [sys.executable, "-m"]
+    ended = together(2, [*module, "seda_fast.train", *options, "--out", "two"], tmp_path)
+    assert [one.returncode for one in ended] == [0, 0], ended
+    assert "top-1" in ended[0].stdout
+    assert ended[1].stdout == ended[0].stderr == ended[1].stderr == ""
+    rows = [list(csv.DictReader((tmp_path / name / "history.csv").open())) for name in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-4)
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["train"]["ranks"] == 2
+    assert not unfinished_folder(tmp_path / "two").exists()
+
+    arguments = ["--model", str(tmp_path / "one"), "--data", str(data)]
+    assert evaluate.main([*arguments, "--json"]) == 0
+    alone = capfd.readouterr().out
+    ended = together(2, [*module, "seda_fast.evaluate", *arguments, "--json"], tmp_path)
+    assert [one.stdout for one in ended] == [alone, ""]
+
+    assert predict.main([*arguments, "--out", str(tmp_path / "one.csv"), "--features", str(tmp_path / "one.npz")]) == 0
+    outputs = ["--out", "two.csv", "--features", "two.npz"]
+    ended = together(2, [*module, "seda_fast.predict", *arguments, *outputs], tmp_path)
+    assert [one.returncode for one in ended] == [0, 0], ended
+    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    one, two = (dict(np.load(tmp_path / name)) for name in ("one.npz", "two.npz"))
+    assert set(one) == set(two)
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_started_again_and_the_run_ends(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--data", str(data), *SMALL, "--epochs", "60", "--out", str(out)]
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    process = subprocess.Popen(
+        [sys.executable, *runner, "-m", "seda_fast.train", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    place = unfinished_folder(out)
+    deadline = time.monotonic() + 120
+    while len(list(place.glob("*.json"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    os.kill(json.loads((place / "lock").read_text())["pid"], signal.SIGKILL)
+    _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert "continuing after step" in said
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["train"]["ranks"] == 2
+    assert 0 < metrics["train"]["resumed_after_step"] < 360
+    assert len(list(csv.DictReader((out / "history.csv").open()))) == 60
+
+
+def test_bad_input_is_told_by_every_rank_and_ends_them_all(tmp_path: Path) -> None:
+    ended = together(2, [sys.executable, "-m", "seda_fast.train", "--data", "nowhere.npz", "--out", "run"], tmp_path)
+    assert [one.returncode for one in ended] == [2, 2]
+    assert "seda_fast.train: nowhere.npz: does not exist" in ended[0].stderr
+    assert "seda_fast.train (rank 1): nowhere.npz: does not exist" in ended[1].stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("rows", "world"), [(10, 4), (3, 4), (0, 2), (8, 4), (7, 1)])
+def test_parts_cover_the_rows_in_order(rows: int, world: int) -> None:
+    parts = [range(rows)[Ranks(rank, world).part(rows)] for rank in range(world)]
+    assert [row for part in parts for row in part] == list(range(rows))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
