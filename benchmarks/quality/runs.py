@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -81,10 +82,12 @@ class Runs:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        # A kill may have cut the last line short; its job is made again.
-        records = (Record.read(line) for line in lines if line.endswith("}"))
-        self.records = {record.job.key: record for record in records}
+        self.records: dict[str, Record] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            # A kill may have cut a line short; its job is made again.
+            with contextlib.suppress(json.JSONDecodeError):
+                record = Record.read(line)
+                self.records[record.job.key] = record
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records.values())
@@ -94,8 +97,11 @@ class Runs:
         if job.key not in self.records:
             record = measure(job, task)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(record.line() + "\n")
+            with self.path.open("a+b") as file:
+                file.seek(max(0, file.tell() - 1))
+                whole = file.read(1) in (b"", b"\n")
+                file.write(b"" if whole else b"\n")
+                file.write(record.line().encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
             self.records[job.key] = record

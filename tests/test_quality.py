@@ -1,0 +1,196 @@
+"""The quality harness: its regimes, its folds, its statistics, and that a stopped command goes on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import methods, selection, summary
+from benchmarks.quality.regimes import REGIMES, SETS, DataSet, Rows, Task, apply, fold, load
+from benchmarks.quality.runs import Job, Record, Runs, measure
+
+K, DV, DT = 3, 6, 4
+
+
+def made_rows(rng: np.random.Generator, rows: int) -> Rows:
+    labels = np.arange(rows) % K
+    means = np.random.default_rng(0)
+    visual, text = (3 * means.standard_normal((K, d))[labels] + rng.standard_normal((rows, d)) for d in (DV, DT))
+    return Rows(visual.astype(np.float32), text.astype(np.float32), labels)
+
+
+@pytest.fixture
+def task(rng: np.random.Generator) -> Task:
+    return Task(made_rows(rng, 90), made_rows(rng, 30), K)
+
+
+@pytest.fixture
+def folder(rng: np.random.Generator, tmp_path: Path) -> Path:
+    """A folder that holds one of the sets."""
+    train, test = made_rows(rng, 60), made_rows(rng, 30)
+    np.savez(
+        tmp_path / f"{SETS['cub10']}.npz",
+        visual_train=train.visual, text_train=train.text, label_train=train.labels,
+        visual_test=test.visual, text_test=test.text, label_test=test.labels, class_names=np.array(["a", "b", "c"]),
+    )  # fmt: skip
+    return tmp_path
+
+
+def test_regimes_change_what_they_name_and_nothing_else(task: Task) -> None:
+    whole = task.train
+    for regime in REGIMES:
+        made = apply(regime, task, seed=1)
+        assert np.array_equal(made.test.labels, task.test.labels)
+        if regime != "noise":
+            assert made.test is task.test
+        assert np.array_equal(np.nan_to_num(made.train.text), np.nan_to_num(apply(regime, task, seed=1).train.text)), (
+            regime
+        )
+    assert apply("full", task, 0) is task
+    few = apply("labels-4", task, 1).train
+    assert np.bincount(few.labels[few.labels >= 0]).tolist() == [4] * K
+    assert np.array_equal(few.visual, whole.visual)
+    assert np.array_equal(few.labels[few.labels >= 0], whole.labels[few.labels >= 0])
+    assert np.bincount(apply("samples-8", task, 1).train.labels).tolist() == [8] * K
+    half = apply("half-text", task, 1).train
+    assert np.isnan(half.text).all(1).sum() == 45
+    noisy = apply("noise", task, 1)
+    for part, clean in ((noisy.train, whole), (noisy.test, task.test)):
+        assert np.std((part.visual - clean.visual) / whole.visual.std(0)) == pytest.approx(0.5, abs=0.1)
+    sizes = np.sort(np.bincount(apply("tail", task, 1).train.labels))
+    assert sizes[-1] == 30
+    assert sizes[0] == 2
+    assert not np.array_equal(apply("labels-4", task, 2).train.labels, few.labels)
+
+
+def test_folds_keep_groups_together_and_classes_everywhere(task: Task, rng: np.random.Generator) -> None:
+    groups = np.arange(90) // 6
+    data = DataSet("x", task, groups)
+    held = []
+    for index in range(3):
+        part = fold(data, index, 3, seed=0)
+        assert len(part.train.labels) + len(part.test.labels) == 90
+        assert set(part.train.labels) == set(range(K))
+        inside = [np.flatnonzero((task.train.visual == row).all(1))[0] for row in part.test.visual]
+        by_class = {(g, y) for g, y in zip(groups[inside], task.train.labels[inside], strict=True)}
+        outside = np.setdiff1d(np.arange(90), inside)
+        assert not by_class & set(zip(groups[outside], task.train.labels[outside], strict=True))
+        held += inside
+    assert sorted(held) == list(range(90))
+
+
+@pytest.mark.parametrize("method", [m for m in methods.METHODS if m != "bridge"])
+def test_every_method_learns_easy_data(task: Task, method: str) -> None:
+    small = {"epochs": 40, "width": 32} if method.startswith("seda") else {}
+    settings = {**small, "batch_size": 16, "learning_rate": 3e-3} if small else {"epochs": 150, "lr": 1e-2}
+    settings = {} if method == "linear" else settings
+    fitted = methods.fit(method, apply("labels-8", task, 0), seed=0, settings=settings)
+    assert fitted.log_proba.shape == (30, K)
+    assert np.mean(fitted.log_proba.argmax(1) == task.test.labels) > 0.75
+    np.testing.assert_allclose(np.exp(fitted.log_proba.astype(np.float64)).sum(1), 1, rtol=1e-4)
+
+
+def test_the_bridge_samples_texts(task: Task) -> None:
+    fitted = methods.fit("bridge", task, seed=0, settings={"width": 32, "blocks": 1})
+    assert fitted.aligned is not None
+    assert fitted.point is not None
+    assert fitted.aligned.shape == fitted.point.shape == (30, DT)
+    assert not np.array_equal(fitted.aligned, fitted.point)
+    assert np.mean(fitted.log_proba.argmax(1) == task.test.labels) > 0.6
+
+
+def test_ablations_are_other_models(task: Task) -> None:
+    small = {"epochs": 3, "width": 16, "batch_size": 16}
+    found = {m: methods.fit(m, task, 0, small).log_proba for m in (methods.SEDA, *methods.ABLATIONS)}
+    for name, log_proba in found.items():
+        for other, theirs in found.items():
+            assert name == other or not np.array_equal(log_proba, theirs), (name, other)
+
+
+def test_no_method_sees_the_test_text_or_labels(task: Task) -> None:
+    blind = Task(task.train, Rows(task.test.visual, np.full_like(task.test.text, np.nan), -task.test.labels), K)
+    for method in ("seda", "one_step", "bridge"):
+        small = {"epochs": 2, "width": 16}
+        one, two = (methods.fit(method, t, 0, small).log_proba for t in (task, blind))
+        np.testing.assert_array_equal(one, two)
+
+
+def test_bootstrap_is_paired() -> None:
+    job = Job("cub10", "full", "seda", "test", 0)
+    rng = np.random.default_rng(0)
+    base = rng.random(400) < 0.5
+    better = base.copy()
+    better[np.flatnonzero(~base)[:20]] = True
+
+    def record(right: np.ndarray) -> Record:
+        return Record(job, {"top1": 0.0}, None, None, right, 0.0)
+
+    mean, low, high = summary.bootstrap([record(better)], [record(base)])
+    assert mean == pytest.approx(5)
+    assert 2 < low < 5 < high < 8  # unpaired it would be about +- 7
+    mean, low, high = summary.bootstrap([record(base)], [record(base)])
+    assert (mean, low, high) == (0, 0, 0)
+
+
+def test_records_survive_a_kill(folder: Path, task: Task) -> None:
+    file = folder / "runs.jsonl"
+    job = Job("cub10", "full", "linear", "test", 0)
+    record = Runs(file).get(job, task)
+    assert record.metrics["top1"] == pytest.approx(100 * record.right.mean(), abs=1e-3)
+    with file.open("a") as stream:
+        stream.write(record.line()[:40])  # a kill while a line was written
+    again = Runs(file)
+    assert np.array_equal(again.get(job, task).right, record.right)
+    assert len(again.records) == 1
+    other = Job("cub10", "full", "linear", "test", 1)
+    again.get(other, task)
+    assert {job.key, other.key} == set(Runs(file).records)
+
+
+def test_selection_tries_equally_many_settings_and_reads_no_test_part(folder: Path) -> None:
+    data = load("cub10", folder)
+    counts = {m: len(selection.candidates(m, 7)) for m in selection.SPACES}
+    assert set(counts.values()) == {7}
+    assert selection.candidates("mlp", 7)[0] == {}
+    wanted = selection.jobs([data], ["linear", "mlp"], 2, 2)
+    poisoned = DataSet("cub10", Task(data.task.train, Rows(*(np.full((1, 1), np.nan),) * 3), K), data.groups)  # type: ignore[arg-type]
+    runs = Runs(folder / "runs.jsonl")
+    for job in wanted:
+        runs.get(job, selection.task_of(job, poisoned))
+    chosen = selection.choose(runs, wanted)
+    assert set(chosen) == {"linear on cub10", "mlp on cub10"}
+    totals: dict[str, float] = {}
+    for job in wanted:
+        if job.method == "mlp":
+            name = repr(sorted(job.settings.items()))
+            totals[name] = totals.get(name, 0) + runs.records[job.key].metrics["top1"]
+    assert repr(sorted(chosen["mlp on cub10"].items())) == max(totals, key=lambda n: totals[n])
+
+
+def test_command_writes_tables_and_pictures_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "out"
+    paths = ["--runs", str(out / "runs.jsonl"), "--out", str(out / "quality.json"), "--docs", str(out / "docs")]
+    chosen = ["--data", str(folder), "--sets", "cub10", "--regimes", "full", "--seeds", "2", *paths]
+    assert command.main([*chosen, "--methods", "seda", "linear"]) == 0
+    lines = (out / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert command.main([*chosen, "--methods", "seda", "linear", "mlp"]) == 0
+    assert (out / "runs.jsonl").read_text().splitlines()[:4] == lines
+    rows = json.loads((out / "quality.json").read_text())["rows"]
+    assert rows[0]["methods"]["seda"]["seeds"] == 2
+    assert {"difference", "interval", "best_baseline"} <= set(rows[0])
+    text = (out / "docs" / "quality.md").read_text()
+    assert "| full |" in text
+    assert (out / "docs" / "quality" / "cub10.png").stat().st_size > 1000
+    assert command.main(["--data", str(folder / "none"), *paths]) == 2
+    assert "give --data" in capsys.readouterr().err
+
+
+def test_measure_reports_alignment_where_a_method_maps(task: Task) -> None:
+    found = measure(Job("cub10", "full", "one_step", "test", 0, {"epochs": 2}), task)
+    assert found.alignment is not None
+    assert {"frechet", "cosine", "recall_at_10"} <= set(found.alignment)
+    assert measure(Job("cub10", "full", "linear", "test", 0), task).alignment is None
