@@ -31,7 +31,7 @@ from .captions import Captions, read_captions
 from .command import choose_device, progress, run, settings_of
 from .config import check_given, check_range, check_types, setting
 from .encoders import TextEncoder, VisionEncoder, text_encoder, vision_encoder
-from .files import DataError, atomic_path, check_writable
+from .files import DataError, atomic_path, output_file
 from .images import LARGEST, BadImage, find_images, read_image, scaled
 
 PROGRAM = "seda_fast.extract"
@@ -76,19 +76,6 @@ class Seen:
     features: Features
     problems: NDArray[np.str_]
     notes: NDArray[np.str_]
-
-
-def target(config: ExtractConfig) -> Path:
-    """The output's path once it is known that it can be written."""
-    path = Path(config.out)
-    if path.suffix not in (".npz", ".safetensors"):
-        raise DataError(f"--out {path}: the name must end in .npz or .safetensors")
-    if path.is_dir():
-        raise DataError(f"--out {path} is a folder")
-    if path.exists() and not config.overwrite:
-        raise DataError(f"--out {path} is there already; give another name or --overwrite")
-    check_writable(path.parent)
-    return path
 
 
 # ---- parts that survive a kill ---------------------------------------------------------------------------------------
@@ -296,7 +283,9 @@ def summary(about: dict[str, Any], arrays: dict[str, Any]) -> str:
 
 def extract(config: ExtractConfig) -> str:
     """The whole command; returns the summary to print."""
-    out = target(config)
+    out = output_file(config.out, "--out", (".npz", ".safetensors"))
+    if out.exists() and not config.overwrite:
+        raise DataError(f"--out {out} is there already; give another name or --overwrite")
     if not Path(config.images).is_dir():
         raise DataError(f"--images {config.images} is not a folder")
     captions = read_captions(Path(config.captions)) if config.captions else None

@@ -264,3 +264,14 @@ def check_writable(folder: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise DataError(f"the folder {target} cannot be written: {error.strerror or error}") from error
+
+
+def output_file(name: str, option: str, suffixes: tuple[str, ...]) -> Path:
+    """The path of a file to write, once it is known that it can be written. Raises DataError, naming the option."""
+    path = Path(name)
+    if path.suffix not in suffixes:
+        raise DataError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise DataError(f"{option} {path} is a folder")
+    check_writable(path.parent)
+    return path

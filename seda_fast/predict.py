@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from .command import choose_device, progress, run, settings_of, split_settings
 from .config import check_given, check_range, check_types, setting
 from .data import load_visual
-from .files import DataError, atomic_path, check_writable
+from .files import atomic_path, output_file
 from .nn import SeDA
 from .outputs import PREDICTION_SEED, Outputs
 from .ranks import Ranks, joined
@@ -64,23 +64,10 @@ class PredictConfig:
         check_range(self, "seed", 0 <= self.seed < 2**63, "in 0 .. 2**63 - 1")
 
 
-def _target(name: str, option: str, suffixes: tuple[str, ...]) -> Path | None:
-    """An output file's path once it is known that it can be written; None without a name."""
-    if not name:
-        return None
-    path = Path(name)
-    if path.suffix not in suffixes:
-        raise DataError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
-    if path.is_dir():
-        raise DataError(f"{option} {path} is a folder")
-    check_writable(path.parent)
-    return path
-
-
 def write(config: PredictConfig, ranks: Ranks) -> None:
     """Predict, each rank its part, and write or print on the first; nothing before the last prediction is there."""
-    out = _target(config.out, "--out", (".csv",))
-    features = _target(config.features, "--features", (".npz", ".safetensors"))
+    out = output_file(config.out, "--out", (".csv",)) if config.out else None
+    features = output_file(config.features, "--features", (".npz", ".safetensors")) if config.features else None
     folder = Path(config.model)
     model = SeDA.from_pretrained(folder, choose_device(config.device))
     fraction, split_seed = split_settings(folder)

@@ -207,7 +207,9 @@ def test_grid_search_slices_the_text_with_the_rows(data: Sample, routing: bool) 
         estimator = _Recording(**{**SMALL, "epochs": 3}, random_state=0)
         if routing:
             estimator.set_fit_request(text=True)
-        search = GridSearchCV(estimator, {"textual_weight": np.array([0.0, 1.0]), "width": [np.int64(8)]}, cv=2)
+        search = GridSearchCV(
+            estimator, {"textual_weight": np.array([0.0, 0.5]), "width": [np.int64(8)]}, cv=2, error_score="raise"
+        )
         search.fit(data.visual, data.labels, text=data.text)
     assert len(_Recording.seen) == 5
     for visual, text in _Recording.seen:

@@ -6,7 +6,7 @@ Beside them the small pieces of the definition that need no kernel of their own.
 from ..reference import embed_condition, layer_norm, stratified_timesteps
 from . import cpp  # registers the C++ backend
 from ._cpp import status as cpp_status
-from ._dispatch import BACKENDS, choose, operations, refusal, use_backend
+from ._dispatch import BACKENDS, choose, operations, references, refusal, use_backend
 from .interaction import chained_interaction_block, interaction_block
 from .noising import q_sample
 from .projection import semantic_projection
@@ -24,6 +24,7 @@ __all__ = [
     "layer_norm",
     "operations",
     "q_sample",
+    "references",
     "refusal",
     "reverse_chain",
     "semantic_projection",

@@ -97,6 +97,14 @@ def operations() -> tuple[str, ...]:
     return tuple(_implementations)
 
 
+def references() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The plain PyTorch definition of each registered op, for graphs that must run without this library."""
+    return {
+        getattr(torch.ops.seda_fast, op).default: by_backend["reference"].function
+        for op, by_backend in _implementations.items()
+    }
+
+
 def refusal(op: str, backend: str, device_type: str) -> str | None:
     """Why ``backend`` cannot serve ``op`` on ``device_type``; None when it can, or has no code for this op at all."""
     implementation = _implementations[op].get(backend)
