@@ -33,6 +33,7 @@ CSRC = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 CPU_LIBRARY = "libseda_fast_cpu.so"
 CUDA_LIBRARY = "libseda_fast_cuda.so"
+CUDA_STUB = "libtorch_cuda.so"
 REPORT = "_build.json"
 
 OLDEST_TORCH = (2, 10)
@@ -187,7 +188,10 @@ def cuda_target(torch: Path, architectures: list[str]) -> Target:
         target.sources.append((source, f"cuda_{source.stem}.o", stable))
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         target.sources.append((source, f"cuda_{source.stem}.cu.o", tuple(architecture_flags(architectures))))
-    target.link = (f"-L{torch / 'lib'}", "-ltorch_cpu", "-Xlinker=--allow-shlib-undefined")
+    # An empty library of the name that PyTorch's CUDA half bears, for that name to be recorded: the one for the CPU
+    # alone has none, and symbols of a library that is not recorded are not found.
+    stub = "-L. -Xlinker=--no-as-needed -ltorch_cuda"
+    target.link = (f"-L{torch / 'lib'}", "-ltorch_cpu", "-Xlinker=--allow-shlib-undefined", stub)
     return target
 
 
@@ -215,6 +219,10 @@ def nvcc_rules(nvcc: str, compiler: str) -> list[str]:
         "rule nvlink",
         f"  command = {command} -shared $in -o $out $extra",
         "  description = $out",
+        "rule stub",
+        f"  command = {compiler} -shared -Wl,-soname,$out -x c++ /dev/null -o $out",
+        "  description = $out",
+        f"build {CUDA_STUB}: stub",
     ]
 
 
@@ -240,7 +248,8 @@ def ninja_file(compiler: str, targets: list[Target], nvcc: str | None = None) ->
             rule = "nvcompile" if source.suffix == ".cu" else "compile"
             lines += [f"build {built}: {rule} {escaped}", f"  extra = {' '.join(extra)}"]
         objects = " ".join(built for _, built, _ in target.sources)
-        lines += [f"build {target.output}: {target.linker} {objects}", f"  extra = {' '.join(target.link)}"]
+        stub = f" | {CUDA_STUB}" if target.linker == "nvlink" else ""
+        lines += [f"build {target.output}: {target.linker} {objects}{stub}", f"  extra = {' '.join(target.link)}"]
     return "\n".join(lines) + "\n"
 
 

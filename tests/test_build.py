@@ -32,6 +32,7 @@ ids = torch.arange(3)
 x = ops.q_sample(torch.zeros(3, 4), ids, torch.ones(3), torch.ones(3), seed=1, step=2, sample_ids=ids)
 print(json.dumps({
     "backend": ops.choose("q_sample", "cpu")[0],
+    "torch": torch.__version__,
     "status": ops.cpp_status(),
     "cuda": ops.cuda_status(),
     "sum": x.double().sum().item(),
@@ -82,9 +83,9 @@ def unpack(out: Path) -> Path:
     return site
 
 
-def probe(site: Path) -> dict[str, object]:
+def probe(site: Path, python: str = sys.executable) -> dict[str, object]:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE],
+        [python, "-c", PROBE],
         cwd=site.parent,
         env=os.environ | {"PYTHONPATH": str(site)},
         capture_output=True,
@@ -214,6 +215,32 @@ def test_operators_use_nothing_of_pytorch_but_the_stable_abi(library: str, reque
     # Of the names that came after PyTorch 2.10, none: the oldest PyTorch that the package admits has them all.
     newer = {name for name in torch_symbols if name.startswith("torch_exception_") or name.endswith("_v2")}
     assert newer == set()
+
+
+def test_the_cuda_library_names_pytorch_s_for_the_loader(compiled_cuda: Path) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("test_the_cuda_library_names_pytorch_s_for_the_loader needs readelf")
+    command = ["readelf", "-d", str(compiled_cuda / "seda_fast/libseda_fast_cuda.so")]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Without the second name the stream's symbol is not found; CUDA's own runtime is inside.
+    needed = re.findall(r"NEEDED.*\[(.*)\]", listed)
+    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= set(needed)
+    assert not [name for name in needed if "cudart" in name]
+    assert not list(compiled_cuda.rglob("libtorch_cuda.so"))
+
+
+def test_what_one_pytorch_built_another_loads(compiled_cuda: Path) -> None:
+    python = os.environ.get("SEDA_FAST_OTHER_PYTHON")
+    if python is None:
+        pytest.skip(
+            "test_what_one_pytorch_built_another_loads: SEDA_FAST_OTHER_PYTHON must name a Python with another PyTorch"
+        )
+    found = probe(compiled_cuda, python)
+    assert found["torch"] != torch.__version__
+    assert (found["backend"], found["warnings"]) == ("cpp", [])
+    assert found["sum"] == pytest.approx(probe(compiled_cuda)["sum"], rel=1e-6)
+    assert isinstance(found["cuda"], dict)
+    assert found["cuda"]["reason"] in (None, "this PyTorch was built without CUDA")
 
 
 @pytest.mark.parametrize("kept", [1000, None], ids=["cut short", "garbled"])
