@@ -32,6 +32,10 @@ SEDA_KERNEL uint32_t load_shared(uint32_t address) {
   return value;
 }
 
+// The same value, of which the compiler no longer knows that it is the same.
+SEDA_KERNEL void forget(int& value) { asm volatile("" : "+r"(value)); }
+SEDA_KERNEL void forget(unsigned char*& value) { asm volatile("" : "+l"(value)); }
+
 template <class T>
 SEDA_KERNEL T load(const T* p) {
   return *p;

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(Thread::kThreads, 1) reverse_chain_kernel(cons
 
 template <class Thread>
 cudaError_t start(const ChainLaunch& launch, int blocks, cudaStream_t stream) {
-  const uint32_t bytes = plan_shared(launch.shape, Thread::kRowsOfTile, Thread::kStagesOfRing).bytes;
+  const uint32_t bytes = launch.shared.bytes;
   const cudaError_t error = cudaFuncSetAttribute(reverse_chain_kernel<Thread>,
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;

@@ -27,37 +27,38 @@ class ChainThread {
 
   SEDA_KERNEL explicit ChainThread(const ChainLaunch& launch)
       : a_(launch),
-        plan_(plan_shared(launch.shape, kRows, kStages)),
-        saved_(plan_scratch(launch.shape, kRows)),
-        stream_(launch.shape),
+        stream_(launch.shape, tiles_of(machine::block())),
         shared_(machine::shared_base()),
+        place_(machine::thread()),
         lane_(machine::thread() % 32),
         row0_(machine::thread() / 32 / kWarpColumns * (kRows / 2)),
         column0_(machine::thread() / 32 % kWarpColumns * (kTileRows / kWarpColumns)),
-        scratch_(launch.scratch + machine::block() * saved_.bytes) {}
+        scratch_(launch.scratch + machine::block() * launch.saved.bytes) {}
 
   SEDA_KERNEL void run() {
-    const int64_t tiles = (a_.rows + kRows - 1) / kRows;
-    const int64_t mine = (tiles - machine::block() + machine::blocks() - 1) / machine::blocks();
-    to_copy_ = mine * tiles_of_a_pass(a_.shape);
     for (int i = 0; i + 1 < kStages; ++i) copy_next_tile();
-    for (int64_t tile = machine::block(); tile < tiles; tile += machine::blocks()) {
-      first_row_ = tile * kRows;
+    const int64_t stride = int64_t{kRows} * machine::blocks();
+    for (first_row_ = int64_t{kRows} * machine::block(); first_row_ < a_.rows; first_row_ += stride) {
       started_ = false;
       for (int n = 0; n < count_legs(a_.shape); ++n) run_leg(leg_at(a_.shape, n));
     }
   }
 
  private:
+  // Row tiles that block number `block` of all works on.
+  SEDA_KERNEL int64_t tiles_of(int block) const {
+    const int64_t tiles = (a_.rows + kRows - 1) / kRows;
+    return (tiles - block + machine::blocks() - 1) / machine::blocks();
+  }
+
   // ---- weights -------------------------------------------------------------------------------------------------
 
   // Starts the copy of the stream's next tile into its slot, or ends an empty group so that the count goes on.
   SEDA_KERNEL void copy_next_tile() {
-    if (to_copy_ > 0) {
-      --to_copy_;
+    if (!stream_.done()) {
       const WeightTile tile = stream_.next();
       const WeightMatrix& weight = a_.weights[tile.weight];
-      const uint32_t slot = shared_ + plan_.ring + static_cast<uint32_t>(copied_slot_ * kTileBytes);
+      const uint32_t slot = shared_ + a_.shared.ring + static_cast<uint32_t>(copied_slot_ * kTileBytes);
       const int chunk = machine::thread() % 8, column = tile.column + 8 * chunk;
       for (int row = machine::thread() / 8; row < kTileRows; row += kThreads / 8) {
         const bool real = tile.row + row < weight.rows && column < weight.columns;
@@ -74,7 +75,7 @@ class ChainThread {
     machine::copies_wait<kStages - 2>();
     machine::barrier();
     copy_next_tile();
-    const uint32_t slot = shared_ + plan_.ring + static_cast<uint32_t>(used_slot_ * kTileBytes);
+    const uint32_t slot = shared_ + a_.shared.ring + static_cast<uint32_t>(used_slot_ * kTileBytes);
     used_slot_ = used_slot_ + 1 == kStages ? 0 : used_slot_ + 1;
     return slot;
   }
@@ -123,13 +124,13 @@ class ChainThread {
         clear(narrow_);
         for (int s = 0; s < a_.shape.width / kSlice; ++s) {
           const uint32_t tile = next_tile();
-          multiply(narrow_, shared_ + plan_.normed + static_cast<uint32_t>(s * kRows * kSliceBytes), tile);
+          multiply(narrow_, shared_ + a_.shared.normed + static_cast<uint32_t>(s * kRows * kSliceBytes), tile);
         }
         finish_chunk(leg, chunk);
       }
       if (leg.wide == kNone) continue;
       for (int s = 0; s < slices_of_chunk(leg.inner, chunk); ++s) {
-        const uint32_t rows = shared_ + plan_.chunk + static_cast<uint32_t>(s * kRows * kSliceBytes);
+        const uint32_t rows = shared_ + a_.shared.chunk + static_cast<uint32_t>(s * kRows * kSliceBytes);
 #pragma unroll
         for (int p = 0; p < kPanels; ++p)
           if (p < pieces(a_.shape.width, kTileRows)) multiply(wide_[p], rows, next_tile());
@@ -140,8 +141,16 @@ class ChainThread {
 
   // ---- chunks: what stands between the narrow and the wide product ---------------------------------------------
 
-  SEDA_KERNEL int row_of(int i, int half) const { return row0_ + 16 * i + 8 * half + lane_ / 4; }
-  SEDA_KERNEL int column_of(int j) const { return column0_ + 8 * j + 2 * (lane_ % 4); }
+  // Addresses beside the products are made anew from here each time: kept, they would not leave registers for the sums.
+  SEDA_KERNEL void forget_addresses() {
+    machine::forget(place_);
+    machine::forget(scratch_);
+  }
+  SEDA_KERNEL int row_of(int i, int half) const {
+    return place_ / 32 / kWarpColumns * (kRows / 2) + 16 * i + 8 * half + place_ % 32 / 4;
+  }
+  SEDA_KERNEL int column_of(int j) const { return warp_column() * (kTileRows / kWarpColumns) + 8 * j + 2 * (place_ % 4); }
+  SEDA_KERNEL int warp_column() const { return place_ / 32 % kWarpColumns; }
 
   SEDA_KERNEL static float wide_bits(uint32_t bits16) { return float_of(bits16 << 16); }
 
@@ -163,18 +172,19 @@ class ChainThread {
   template <class T>
   SEDA_KERNEL T* own(int64_t region, int chunk, int i, int j) const {
     const int64_t group = (int64_t{chunk} * kMt + i) * kNt + j;
-    return reinterpret_cast<T*>(scratch_ + region) + group * kThreads + machine::thread();
+    return reinterpret_cast<T*>(scratch_ + region) + group * kThreads + place_;
   }
 
   SEDA_KERNEL void store_chunk(int row, int column, float first, float second) const {
-    const uint32_t slice = plan_.chunk + static_cast<uint32_t>(column / kSlice * kRows * kSliceBytes);
+    const uint32_t slice = a_.shared.chunk + static_cast<uint32_t>(column / kSlice * kRows * kSliceBytes);
     const int inside = column % kSlice;
     machine::store_shared(shared_ + slice + swizzled(row, inside / 8) + static_cast<uint32_t>(inside % 8 * 2),
                           machine::pack(first, second));
   }
 
   // A chunk that comes from memory: the condition, or the initial state, which also becomes x.
-  SEDA_KERNEL void read_rows(const Leg& leg, int chunk) const {
+  SEDA_KERNEL void read_rows(const Leg& leg, int chunk) {
+    forget_addresses();
     const bool condition = leg.kind == LegKind::embed;
 #pragma unroll
     for (int i = 0; i < kMt; ++i)
@@ -188,11 +198,12 @@ class ChainThread {
                    leg.inner, row_of(i, half), chunk * kTileRows + column, x.at[2 * half], x.at[2 * half + 1]);
           store_chunk(row_of(i, half), column, x.at[2 * half], x.at[2 * half + 1]);
         }
-        if (!condition) machine::store(own<Four>(saved_.x, chunk, i, j), x);
+        if (!condition) machine::store(own<Four>(a_.saved.x, chunk, i, j), x);
       }
   }
 
   SEDA_KERNEL void finish_chunk(const Leg& leg, int chunk) {
+    forget_addresses();
     if (leg.kind == LegKind::gates) return save_gates(leg, chunk);
     if (leg.kind == LegKind::block) return gate_chunk(leg, chunk);
     update_chunk(leg, chunk);
@@ -211,7 +222,7 @@ class ChainThread {
         const float(&s)[4] = narrow_[i][j];
         const Two gates{{machine::pack(1.0f + s[0] + b0, 1.0f + s[1] + b1),
                          machine::pack(1.0f + s[2] + b0, 1.0f + s[3] + b1)}};
-        machine::store(own<Two>(saved_.gates, gate_chunk_number(leg, chunk), i, j), gates);
+        machine::store(own<Two>(a_.saved.gates, gate_chunk_number(leg, chunk), i, j), gates);
       }
     }
   }
@@ -229,7 +240,7 @@ class ChainThread {
       if (column < leg.inner) load_two(a_.b_h[leg.block] + column, b0, b1);
 #pragma unroll
       for (int i = 0; i < kMt; ++i) {
-        const Two gates = machine::load(own<Two>(saved_.gates, gate_chunk_number(leg, chunk), i, j));
+        const Two gates = machine::load(own<Two>(a_.saved.gates, gate_chunk_number(leg, chunk), i, j));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint32_t g = gates.at[half];
@@ -245,9 +256,10 @@ class ChainThread {
   SEDA_KERNEL const float* step_coefficients(int step) const { return a_.coefficients + 5 * step; }
 
   // x0_hat = w_y n(h_L) + b_y; result += w x0_hat; x <- a x0_hat + b x + c source + e eps
-  SEDA_KERNEL void update_chunk(const Leg& leg, int chunk) const {
+  SEDA_KERNEL void update_chunk(const Leg& leg, int chunk) {
 #pragma unroll
     for (int j = 0; j < kNt; ++j) {
+      forget_addresses();
       const int column = chunk * kTileRows + column_of(j);
       const bool inside = column < leg.inner;
       float b0 = 0.0f, b1 = 0.0f;
@@ -256,11 +268,11 @@ class ChainThread {
       for (int i = 0; i < kMt; ++i) {
         const float(&s)[4] = narrow_[i][j];
         const Four estimate{{s[0] + b0, s[1] + b1, s[2] + b0, s[3] + b1}};
-        const Four total = add_to_total(leg, estimate, own<Four>(saved_.total, chunk, i, j));
+        const Four total = add_to_total(leg, estimate, own<Four>(a_.saved.total, chunk, i, j));
         if (leg.kind == LegKind::last)
           write_result(i, column, inside, total);
         else
-          update_x(leg, estimate, own<Four>(saved_.x, chunk, i, j), i, j, column, inside);
+          update_x(leg, estimate, own<Four>(a_.saved.x, chunk, i, j), i, j, column, inside);
       }
     }
   }
@@ -322,6 +334,7 @@ class ChainThread {
   }
 
   SEDA_KERNEL void finish_leg(const Leg& leg) {
+    forget_addresses();
     const int panels = pieces(a_.shape.width, kTileRows);
 #pragma unroll
     for (int p = 0; p < kPanels; ++p)
@@ -361,20 +374,20 @@ class ChainThread {
     for (int i = 0; i < kMt; ++i) {
       float(&s)[4] = wide_[panel][i][j];
       Four old{};
-      if (leg.kind == LegKind::block) old = machine::load(own<Four>(saved_.hidden_state, panel, i, j));
-      else if (leg.kind != LegKind::embed) old = machine::load(own<Four>(saved_.condition, panel, i, j));
+      if (leg.kind == LegKind::block) old = machine::load(own<Four>(a_.saved.hidden_state, panel, i, j));
+      else if (leg.kind != LegKind::embed) old = machine::load(own<Four>(a_.saved.condition, panel, i, j));
       Four h;
 #pragma unroll
       for (int v = 0; v < 4; ++v)
         h.at[v] = s[v] = inside ? fmaf(v % 2 ? scale1 : scale0, s[v] + (v % 2 ? b1 : b0), old.at[v]) : 0.0f;
-      if (leg.kind != LegKind::embed) machine::store(own<Four>(saved_.hidden_state, panel, i, j), h);
+      if (leg.kind != LegKind::embed) machine::store(own<Four>(a_.saved.hidden_state, panel, i, j), h);
     }
   }
 
   // For each of the thread's rows, over all columns: the sum, or with `mean` that of the squared distances from it.
   SEDA_KERNEL void row_sums(float (&sums)[kMt][2], const float (*mean)[2], int which) {
     const int panels = pieces(a_.shape.width, kTileRows);
-    const uint32_t room = shared_ + plan_.sums + static_cast<uint32_t>(which * kRows * kWarpColumns * 4);
+    const uint32_t room = shared_ + a_.shared.sums + static_cast<uint32_t>(which * kRows * kWarpColumns * 4);
 #pragma unroll
     for (int i = 0; i < kMt; ++i)
 #pragma unroll
@@ -394,8 +407,8 @@ class ChainThread {
               }
         sum += machine::shuffle_xor(sum, 1);
         sum += machine::shuffle_xor(sum, 2);
-        const int place = row_of(i, half) * kWarpColumns + column0_ / (kTileRows / kWarpColumns);
-        if (lane_ % 4 == 0) machine::store_shared(room + static_cast<uint32_t>(4 * place), bits_of(sum));
+        const int place = row_of(i, half) * kWarpColumns + warp_column();
+        if (place_ % 4 == 0) machine::store_shared(room + static_cast<uint32_t>(4 * place), bits_of(sum));
       }
     machine::barrier();
 #pragma unroll
@@ -425,7 +438,7 @@ class ChainThread {
       shift0 = machine::load(shift), shift1 = machine::load(shift + 1);
       scale0 += machine::load(scale), scale1 += machine::load(scale + 1);
     }
-    const uint32_t slice = plan_.normed + static_cast<uint32_t>(column / kSlice * kRows * kSliceBytes);
+    const uint32_t slice = a_.shared.normed + static_cast<uint32_t>(column / kSlice * kRows * kSliceBytes);
 #pragma unroll
     for (int i = 0; i < kMt; ++i) {
       Four z;
@@ -438,18 +451,17 @@ class ChainThread {
         machine::store_shared(shared_ + place, machine::pack(fmaf(z.at[2 * half], scale0, shift0),
                                                              fmaf(z.at[2 * half + 1], scale1, shift1)));
       }
-      if (leg.kind == LegKind::embed) machine::store(own<Four>(saved_.condition, panel, i, j), z);
+      if (leg.kind == LegKind::embed) machine::store(own<Four>(a_.saved.condition, panel, i, j), z);
     }
   }
 
   const ChainLaunch& a_;
-  SharedPlan plan_;
-  ScratchPlan saved_;
   TileStream stream_;
   uint32_t shared_;
-  int lane_, row0_, column0_;
+  int place_;                  // this thread, for addresses beside the products
+  int lane_, row0_, column0_;  // and for those of the products
   unsigned char* scratch_;
-  int64_t to_copy_ = 0, first_row_ = 0;
+  int64_t first_row_ = 0;
   int copied_slot_ = 0, used_slot_ = 0;
   bool started_ = false;  // whether an estimate has been added to the total
   Sums narrow_, wide_[kPanels];

@@ -26,7 +26,9 @@ struct ChainLaunch {
   const int64_t *seed, *step, *sample_ids;
   int64_t stream;
   bool noisy;
-  unsigned char* scratch;  // plan_scratch(...).bytes for each block of threads
+  unsigned char* scratch;  // saved.bytes for each block of threads
+  SharedPlan shared;
+  ScratchPlan saved;
 };
 
 // The two sizes that are compiled: rows of a tile, the widest rows in panels of kTileRows, slots of the ring.
@@ -52,6 +54,11 @@ SEDA_BOTH ChainPlan choose_plan(const ChainShape& s, int64_t rows, int processor
   const bool choose_tall = tall && (!wide || rows > int64_t{kWideRows} * processors);
   const int64_t tiles = (rows + (choose_tall ? kTallRows : kWideRows) - 1) / (choose_tall ? kTallRows : kWideRows);
   return {tall || wide, choose_tall, static_cast<int>(tiles < processors ? tiles : processors)};
+}
+
+SEDA_BOTH void complete(ChainLaunch& launch, bool tall) {
+  launch.shared = plan_shared(launch.shape, tall ? kTallRows : kWideRows, tall ? kTallStages : kWideStages);
+  launch.saved = plan_scratch(launch.shape, tall ? kTallRows : kWideRows);
 }
 
 // Null, or what CUDA says went wrong.

@@ -75,44 +75,45 @@ struct WeightTile {
   int weight, row, column;
 };
 
-// The weight tiles in the order in which the legs use them, again and again.
+// The weight tiles in the order in which the legs use them, for so many passes; no tile is left when it is done.
 class TileStream {
  public:
-  SEDA_BOTH explicit TileStream(const ChainShape& shape) : shape_(shape), leg_(leg_at(shape, 0)) { start_chunk(); }
+  SEDA_BOTH TileStream(const ChainShape& shape, int64_t passes)
+      : shape_(shape), passes_left_(static_cast<int>(passes)), in_narrow_(leg_at(shape, 0).narrow != kNone) {}
+
+  SEDA_BOTH bool done() const { return passes_left_ == 0; }
 
   SEDA_BOTH WeightTile next() {
-    WeightTile tile;
+    // Made anew for each tile: its fields would stay in registers.
+    const Leg leg = leg_at(shape_, number_);
     if (in_narrow_) {
-      tile = {leg_.narrow, leg_.first_row + chunk_ * kTileRows, slice_ * kSlice};
-      if (++slice_ == shape_.width / kSlice) end_narrow();
+      const WeightTile tile{leg.narrow, leg.first_row + chunk_ * kTileRows, slice_ * kSlice};
+      if (++slice_ < shape_.width / kSlice) return tile;
+      slice_ = 0;
+      if (leg.wide == kNone) end_chunk(leg);
+      else in_narrow_ = false;
       return tile;
     }
-    tile = {leg_.wide, panel_ * kTileRows, chunk_ * kTileRows + slice_ * kSlice};
-    if (++panel_ == pieces(shape_.width, kTileRows)) {
-      panel_ = 0;
-      if (++slice_ == slices_of_chunk(leg_.inner, chunk_)) end_chunk();
-    }
+    const WeightTile tile{leg.wide, panel_ * kTileRows, chunk_ * kTileRows + slice_ * kSlice};
+    if (++panel_ < pieces(shape_.width, kTileRows)) return tile;
+    panel_ = 0;
+    if (++slice_ == slices_of_chunk(leg.inner, chunk_)) end_chunk(leg);
     return tile;
   }
 
  private:
-  SEDA_BOTH void start_chunk() { in_narrow_ = leg_.narrow != kNone, slice_ = 0, panel_ = 0; }
-  SEDA_BOTH void end_narrow() {
-    if (leg_.wide == kNone) return end_chunk();
-    in_narrow_ = false, slice_ = 0;
-  }
-  SEDA_BOTH void end_chunk() {
-    if (++chunk_ == pieces(leg_.inner, kTileRows)) {
-      chunk_ = 0;
-      if (++number_ == count_legs(shape_)) number_ = 0;
-      leg_ = leg_at(shape_, number_);
-    }
-    start_chunk();
+  SEDA_BOTH void end_chunk(const Leg& leg) {
+    slice_ = 0;
+    in_narrow_ = leg.narrow != kNone;
+    if (++chunk_ < pieces(leg.inner, kTileRows)) return;
+    chunk_ = 0;
+    if (++number_ == count_legs(shape_)) number_ = 0, --passes_left_;
+    in_narrow_ = leg_at(shape_, number_).narrow != kNone;
   }
 
-  ChainShape shape_;
-  Leg leg_;
-  bool in_narrow_ = false;
+  const ChainShape& shape_;
+  int passes_left_;
+  bool in_narrow_;
   int number_ = 0, chunk_ = 0, slice_ = 0, panel_ = 0;
 };
 

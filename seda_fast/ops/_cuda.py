@@ -19,9 +19,11 @@ from . import _cpp
 from ._dispatch import implement
 
 DTYPES = (torch.float32, torch.bfloat16)
+# What each operation's kernel serves; a call outside goes to the reference.
+RULES = {"q_sample": "float32 and bfloat16, any shape and row stride"}
 
 _LIBRARY = "libseda_fast_cuda.so"
-_OPERATORS = ("q_sample", "q_sample_backward")
+_OPERATORS = ("chain_fits", "q_sample", "q_sample_backward", "reverse_chain")
 
 
 def _absence() -> str | None:
@@ -97,6 +99,3 @@ def status() -> dict[str, Any]:
         "rules": dict(RULES),
         "build": _cpp.report().get("cuda", {}),
     }
-
-
-RULES = {"q_sample": "float32 and bfloat16, any shape and row stride"}

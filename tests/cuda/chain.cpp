@@ -11,12 +11,11 @@ using namespace seda;
 
 template <class Thread>
 std::string run(ChainLaunch launch, machine::Emulator& emulator, int blocks) {
-  std::vector<unsigned char> scratch(static_cast<size_t>(plan_scratch(launch.shape, Thread::kRowsOfTile).bytes * blocks),
-                                     0xFF);  // as float32 and as bfloat16 not a number
-  std::vector<Four> aligned((scratch.size() + 15) / 16);
-  memset(aligned.data(), 0xFF, aligned.size() * 16);
-  launch.scratch = reinterpret_cast<unsigned char*>(aligned.data());
-  emulator.announce(launch.scratch, static_cast<int64_t>(scratch.size()));
+  const int64_t bytes = launch.saved.bytes * blocks;
+  std::vector<Four> scratch(static_cast<size_t>(bytes / 16));
+  memset(scratch.data(), 0xFF, static_cast<size_t>(bytes));  // as float32 and as bfloat16 not a number
+  launch.scratch = reinterpret_cast<unsigned char*>(scratch.data());
+  emulator.announce(launch.scratch, bytes);
   emulator.run(blocks, [&launch] {
     Thread thread(launch);
     thread.run();
@@ -42,8 +41,8 @@ const char* emulate_chain(const int64_t* sizes, void* const* p) {
   const ChainShape& s = a.shape;
   a.stream = sizes[7], a.noisy = sizes[8] != 0;
   const bool tall = sizes[10] != 0;
-  const uint32_t bytes = tall ? plan_shared(s, 64, TallChain::kStagesOfRing).bytes : plan_shared(s, 32, WideChain::kStagesOfRing).bytes;
-  machine::Emulator emulator(256, bytes, static_cast<unsigned>(sizes[11]), {at(12), sizes[13] != 0});
+  complete(a, tall);
+  machine::Emulator emulator(TallChain::kThreads, a.shared.bytes, static_cast<unsigned>(sizes[11]), {at(12), sizes[13] != 0});
   const auto tensor = [&emulator](void* q, int64_t elements, int64_t size) {
     emulator.announce(q, elements * size);
     return q;

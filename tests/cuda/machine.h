@@ -282,6 +282,9 @@ inline void barrier() { emulator().barrier(); }
 inline void store_shared(uint32_t address, uint32_t value) { emulator().write_word(address, value); }
 inline uint32_t load_shared(uint32_t address) { return emulator().read_word(address, thread()); }
 
+inline void forget(int&) {}
+inline void forget(unsigned char*&) {}
+
 template <class T>
 T load(const T* p) {
   emulator().check_global(p, sizeof(T));

@@ -103,7 +103,16 @@ def emulate(
     operands += [keys["seed"], keys["step"], keys["sample_ids"]]
     operands += [w_x, b_x, w_c, b_c, w_g, b_g, *given[15:]]
     operands += [t for layer in zip(w_h, b_h, w_o, b_o, strict=True) for t in layer]
-    sizes = [*case[:7], keys["stream"], case.noisy, case.thread_blocks, case.tall, order, dropped_barrier, early_arrival]
+    sizes = [
+        *case[:7],
+        keys["stream"],
+        case.noisy,
+        case.thread_blocks,
+        case.tall,
+        order,
+        dropped_barrier,
+        early_arrival,
+    ]
     said = machine.emulate_chain(
         (ctypes.c_int64 * len(sizes))(*map(int, sizes)),
         (ctypes.c_void_p * len(operands))(*(t.data_ptr() for t in operands)),
@@ -131,7 +140,9 @@ LARGE = [
 
 
 @pytest.mark.parametrize(
-    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in LARGE)], ids=lambda c: "-".join(map(str, c))
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in LARGE)],
+    ids=lambda c: "-".join(map(str, c)),
 )
 def test_the_kernel_computes_the_chain_and_no_access_races(machine: ctypes.CDLL, case: Case) -> None:
     given, keys = arguments(case)
