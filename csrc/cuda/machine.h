@@ -36,6 +36,13 @@ SEDA_KERNEL uint32_t load_shared(uint32_t address) {
 SEDA_KERNEL void forget(int& value) { asm volatile("" : "+r"(value)); }
 SEDA_KERNEL void forget(unsigned char*& value) { asm volatile("" : "+l"(value)); }
 
+SEDA_KERNEL void load_shared4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
 template <class T>
 SEDA_KERNEL T load(const T* p) {
   return *p;
@@ -44,6 +51,31 @@ SEDA_KERNEL T load(const T* p) {
 template <class T>
 SEDA_KERNEL void store(T* p, T value) {
   *p = value;
+}
+
+// Values that blocks of threads exchange: from and to the cache that all share, past each processor's own.
+template <class T>
+SEDA_KERNEL T exchange_load(T* p) {
+  return __ldcg(p);
+}
+template <class T>
+SEDA_KERNEL void exchange_store(T* p, T value) {
+  __stcg(p, value);
+}
+
+// All threads of all blocks, for the number-th time; the counter starts at zero.
+SEDA_KERNEL void meet_all(uint32_t* counter, uint32_t number) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    uint32_t seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen < number * gridDim.x);
+    __threadfence();
+  }
+  __syncthreads();
 }
 
 // 16 bytes from global to shared memory, or 16 zero bytes; there after the wait for the group that they were put in.
@@ -84,6 +116,8 @@ SEDA_KERNEL uint32_t pack(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
+
+SEDA_KERNEL uint16_t round_to_bits(float x) { return static_cast<uint16_t>(pack(x, 0.0f)); }
 
 SEDA_KERNEL float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 SEDA_KERNEL float inverse_root(float x) { return rsqrtf(x); }

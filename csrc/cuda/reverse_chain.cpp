@@ -101,11 +101,11 @@ Tensor reverse_chain(const Tensor& initial, const Tensor& source, const Tensor& 
   const torch::stable::accelerator::DeviceGuard guard(given.device());
   ChainPlan plan{};
   check_launch("the reverse chain", plan_chain(s, launch.rows, given.device(), plan));
-  if (!plan.fits) refuse("the reverse chain has no kernel for these sizes on this device");
+  if (plan.kernel == ChainKernel::none) refuse("the reverse chain has no kernel for these sizes on this device");
   Tensor result = torch::stable::new_empty(initial, {launch.rows, s.dim});
   if (launch.rows == 0) return result;
-  complete(launch, plan.tall);
-  Tensor scratch = torch::stable::new_empty(initial, {launch.saved.bytes / 4 * plan.blocks}, ScalarType::Float);
+  const int64_t bytes = complete(launch, plan);
+  Tensor scratch = torch::stable::new_empty(initial, {bytes / 4}, ScalarType::Float);
   launch.scratch = static_cast<unsigned char*>(scratch.mutable_data_ptr());
   launch.result = static_cast<Bits16*>(result.mutable_data_ptr());
   check_launch("the reverse chain", launch_chain(launch, plan, given.device(), given.stream()));
@@ -120,8 +120,9 @@ bool chain_fits(int64_t dim, int64_t condition_dim, int64_t width, int64_t hidde
   const auto narrow = [](int64_t size) { return static_cast<int>(size); };
   const ChainShape shape{narrow(dim), narrow(condition_dim), narrow(width), narrow(hidden), narrow(blocks), narrow(steps)};
   ChainPlan plan{};
-  check_launch("the reverse chain", plan_chain(shape, 1, static_cast<int>(device), plan));
-  return plan.fits;
+  // As many rows as need the kernel that takes any number.
+  check_launch("the reverse chain", plan_chain(shape, kSplitRows + 1, static_cast<int>(device), plan));
+  return plan.kernel != ChainKernel::none;
 }
 
 }  // namespace

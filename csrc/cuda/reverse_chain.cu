@@ -2,7 +2,7 @@
 #include "machine.h"
 // The machine above.
 #include "reverse_chain.h"
-#include "reverse_chain_launch.h"
+#include "split_chain.h"
 
 namespace seda {
 namespace {
@@ -13,14 +13,26 @@ __global__ void __launch_bounds__(Thread::kThreads, 1) reverse_chain_kernel(cons
   thread.run();
 }
 
+// Cooperative: all blocks of threads must be there at once, as they wait for each other.
 template <class Thread>
-cudaError_t start(const ChainLaunch& launch, int blocks, cudaStream_t stream) {
-  const uint32_t bytes = launch.shared.bytes;
-  const cudaError_t error = cudaFuncSetAttribute(reverse_chain_kernel<Thread>,
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+cudaError_t start(const ChainLaunch& launch, int blocks, cudaStream_t stream, bool cooperative = false) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(reverse_chain_kernel<Thread>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(launch.shared.bytes));
   if (error != cudaSuccess) return error;
-  reverse_chain_kernel<Thread><<<static_cast<unsigned>(blocks), Thread::kThreads, bytes, stream>>>(launch);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = cooperative;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(Thread::kThreads);
+  config.dynamicSmemBytes = launch.shared.bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, reverse_chain_kernel<Thread>, launch);
+}
+
+cudaError_t start_split(const ChainLaunch& launch, int blocks, cudaStream_t stream) {
+  const cudaError_t error = cudaMemsetAsync(launch.scratch + launch.split.counter, 0, sizeof(uint32_t), stream);
+  return error == cudaSuccess ? start<SplitThread>(launch, blocks, stream, true) : error;
 }
 
 }  // namespace
@@ -36,10 +48,12 @@ const char* plan_chain(const ChainShape& shape, int64_t rows, int device, ChainP
 }
 
 const char* launch_chain(const ChainLaunch& launch, const ChainPlan& plan, int device, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
   cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess)
-    error = plan.tall ? start<TallChain>(launch, plan.blocks, static_cast<cudaStream_t>(stream))
-                      : start<WideChain>(launch, plan.blocks, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (plan.kernel == ChainKernel::tall) error = start<TallChain>(launch, plan.blocks, on);
+  else if (plan.kernel == ChainKernel::wide) error = start<WideChain>(launch, plan.blocks, on);
+  else error = start_split(launch, plan.blocks, on);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -26,17 +26,20 @@ struct ChainLaunch {
   const int64_t *seed, *step, *sample_ids;
   int64_t stream;
   bool noisy;
-  unsigned char* scratch;  // saved.bytes for each block of threads
+  unsigned char* scratch;  // saved.bytes for each block of threads, or split.bytes for all together
   SharedPlan shared;
   ScratchPlan saved;
+  SplitPlan split;
 };
 
 // The two sizes that are compiled: rows of a tile, the widest rows in panels of kTileRows, slots of the ring.
 constexpr int kTallRows = 64, kTallPanels = 4, kTallStages = 4;
 constexpr int kWideRows = 32, kWidePanels = 8, kWideStages = 3;
 
+enum class ChainKernel { none, tall, wide, split };
+
 struct ChainPlan {
-  bool fits, tall;
+  ChainKernel kernel;
   int blocks;  // of threads
 };
 
@@ -48,17 +51,31 @@ SEDA_BOTH ChainPlan choose_plan(const ChainShape& s, int64_t rows, int processor
   const auto fits = [&s, room](int tile, int panels, int stages) {
     return s.width <= panels * kTileRows && plan_shared(s, tile, stages).bytes <= static_cast<uint32_t>(room);
   };
-  const bool tall = any && fits(kTallRows, kTallPanels, kTallStages);
-  const bool wide = any && fits(kWideRows, kWidePanels, kWideStages);
+  if (!any) return {ChainKernel::none, 0};
+  if (rows <= kSplitRows && split_shared_bytes(s) <= static_cast<uint32_t>(room)) {
+    int widest = s.width > s.hidden ? s.width : s.hidden;
+    widest = pieces(widest > s.dim ? widest : s.dim, kSplitColumns);
+    return {ChainKernel::split, widest < processors ? widest : processors};
+  }
+  const bool tall = fits(kTallRows, kTallPanels, kTallStages), wide = fits(kWideRows, kWidePanels, kWideStages);
+  if (!tall && !wide) return {ChainKernel::none, 0};
   // Few rows go in low tiles, so that more processors have some.
   const bool choose_tall = tall && (!wide || rows > int64_t{kWideRows} * processors);
   const int64_t tiles = (rows + (choose_tall ? kTallRows : kWideRows) - 1) / (choose_tall ? kTallRows : kWideRows);
-  return {tall || wide, choose_tall, static_cast<int>(tiles < processors ? tiles : processors)};
+  return {choose_tall ? ChainKernel::tall : ChainKernel::wide, static_cast<int>(tiles < processors ? tiles : processors)};
 }
 
-SEDA_BOTH void complete(ChainLaunch& launch, bool tall) {
+// Sets where things lie; how much of `scratch` the launch needs, in bytes.
+SEDA_BOTH int64_t complete(ChainLaunch& launch, const ChainPlan& plan) {
+  if (plan.kernel == ChainKernel::split) {
+    launch.split = plan_split(launch.shape);
+    launch.shared.bytes = split_shared_bytes(launch.shape);
+    return launch.split.bytes;
+  }
+  const bool tall = plan.kernel == ChainKernel::tall;
   launch.shared = plan_shared(launch.shape, tall ? kTallRows : kWideRows, tall ? kTallStages : kWideStages);
   launch.saved = plan_scratch(launch.shape, tall ? kTallRows : kWideRows);
+  return launch.saved.bytes * plan.blocks;
 }
 
 // Null, or what CUDA says went wrong.

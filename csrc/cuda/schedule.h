@@ -159,4 +159,39 @@ SEDA_BOTH ScratchPlan plan_scratch(const ChainShape& s, int rows) {
   return plan;
 }
 
+// ---- a few rows ------------------------------------------------------------------------------------------------------
+
+// Rows that go together, and the outputs of one product by one block of threads.
+constexpr int kSplitRows = 16, kSplitColumns = 8;
+
+SEDA_BOTH int widest_row(const ChainShape& s) {
+  int widest = s.dim > s.condition_dim ? s.dim : s.condition_dim;
+  widest = widest > s.width ? widest : s.width;
+  return widest > s.hidden ? widest : s.hidden;
+}
+
+// Rows with 16 bytes between them, so that equal columns fall on different banks, and each warp's part of the sums.
+SEDA_BOTH uint32_t split_shared_bytes(const ChainShape& s) {
+  return static_cast<uint32_t>(kSplitRows * (2 * widest_row(s) + 16) + 8 * kSplitRows * kSplitColumns * 4);
+}
+
+// Byte offsets in global memory: the counter of meetings, what blocks of threads exchange, what threads keep.
+struct SplitPlan {
+  int64_t counter, state, hidden, x, own_condition, own_gates, own_x, own_total, bytes;
+};
+
+SEDA_BOTH SplitPlan plan_split(const ChainShape& s) {
+  SplitPlan plan{};
+  const int64_t single = int64_t{kSplitRows} * 4, half = int64_t{kSplitRows} * 2;
+  plan.state = 128;
+  plan.hidden = plan.state + single * s.width;
+  plan.x = plan.hidden + half * s.hidden;
+  plan.own_condition = plan.x + half * s.dim;
+  plan.own_gates = plan.own_condition + single * s.width;
+  plan.own_x = plan.own_gates + single * s.hidden * s.blocks;
+  plan.own_total = plan.own_x + single * s.dim;
+  plan.bytes = plan.own_total + single * s.dim;
+  return plan;
+}
+
 }  // namespace seda

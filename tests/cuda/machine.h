@@ -4,6 +4,7 @@
 // - A word of shared memory is unwritten, pending (a copy into it is under way) or written. Reading the first two is
 //   an error. A copy's bytes arrive only when the thread that started it waits for it: as late as the machine may.
 // - Between two barriers no word may be touched by two threads if one of them writes it.
+// - What blocks of threads exchange through global memory keeps the same rules between two meetings of all blocks.
 // - Global accesses must lie in memory that was announced.
 // - Warps run in a random order; those that wait for each other in vain are an error.
 #pragma once
@@ -13,6 +14,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <deque>
 #include <functional>
@@ -20,6 +22,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #define SEDA_KERNEL inline
@@ -29,51 +32,78 @@ namespace seda::machine {
 struct Faults {
   int dropped_barrier = -1;    // its number, counted by the block; no thread waits there
   bool early_arrival = false;  // a wait for copies lets one more group be under way
+  int dropped_meeting = -1;    // of all blocks; its number, counted by the thread
 };
 
 class Emulator {
  public:
   Emulator(int threads, uint32_t shared_bytes, unsigned seed, Faults faults)
-      : faults_(faults), random_(seed), words_(shared_bytes / 4), fibres_(static_cast<size_t>(threads)) {}
+      : faults_(faults), random_(seed), threads_(threads), words_of_a_block_(shared_bytes / 4) {}
 
   void announce(const void* begin, int64_t bytes) {
     const auto* start = static_cast<const unsigned char*>(begin);
     ranges_.push_back({start, start + bytes});
   }
 
-  // Runs `body` as every thread of one block after the other.
-  void run(int blocks, const std::function<void()>& body) {
-    blocks_ = blocks, body_ = &body;
-    for (block_ = 0; block_ < blocks && error_.empty(); ++block_) run_block();
+  // Runs `body` as every thread of the blocks, one block after the other or all at once.
+  void run(int blocks, bool together, const std::function<void()>& body) {
+    count_ = blocks, body_ = &body, current_emulator() = this;
+    for (int first = 0; first < blocks && error_.empty(); first += together ? blocks : 1) {
+      blocks_.clear();
+      for (int i = 0; i < (together ? blocks : 1); ++i) blocks_.emplace_back(new Block(first + i, threads_, words_of_a_block_));
+      run_blocks();
+    }
   }
 
   // The first error, or nothing.
   const std::string& error() const { return error_; }
-  int barriers() const { return epoch_; }
+  int barriers() const { return block_->epoch; }
+  int meetings() const { return meetings_; }
 
   int thread() const { return current_; }
-  int block() const { return block_; }
-  int blocks() const { return blocks_; }
+  int block() const { return block_->number; }
+  int blocks() const { return count_; }
 
   void barrier() {
-    Fibre& f = fibres_[static_cast<size_t>(current_)];
+    Fibre& f = fibre();
     if (f.barriers++ == faults_.dropped_barrier) return;
     f.state = State::at_barrier;
     leave();
   }
 
+  void meet_all(uint32_t number) {
+    if (static_cast<int>(number) - 1 == faults_.dropped_meeting) return;
+    fibre().state = State::at_meeting_of_all;
+    leave();
+  }
+
+  // Two bytes that another block of threads may have written; `write` for its own.
+  void exchange(const void* at, bool write) {
+    check_global(at, 2);
+    Exchanged& e = exchanged_[reinterpret_cast<uintptr_t>(at)];
+    const int me = block_->number * threads_ + current_;
+    if (!write && e.writer < 0) fail("a read of exchanged memory before any write", 0);
+    if (e.writer >= 0 && e.writer != me && e.write_meeting == meetings_)
+      fail("an exchange with no meeting after another thread's write", 0);
+    if (write && e.read_meeting == meetings_ && e.reader != me)
+      fail("a write with no meeting after another thread's read of exchanged memory", 0);
+    if (write) e.writer = me, e.write_meeting = meetings_;
+    else if (e.read_meeting != meetings_) e.reader = me, e.read_meeting = meetings_;
+    else if (e.reader != me) e.reader = kMany;
+  }
+
   void write_word(uint32_t address, uint32_t value) {
     Word& w = word(address);
     claim(w, "a write");
-    w.value = value, w.state = Content::written, w.writer = current_, w.write_epoch = epoch_;
+    w.value = value, w.state = Content::written, w.writer = current_, w.write_epoch = block_->epoch;
   }
 
   uint32_t read_word(uint32_t address, int reader) {
     Word& w = word(address);
     if (w.state == Content::unwritten) fail("a read of shared memory before any write", address);
     if (w.state == Content::pending) fail("a read of shared memory while a copy into it is under way", address);
-    if (w.writer != reader && w.write_epoch == epoch_) fail("a read with no barrier after another thread's write", address);
-    if (w.read_epoch != epoch_) w.reader = reader, w.read_epoch = epoch_;
+    if (w.writer != reader && w.write_epoch == block_->epoch) fail("a read with no barrier after another thread's write", address);
+    if (w.read_epoch != block_->epoch) w.reader = reader, w.read_epoch = block_->epoch;
     else if (w.reader != reader) w.reader = kMany;
     return w.value;
   }
@@ -85,19 +115,19 @@ class Emulator {
       Word& w = word(address + 4 * i);
       claim(w, "a copy");
       if (w.state == Content::pending) fail("two copies into one place", address);
-      w.state = Content::pending, w.writer = current_, w.write_epoch = epoch_;
+      w.state = Content::pending, w.writer = current_, w.write_epoch = block_->epoch;
     }
-    fibres_[static_cast<size_t>(current_)].open.push_back({address, from, real});
+    fibre().open.push_back({address, from, real});
   }
 
   void end_group() {
-    Fibre& f = fibres_[static_cast<size_t>(current_)];
+    Fibre& f = fibre();
     f.groups.push_back(std::move(f.open));
     f.open.clear();
   }
 
   void wait_copies(size_t newest) {
-    Fibre& f = fibres_[static_cast<size_t>(current_)];
+    Fibre& f = fibre();
     if (faults_.early_arrival) ++newest;
     while (f.groups.size() > newest) {
       for (const Copy& copy : f.groups.front()) arrive(copy);
@@ -107,9 +137,10 @@ class Emulator {
 
   // A warp's 32 lanes meet; the last one calls `all` for everybody.
   void meet(const char* what, void* mine, const std::function<void(void* const*)>& all) {
-    Fibre& f = fibres_[static_cast<size_t>(current_)];
+    Fibre& f = fibre();
     f.state = State::at_meeting, f.what = what, f.mine = mine;
     const auto first = static_cast<size_t>(current_ / 32 * 32);
+    std::vector<Fibre>& fibres_ = block_->fibres;
     void* lanes[32];
     for (size_t i = 0; i < 32; ++i) {
       if (fibres_[first + i].state != State::at_meeting) return leave();
@@ -130,7 +161,7 @@ class Emulator {
 
  private:
   static constexpr int kMany = -2;
-  enum class State { ready, at_barrier, at_meeting, done };
+  enum class State { ready, at_barrier, at_meeting, at_meeting_of_all, done };
   enum class Content : uint8_t { unwritten, pending, written };
   struct Word {
     uint32_t value = 0;
@@ -155,9 +186,22 @@ class Emulator {
     jmp_buf place;
   };
 
+  struct Block {
+    Block(int block, int threads, uint32_t shared) : number(block), words(shared), fibres(static_cast<size_t>(threads)) {}
+    int number, epoch = 0;
+    std::vector<Word> words;
+    std::vector<Fibre> fibres;
+  };
+  struct Exchanged {
+    int writer = -1, write_meeting = -1, reader = -1, read_meeting = -1;
+  };
+
+  Fibre& fibre() { return block_->fibres[static_cast<size_t>(current_)]; }
+
   Word& word(uint32_t address) {
     static Word nowhere;
-    if (address % 4 == 0 && address / 4 < words_.size()) return words_[address / 4];
+    std::vector<Word>& words = block_->words;
+    if (address % 4 == 0 && address / 4 < words.size()) return words[address / 4];
     fail("an access outside shared memory", address);
     return nowhere;
   }
@@ -165,8 +209,8 @@ class Emulator {
   // Nobody else may have touched a word since the last barrier when it is written.
   void claim(const Word& w, const char* what) {
     const std::string by = what;
-    if (w.write_epoch == epoch_ && w.writer != current_) fail((by + " with no barrier after another thread's write").c_str(), 0);
-    if (w.read_epoch == epoch_ && w.reader != current_) fail((by + " with no barrier after another thread's read").c_str(), 0);
+    if (w.write_epoch == block_->epoch && w.writer != current_) fail((by + " with no barrier after another thread's write").c_str(), 0);
+    if (w.read_epoch == block_->epoch && w.reader != current_) fail((by + " with no barrier after another thread's read").c_str(), 0);
   }
 
   void arrive(const Copy& copy) {
@@ -174,32 +218,32 @@ class Emulator {
       Word& w = word(copy.to + 4 * i);
       w.value = 0;
       if (copy.real) memcpy(&w.value, static_cast<const char*>(copy.from) + 4 * i, 4);
-      w.state = Content::written, w.writer = current_, w.write_epoch = epoch_;
+      w.state = Content::written, w.writer = current_, w.write_epoch = block_->epoch;
     }
   }
 
   void fail(const char* what, uint32_t address) {
     if (!error_.empty()) return;
     std::ostringstream text;
-    text << what << " (block " << block_ << ", thread " << current_ << ", after barrier " << epoch_ << ", address " << address << ")";
+    text << what << " (block " << block_->number << ", thread " << current_ << ", after barrier " << block_->epoch << ", address " << address << ")";
     error_ = text.str();
   }
 
   static void enter() {
     Emulator& e = *current_emulator();
-    Fibre& f = e.fibres_[static_cast<size_t>(e.current_)];
+    Fibre& f = e.fibre();
     if (_setjmp(f.place) == 0) _longjmp(e.scheduler_, 1);
     (*e.body_)();
-    e.fibres_[static_cast<size_t>(e.current_)].state = State::done;
+    e.fibre().state = State::done;
     _longjmp(e.scheduler_, 1);
   }
 
   void leave() {
-    if (_setjmp(fibres_[static_cast<size_t>(current_)].place) == 0) _longjmp(scheduler_, 1);
+    if (_setjmp(fibre().place) == 0) _longjmp(scheduler_, 1);
   }
 
   void start(Fibre& f) {
-    constexpr size_t kStack = 256 * 1024;
+    constexpr size_t kStack = 64 * 1024;
     if (!f.stack) f.stack.reset(new char[kStack]);
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = kStack, f.context.uc_link = nullptr;
@@ -210,47 +254,66 @@ class Emulator {
 
   void resume(int thread) {
     current_ = thread;
-    Fibre& f = fibres_[static_cast<size_t>(thread)];
+    Fibre& f = fibre();
     if (!f.started) start(f);
     if (_setjmp(scheduler_) == 0) _longjmp(f.place, 1);
   }
 
-  void run_block() {
-    current_emulator() = this;
-    for (Word& w : words_) w = Word{};
-    for (Fibre& f : fibres_) f.state = State::ready, f.started = false, f.barriers = 0, f.open.clear(), f.groups.clear();
-    epoch_ = 0;
-    const int warps = static_cast<int>(fibres_.size()) / 32;
-    std::vector<int> order(static_cast<size_t>(warps));
-    for (int i = 0; i < warps; ++i) order[static_cast<size_t>(i)] = i;
+  // A warp runs as far as it comes before another has its turn.
+  bool run_warp(int warp) {
+    bool ran = false;
+    for (bool again = true; again && error_.empty();) {
+      again = false;
+      for (int thread = 32 * warp; thread < 32 * warp + 32 && error_.empty(); ++thread) {
+        if (block_->fibres[static_cast<size_t>(thread)].state != State::ready) continue;
+        resume(thread);
+        ran = again = true;
+      }
+    }
+    return ran;
+  }
+
+  // Lets the threads go on that all wait in one state.
+  static bool release(std::vector<Fibre>& fibres, State from) {
+    for (const Fibre& f : fibres)
+      if (f.state != from) return false;
+    for (Fibre& f : fibres) f.state = State::ready;
+    return true;
+  }
+
+  bool release_meeting() {
+    for (const auto& block : blocks_)
+      for (const Fibre& f : block->fibres)
+        if (f.state != State::at_meeting_of_all) return false;
+    ++meetings_;
+    for (const auto& block : blocks_) ++block->epoch, release(block->fibres, State::at_meeting_of_all);
+    return true;
+  }
+
+  bool all_done() const {
+    for (const auto& block : blocks_)
+      for (const Fibre& f : block->fibres)
+        if (f.state != State::done) return false;
+    return true;
+  }
+
+  void run_blocks() {
+    const int warps = threads_ / 32;
+    std::vector<int> order(static_cast<size_t>(warps) * blocks_.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
     while (error_.empty()) {
       std::shuffle(order.begin(), order.end(), random_);
-      bool ran = false, all_done = true;
+      bool moved = false;
       for (const int warp : order) {
-        // A warp runs as far as it comes before another has its turn.
-        for (bool again = true; again;) {
-          again = false;
-          for (int lane = 0; lane < 32; ++lane) {
-            const int thread = 32 * warp + lane;
-            if (fibres_[static_cast<size_t>(thread)].state != State::ready) continue;
-            resume(thread);
-            ran = again = true;
-            if (!error_.empty()) return;
-          }
-        }
+        block_ = blocks_[static_cast<size_t>(warp / warps)].get();
+        moved = run_warp(warp % warps) || moved;
+        if (!error_.empty()) return;
       }
-      bool all_at_barrier = true;
-      for (const Fibre& f : fibres_) {
-        all_done = all_done && f.state == State::done;
-        all_at_barrier = all_at_barrier && f.state == State::at_barrier;
-      }
-      if (all_done) return;
-      if (all_at_barrier) {
-        ++epoch_;
-        for (Fibre& f : fibres_) f.state = State::ready;
-      } else if (!ran) {
-        fail("threads wait for each other for ever", 0);
-      }
+      if (all_done()) return;
+      for (const auto& block : blocks_)
+        if (release(block->fibres, State::at_barrier)) ++block->epoch, moved = true;
+      moved = release_meeting() || moved;
+      if (!moved) fail("threads wait for each other for ever", 0);
     }
   }
 
@@ -263,11 +326,14 @@ class Emulator {
  private:
   Faults faults_;
   std::mt19937 random_;
-  std::vector<Word> words_;
-  std::vector<Fibre> fibres_;
+  int threads_;
+  uint32_t words_of_a_block_;
+  std::vector<std::unique_ptr<Block>> blocks_;
+  std::unordered_map<uintptr_t, Exchanged> exchanged_;
   std::vector<std::pair<const unsigned char*, const unsigned char*>> ranges_;
   const std::function<void()>* body_ = nullptr;
-  int blocks_ = 0, block_ = 0, current_ = 0, epoch_ = 0;
+  Block* block_ = nullptr;
+  int count_ = 0, current_ = 0, meetings_ = 0;
   std::string error_;
   jmp_buf scheduler_;
 };
@@ -294,6 +360,22 @@ template <class T>
 void store(T* p, T value) {
   emulator().check_global(p, sizeof(T));
   *p = value;
+}
+
+template <class T>
+T exchange_load(T* p) {
+  for (size_t i = 0; i < sizeof(T); i += 2) emulator().exchange(reinterpret_cast<char*>(p) + i, false);
+  return *p;
+}
+template <class T>
+void exchange_store(T* p, T value) {
+  for (size_t i = 0; i < sizeof(T); i += 2) emulator().exchange(reinterpret_cast<char*>(p) + i, true);
+  *p = value;
+}
+inline void meet_all(uint32_t*, uint32_t number) { emulator().meet_all(number); }
+inline void load_shared4(uint32_t (&r)[4], uint32_t address) {
+  if (address % 16 != 0) emulator().read_word(~0u, thread());
+  for (uint32_t i = 0; i < 4; ++i) r[i] = load_shared(address + 4 * i);
 }
 
 inline void copy16(uint32_t to, const void* from, bool real) { emulator().start_copy(to, from, real); }
@@ -372,6 +454,7 @@ inline uint32_t round_to_16(float x) {
   return (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
 }
 inline uint32_t pack(float low, float high) { return round_to_16(low) | round_to_16(high) << 16; }
+inline uint16_t round_to_bits(float x) { return static_cast<uint16_t>(round_to_16(x)); }
 inline float silu(float x) { return x / (1.0f + expf(-x)); }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 

@@ -15,8 +15,11 @@ from seda_fast import reference
 HERE = Path(__file__).resolve().parent
 
 
+WIDE, TALL, SPLIT = 0, 1, 2
+
+
 class Case(NamedTuple):
-    """Sizes of a call and how it is spread: thread blocks, rows of a tile (64 or 32)."""
+    """Sizes of a call and how it is spread: thread blocks, and the kernel (tiles of 32 or 64 rows, or columns)."""
 
     rows: int
     dim: int
@@ -27,18 +30,19 @@ class Case(NamedTuple):
     steps: int
     noisy: bool
     thread_blocks: int
-    tall: bool
+    kernel: int
 
 
 class Outcome(NamedTuple):
-    """What the emulator says, the result, barriers of the last block of threads."""
+    """What the emulator says, the result, barriers of the last block of threads, meetings of all."""
 
     error: str
     result: Tensor
     barriers: int
+    meetings: int
 
 
-SMALL = Case(5, 24, 40, 64, 128, 1, 2, True, 1, False)
+SMALL = Case(5, 24, 40, 64, 128, 1, 2, True, 1, WIDE)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,7 @@ def emulate(
     order: int = 0,
     dropped_barrier: int = -1,
     early_arrival: bool = False,
+    dropped_meeting: int = -1,
 ) -> Outcome:
     initial, source, condition, coefficients, modulation, w_x, b_x, w_c, b_c, w_g, b_g, w_h, b_h, w_o, b_o = given[:15]
     result = torch.full((case.rows, case.dim), float("nan"), dtype=torch.bfloat16)
@@ -103,21 +108,13 @@ def emulate(
     operands += [keys["seed"], keys["step"], keys["sample_ids"]]
     operands += [w_x, b_x, w_c, b_c, w_g, b_g, *given[15:]]
     operands += [t for layer in zip(w_h, b_h, w_o, b_o, strict=True) for t in layer]
-    sizes = [
-        *case[:7],
-        keys["stream"],
-        case.noisy,
-        case.thread_blocks,
-        case.tall,
-        order,
-        dropped_barrier,
-        early_arrival,
-    ]
+    sizes = [*case[:7], keys["stream"], case.noisy, case.thread_blocks, case.kernel]
+    sizes += [order, dropped_barrier, early_arrival, dropped_meeting]
     said = machine.emulate_chain(
         (ctypes.c_int64 * len(sizes))(*map(int, sizes)),
         (ctypes.c_void_p * len(operands))(*(t.data_ptr() for t in operands)),
     )
-    return Outcome(said.decode(), result, machine.barriers_passed())
+    return Outcome(said.decode(), result, machine.barriers_passed(), machine.meetings_held())
 
 
 def convert(given: list[Any], dtype: torch.dtype) -> list[Any]:
@@ -127,15 +124,23 @@ def convert(given: list[Any], dtype: torch.dtype) -> list[Any]:
 CASES = [
     SMALL,
     # A second row tile for one block of threads, a chunk of half width, sizes that end inside a slice.
-    Case(37, 72, 200, 64, 64, 2, 3, True, 1, False),
-    Case(33, 136, 8, 192, 192, 1, 2, False, 2, False),
-    Case(70, 128, 64, 128, 256, 2, 2, False, 1, True),
-    Case(1, 8, 8, 320, 128, 1, 1, True, 1, True),
-    Case(130, 64, 64, 64, 128, 1, 2, True, 2, True),
+    Case(37, 72, 200, 64, 64, 2, 3, True, 1, WIDE),
+    Case(33, 136, 8, 192, 192, 1, 2, False, 2, WIDE),
+    Case(70, 128, 64, 128, 256, 2, 2, False, 1, TALL),
+    Case(1, 8, 8, 320, 128, 1, 1, True, 1, TALL),
+    Case(130, 64, 64, 64, 128, 1, 2, True, 2, TALL),
+]
+SMALL_SPLIT = Case(3, 24, 40, 64, 128, 1, 2, True, 3, SPLIT)
+CASES += [
+    SMALL_SPLIT,
+    Case(1, 8, 72, 128, 64, 2, 3, True, 5, SPLIT),
+    Case(16, 136, 8, 192, 192, 2, 1, False, 2, SPLIT),
 ]
 LARGE = [
-    Case(40, 384, 1536, 512, 1024, 3, 2, True, 1, True),
-    Case(20, 96, 64, 1024, 1024, 1, 2, False, 1, False),
+    Case(2, 384, 1536, 512, 1024, 3, 2, True, 9, SPLIT),
+    Case(9, 96, 64, 1024, 1024, 1, 2, False, 4, SPLIT),
+    Case(40, 384, 1536, 512, 1024, 3, 2, True, 1, TALL),
+    Case(20, 96, 64, 1024, 1024, 1, 2, False, 1, WIDE),
 ]
 
 
@@ -156,9 +161,10 @@ def test_the_kernel_computes_the_chain_and_no_access_races(machine: ctypes.CDLL,
     assert error <= allowed, f"off by {error:.3e}, {allowed:.3e} allowed"
 
 
-def test_the_order_of_the_warps_changes_no_bit(machine: ctypes.CDLL) -> None:
-    given, keys = arguments(SMALL)
-    first, *others = [emulate(machine, SMALL, given, keys, order=order) for order in range(4)]
+@pytest.mark.parametrize("case", [SMALL, SMALL_SPLIT], ids=["rows", "columns"])
+def test_the_order_of_the_warps_changes_no_bit(machine: ctypes.CDLL, case: Case) -> None:
+    given, keys = arguments(case)
+    first, *others = [emulate(machine, case, given, keys, order=order) for order in range(4)]
     for other in others:
         assert other.error == ""
         assert torch.equal(other.result, first.result)
@@ -181,6 +187,52 @@ def test_every_barrier_is_needed_and_its_loss_is_found(machine: ctypes.CDLL) -> 
     found = [emulate(machine, SMALL, given, keys, dropped_barrier=i).error for i in range(barriers)]
     assert [i for i, error in enumerate(found) if not error] == []
     assert all("shared memory" in error or "no barrier" in error for error in found)
+
+
+def test_every_meeting_is_needed_and_its_loss_is_found(machine: ctypes.CDLL) -> None:
+    given, keys = arguments(SMALL_SPLIT)
+    meetings = emulate(machine, SMALL_SPLIT, given, keys).meetings
+    # Two to embed the condition; in each step one after w_x, two a block, and one before the next step.
+    assert meetings == 2 + 2 * (1 + 2 * 1) + 1
+    found = [emulate(machine, SMALL_SPLIT, given, keys, dropped_meeting=i).error for i in range(meetings)]
+    assert [i for i, error in enumerate(found) if not error] == []
+    assert all("meeting" in error or "exchanged" in error for error in found)
+    # A barrier of one block of threads is missed, too.
+    assert "shared memory" in emulate(machine, SMALL_SPLIT, given, keys, dropped_barrier=1).error
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processors", "room", "expected"),
+    [
+        ((65_536, 768, 768, 512, 1024, 3, 5), 132, 227, (TALL, 132)),
+        ((2048, 384, 1536, 512, 1024, 3, 5), 132, 227, (WIDE, 64)),
+        ((1, 768, 768, 512, 1024, 3, 5), 132, 227, (SPLIT, 128)),
+        # A block of threads with little shared memory, and rows too wide for it.
+        ((65_536, 768, 768, 512, 1024, 3, 5), 84, 99, (WIDE, 84)),
+        ((65_536, 768, 768, 640, 640, 3, 5), 84, 99, (WIDE, 84)),
+        ((65_536, 768, 768, 704, 704, 3, 5), 84, 99, (-1, 0)),
+        ((100, 768, 768, 1024, 1024, 32, 1), 132, 137, (WIDE, 4)),
+        ((100, 768, 768, 1088, 1088, 1, 1), 132, 227, (-1, 0)),
+        ((100, 770, 768, 512, 512, 1, 1), 132, 227, (-1, 0)),
+        ((100, 768, 768, 512, 480, 1, 1), 132, 227, (-1, 0)),
+        ((100, 768, 768, 512, 512, 33, 1), 132, 227, (-1, 0)),
+        ((100, 768, 768, 512, 512, 1, 0), 132, 227, (-1, 0)),
+    ],
+)
+def test_the_rule_for_sizes(
+    machine: ctypes.CDLL, sizes: tuple[int, ...], processors: int, room: int, expected: tuple[int, int]
+) -> None:
+    answer = (ctypes.c_int * 2)()
+    machine.plan_for((ctypes.c_int64 * 7)(*sizes), processors, room * 1024, answer)
+    assert tuple(answer) == expected
+
+
+def test_the_weight_stream_gives_as_many_tiles_as_were_counted(machine: ctypes.CDLL) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        draw = [int(v) for v in torch.randint(1, 9, (6,), generator=generator)]
+        sizes = (100, 40 * draw[0], 24 * draw[1], 64 * draw[2], 64 * draw[3], draw[4], draw[5])
+        assert machine.count_tiles((ctypes.c_int64 * 7)(*sizes)) > 0, sizes
 
 
 def test_a_wait_that_ends_too_early_is_found(machine: ctypes.CDLL) -> None:

@@ -15,7 +15,9 @@ SOURCES = ("noising", "reverse_chain")
 EXPECTED = {
     "noising_kernel": {"LDG"},
     # Products on tensor cores, copies to shared memory that pass registers by, matrices from there.
-    "reverse_chain_kernel": {"HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"},
+    "ChainThread": {"HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"},
+    # Products there as well; weights 16 bytes at a time; exchange through the cache that all share.
+    "SplitThread": {"HMMA.16816.F32.BF16", "LDG.E.128", "LDS.128", "LDG.E.STRONG.GPU", "STG.E.STRONG.GPU"},
 }
 FORBIDDEN = {"LDL", "STL"}
 
