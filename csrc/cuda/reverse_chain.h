@@ -16,43 +16,68 @@ struct alignas(8) Two {
   uint32_t at[2];
 };
 
-// One thread of a block of kThreads, for kRows rows and widths up to kPanels * kTileRows.
+// How the weights come and the products are made, here with what every GPU from compute capability 8.0 on has: all
+// threads copy weight tiles into the ring, some tiles ahead, and each warp multiplies its part. kRows rows, widths up to
+// kPanels * kTileRows.
 template <int kRows, int kPanels, int kStages>
-class ChainThread {
+class RingEngine {
  public:
   // Warps stand two by four: each has half of the rows and a quarter of a tile's 128 outputs.
-  static constexpr int kThreads = 256, kWarpColumns = 4, kStagesOfRing = kStages, kRowsOfTile = kRows;
-  static constexpr int kMt = kRows / 32, kNt = kTileRows / kWarpColumns / 8;
+  static constexpr int kThreads = 256, kRowsOfTile = kRows, kPanelsOfRow = kPanels;
+  static constexpr int kWarpColumns = 4, kMt = kRows / 32, kNt = kTileRows / kWarpColumns / 8;
   using Sums = float[kMt][kNt][4];
 
-  SEDA_KERNEL explicit ChainThread(const ChainLaunch& launch)
+  SEDA_KERNEL explicit RingEngine(const ChainLaunch& launch)
       : a_(launch),
-        stream_(launch.shape, tiles_of(machine::block())),
+        stream_(launch.shape, passes()),
         shared_(machine::shared_base()),
-        place_(machine::thread()),
         lane_(machine::thread() % 32),
-        row0_(machine::thread() / 32 / kWarpColumns * (kRows / 2)),
-        column0_(machine::thread() / 32 % kWarpColumns * (kTileRows / kWarpColumns)),
-        scratch_(launch.scratch + machine::block() * launch.saved.bytes) {}
+        row0_(first_row(machine::thread())),
+        column0_(warp_column(machine::thread()) * (kTileRows / kWarpColumns)) {}
 
-  SEDA_KERNEL void run() {
+  SEDA_KERNEL static int first_row(int thread) { return thread / 32 / kWarpColumns * (kRows / 2); }
+  SEDA_KERNEL static int warp_column(int thread) { return thread / 32 % kWarpColumns; }
+
+  // Row tiles that this block of threads works on.
+  SEDA_KERNEL int64_t passes() const {
+    const int64_t tiles = (a_.rows + kRows - 1) / kRows;
+    return (tiles - machine::block() + machine::blocks() - 1) / machine::blocks();
+  }
+
+  SEDA_KERNEL void begin() {
     for (int i = 0; i + 1 < kStages; ++i) copy_next_tile();
-    const int64_t stride = int64_t{kRows} * machine::blocks();
-    for (first_row_ = int64_t{kRows} * machine::block(); first_row_ < a_.rows; first_row_ += stride) {
-      started_ = false;
-      for (int n = 0; n < count_legs(a_.shape); ++n) run_leg(leg_at(a_.shape, n));
+  }
+
+  SEDA_KERNEL void sync() { machine::barrier(); }
+  // The chunk before this one has been read by all; there is a barrier between where a narrow product stands.
+  SEDA_KERNEL void before_chunk(int chunk, bool narrow) {
+    if (chunk > 0 && !narrow) machine::barrier();
+  }
+  // What was written to shared memory is seen after the next tile's barrier.
+  SEDA_KERNEL void after_writes() {}
+
+  // sums += rows (kRows x kSlice, in shared memory) times the next weight tile, turned.
+  SEDA_KERNEL void multiply(Sums& sums, uint32_t rows) {
+    const uint32_t tile = next_tile();
+#pragma unroll
+    for (int k = 0; k < kSlice / 16; ++k) {
+      uint32_t a[kMt][4], b[kNt / 2][4];
+#pragma unroll
+      for (int i = 0; i < kMt; ++i)
+        machine::load_matrices(a[i], rows + swizzled(row0_ + 16 * i + lane_ % 16, 2 * k + lane_ / 16));
+#pragma unroll
+      for (int j = 0; j < kNt / 2; ++j)
+        machine::load_matrices(
+            b[j], tile + swizzled(column0_ + 16 * j + lane_ / 16 * 8 + lane_ % 8, 2 * k + lane_ / 8 % 2));
+#pragma unroll
+      for (int i = 0; i < kMt; ++i)
+#pragma unroll
+        for (int j = 0; j < kNt; ++j)
+          machine::multiply_add(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
   }
 
  private:
-  // Row tiles that block number `block` of all works on.
-  SEDA_KERNEL int64_t tiles_of(int block) const {
-    const int64_t tiles = (a_.rows + kRows - 1) / kRows;
-    return (tiles - block + machine::blocks() - 1) / machine::blocks();
-  }
-
-  // ---- weights -------------------------------------------------------------------------------------------------
-
   // Starts the copy of the stream's next tile into its slot, or ends an empty group so that the count goes on.
   SEDA_KERNEL void copy_next_tile() {
     if (!stream_.done()) {
@@ -80,26 +105,39 @@ class ChainThread {
     return slot;
   }
 
-  // sums += rows (kRows x kSlice) times the weight tile, turned.
-  SEDA_KERNEL void multiply(Sums& sums, uint32_t rows, uint32_t tile) {
-#pragma unroll
-    for (int k = 0; k < kSlice / 16; ++k) {
-      uint32_t a[kMt][4], b[kNt / 2][4];
-#pragma unroll
-      for (int i = 0; i < kMt; ++i)
-        machine::load_matrices(a[i], rows + swizzled(row0_ + 16 * i + lane_ % 16, 2 * k + lane_ / 16));
-#pragma unroll
-      for (int j = 0; j < kNt / 2; ++j)
-        machine::load_matrices(
-            b[j], tile + swizzled(column0_ + 16 * j + lane_ / 16 * 8 + lane_ % 8, 2 * k + lane_ / 8 % 2));
-#pragma unroll
-      for (int i = 0; i < kMt; ++i)
-#pragma unroll
-        for (int j = 0; j < kNt; ++j)
-          machine::multiply_add(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+  const ChainLaunch& a_;
+  TileStream stream_;
+  uint32_t shared_;
+  int lane_, row0_, column0_;
+  int copied_slot_ = 0, used_slot_ = 0;
+};
+
+// One thread of a block of Engine::kThreads.
+template <class Engine>
+class ChainThread {
+ public:
+  static constexpr int kThreads = Engine::kThreads, kRows = Engine::kRowsOfTile, kPanels = Engine::kPanelsOfRow;
+  static constexpr int kMt = Engine::kMt, kNt = Engine::kNt, kWarpColumns = Engine::kWarpColumns;
+  using Sums = typename Engine::Sums;
+
+  SEDA_KERNEL explicit ChainThread(const ChainLaunch& launch)
+      : a_(launch),
+        engine_(launch),
+        shared_(machine::shared_base()),
+        place_(machine::thread()),
+        scratch_(launch.scratch + machine::block() * launch.saved.bytes) {}
+
+  SEDA_KERNEL void run() {
+    engine_.begin();
+    first_row_ = int64_t{kRows} * machine::block();
+    for (auto left = static_cast<int>(engine_.passes()); left > 0; --left) {
+      started_ = false;
+      for (int n = 0; n < count_legs(a_.shape); ++n) run_leg(leg_at(a_.shape, n));
+      first_row_ += int64_t{kRows} * machine::blocks();
     }
   }
 
+ private:
   SEDA_KERNEL static void clear(Sums& sums) {
 #pragma unroll
     for (int i = 0; i < kMt; ++i)
@@ -117,26 +155,27 @@ class ChainThread {
       for (int p = 0; p < kPanels; ++p) clear(wide_[p]);
     for (int chunk = 0; chunk < pieces(leg.inner, kTileRows); ++chunk) {
       if (leg.narrow == kNone) {
-        // The chunk before this one has been read by all.
-        if (chunk > 0) machine::barrier();
+        engine_.before_chunk(chunk, false);
         read_rows(leg, chunk);
       } else {
         clear(narrow_);
-        for (int s = 0; s < a_.shape.width / kSlice; ++s) {
-          const uint32_t tile = next_tile();
-          multiply(narrow_, shared_ + a_.shared.normed + static_cast<uint32_t>(s * kRows * kSliceBytes), tile);
-        }
+        for (int s = 0; s < a_.shape.width / kSlice; ++s)
+          engine_.multiply(narrow_, shared_ + a_.shared.normed + static_cast<uint32_t>(s * kRows * kSliceBytes));
+        engine_.before_chunk(chunk, true);
         finish_chunk(leg, chunk);
       }
+      engine_.after_writes();
       if (leg.wide == kNone) continue;
       for (int s = 0; s < slices_of_chunk(leg.inner, chunk); ++s) {
         const uint32_t rows = shared_ + a_.shared.chunk + static_cast<uint32_t>(s * kRows * kSliceBytes);
 #pragma unroll
         for (int p = 0; p < kPanels; ++p)
-          if (p < pieces(a_.shape.width, kTileRows)) multiply(wide_[p], rows, next_tile());
+          if (p < pieces(a_.shape.width, kTileRows)) engine_.multiply(wide_[p], rows);
       }
     }
-    if (leg.wide != kNone) finish_leg(leg);
+    if (leg.wide == kNone) return;
+    finish_leg(leg);
+    engine_.after_writes();
   }
 
   // ---- chunks: what stands between the narrow and the wide product ---------------------------------------------
@@ -147,10 +186,10 @@ class ChainThread {
     machine::forget(scratch_);
   }
   SEDA_KERNEL int row_of(int i, int half) const {
-    return place_ / 32 / kWarpColumns * (kRows / 2) + 16 * i + 8 * half + place_ % 32 / 4;
+    return Engine::first_row(place_) + 16 * i + 8 * half + place_ % 32 / 4;
   }
   SEDA_KERNEL int column_of(int j) const { return warp_column() * (kTileRows / kWarpColumns) + 8 * j + 2 * (place_ % 4); }
-  SEDA_KERNEL int warp_column() const { return place_ / 32 % kWarpColumns; }
+  SEDA_KERNEL int warp_column() const { return Engine::warp_column(place_); }
 
   SEDA_KERNEL static float wide_bits(uint32_t bits16) { return float_of(bits16 << 16); }
 
@@ -410,7 +449,7 @@ class ChainThread {
         const int place = row_of(i, half) * kWarpColumns + warp_column();
         if (place_ % 4 == 0) machine::store_shared(room + static_cast<uint32_t>(4 * place), bits_of(sum));
       }
-    machine::barrier();
+    engine_.sync();
 #pragma unroll
     for (int i = 0; i < kMt; ++i)
 #pragma unroll
@@ -456,19 +495,17 @@ class ChainThread {
   }
 
   const ChainLaunch& a_;
-  TileStream stream_;
+  Engine engine_;
   uint32_t shared_;
-  int place_;                  // this thread, for addresses beside the products
-  int lane_, row0_, column0_;  // and for those of the products
+  int place_;  // this thread
   unsigned char* scratch_;
   int64_t first_row_ = 0;
-  int copied_slot_ = 0, used_slot_ = 0;
   bool started_ = false;  // whether an estimate has been added to the total
   Sums narrow_, wide_[kPanels];
 };
 
 // More rows share a weight tile, or there is room for wider rows.
-using TallChain = ChainThread<kTallRows, kTallPanels, kTallStages>;
-using WideChain = ChainThread<kWideRows, kWidePanels, kWideStages>;
+using TallChain = ChainThread<RingEngine<kTallRows, kTallPanels, kTallStages>>;
+using WideChain = ChainThread<RingEngine<kWideRows, kWidePanels, kWideStages>>;
 
 }  // namespace seda
