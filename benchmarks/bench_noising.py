@@ -16,7 +16,14 @@ ROWS = {"cuda": 65_536, "cpu": 1024}
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def bench_noising(
-    contest: Any, device: torch.device, quick: bool, workload: Any, compile_variants: Any, close: Any, backward: bool
+    contest: Any,
+    device: torch.device,
+    quick: bool,
+    workload: Any,
+    compile_variants: Any,
+    challengers: Any,
+    close: Any,
+    backward: bool,
 ) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = 256 if quick else ROWS[device.type]
@@ -42,13 +49,15 @@ def bench_noising(
         ),
         "eager": lambda: plain(x0, tau),
     }
+    operation = "q_sample_backward" if backward else "q_sample"
+    competitors |= challengers(operation, device, competitors["seda_fast"])
     for name, variant in compile_variants(plain, device).items():
         competitors[name] = lambda variant=variant: variant(x0, tau)
     exact = reference.q_sample(x0.double(), tau, signal, noise, seed=seed, step=step, sample_ids=ids)
     expected = signal.double()[tau, None] * x0.double() if backward else exact
 
     def check(name: str, result: Tensor) -> None:
-        if backward or name == "seda_fast":
+        if backward or name.startswith("seda_fast"):
             close(result, expected, 32, name)
             return
         # Another generator's noise: compare what remains of it after the signal is taken off.
@@ -57,5 +66,4 @@ def bench_noising(
         assert abs(eps.std() - 1) < 0.02, name
 
     title = f"noising {'backward' if backward else 'forward'}, {rows} x {DIM} {str(dtype)[6:]}"
-    operation = "q_sample_backward" if backward else "q_sample"
     contest(workload(title, operation, moved=2 * x0.nbytes, dtype=dtype), competitors, check)

@@ -59,7 +59,14 @@ def loop(network: Network, x: Tensor, condition: Tensor, coefficients: list[list
 @pytest.mark.parametrize("place", [0, 1], ids=["large batch", "one row"])
 @torch.no_grad()
 def bench_reverse_chain(
-    contest: Any, device: torch.device, quick: bool, workload: Any, compile_variants: Any, close: Any, place: int
+    contest: Any,
+    device: torch.device,
+    quick: bool,
+    workload: Any,
+    compile_variants: Any,
+    challengers: Any,
+    close: Any,
+    place: int,
 ) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = [32, 1][place] if quick else ROWS[device.type][place]
@@ -74,6 +81,7 @@ def bench_reverse_chain(
         "seda_fast": lambda: reverse_chain(x, x, condition, coefficients, network.modulation, weights, **keys),
         "eager": lambda: loop(network, x, condition, steps),
     }
+    competitors |= challengers("reverse_chain", device, competitors["seda_fast"])
     for name, variant in compile_variants(loop, device).items():
         competitors[name] = lambda variant=variant: variant(network, x, condition, steps)
     wide = Network().to(device).double()

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seda_fast.ops import _dispatch
+from seda_fast.ops import _dispatch, use_backend
 
 REPEATS = 30
 QUICK_REPEATS = 3
@@ -343,6 +343,29 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def ours() -> str:
     """Our own competitor's name."""
     return OURS
+
+
+@pytest.fixture(scope="session")
+def challengers() -> Callable[[str, torch.device, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    """Our call on each backend that could serve an operation on this GPU but is not its default: what decides on it."""
+
+    def find(operation: str, device: torch.device, call: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+        if device.type != "cuda":
+            return {}
+        chosen = _dispatch.choose(operation, "cuda")[0]
+        known = [b for b in ("triton", "cuda") if b != chosen and b in _dispatch._implementations[operation]]
+        able = [backend for backend in known if _dispatch.refusal(operation, backend, "cuda") is None]
+
+        def forced(backend: str) -> Callable[[], Any]:
+            def run() -> Any:
+                with use_backend(backend):
+                    return call()
+
+            return run
+
+        return {f"{OURS} on {backend}": forced(backend) for backend in able}
+
+    return find
 
 
 @pytest.fixture(scope="session")

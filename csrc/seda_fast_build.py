@@ -1,11 +1,13 @@
 """How ``pip install`` compiles csrc/: ninja builds ``seda_fast._C`` and the operator libraries beside it.
 
 Nothing here imports torch: an isolated build has none. The operators use only PyTorch's stable C ABI, so its headers
-and the name of its library are enough; they are found in the environment that pip installs into. Switches:
+and the name of its library are enough; they are found in the environment that pip installs into. CUDA needs nvcc but
+neither a GPU nor a PyTorch that has CUDA in it. Switches:
 
-    SEDA_FAST_BUILD       auto (default: what this machine can build), cpu, none
+    SEDA_FAST_BUILD       auto (default: what this machine can build), cpu, cuda (both halves), none
+    SEDA_FAST_CUDA_ARCHS  80;90a;100 by default; PTX of the lowest one serves later GPUs
     MAX_JOBS              compilers at a time; fewer run where memory is short
-    CXX, CXXFLAGS, LDFLAGS    as everywhere
+    CXX, CXXFLAGS, LDFLAGS, NVCC, CUDA_HOME    as everywhere
 
 In auto mode a part that cannot be built is left out with one warning, which ``python -m seda_fast.info`` repeats.
 """
@@ -28,15 +30,19 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent
-MODES = ("auto", "cpu", "none")
+MODES = ("auto", "cpu", "cuda", "none")
 CPU_LIBRARY = "libseda_fast_cpu.so"
+CUDA_LIBRARY = "libseda_fast_cuda.so"
+CUDA_STUB = "libtorch_cuda.so"
 REPORT = "_build.json"
 
 OLDEST_TORCH = (2, 10)
 TARGET_VERSION = "0x020a000000000000"
 GIB_PER_COMPILER = 1.5
+CUDA_ARCHITECTURES = "80;90a;100"
 
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
 # One translation unit of the row kernels for each: csrc/cpu/simd.
 INSTRUCTION_SETS = {
     "baseline": (),
@@ -60,6 +66,7 @@ class Target:
     output: str
     sources: list[tuple[Path, str, tuple[str, ...]]] = field(default_factory=list)  # file, object, extra flags
     link: tuple[str, ...] = ()
+    linker: str = "link"
 
 
 def build_mode() -> str:
@@ -146,6 +153,48 @@ def cpu_target(torch: Path) -> Target:
     return target
 
 
+def find_nvcc() -> str:
+    """The CUDA compiler: NVCC, CUDA_HOME's, or the one on the path."""
+    named, home = os.environ.get("NVCC"), os.environ.get("CUDA_HOME")
+    looked = named or (str(Path(home) / "bin/nvcc") if home else "nvcc")
+    found = shutil.which(looked)
+    if found is None:
+        raise CannotBuildError(f"no CUDA compiler was found (looked for {looked})")
+    return found
+
+
+def cuda_architectures() -> list[str]:
+    """What SEDA_FAST_CUDA_ARCHS lists, as ``80`` or ``90a``."""
+    listed = (os.environ.get("SEDA_FAST_CUDA_ARCHS") or CUDA_ARCHITECTURES).split(";")
+    for name in listed:
+        if re.fullmatch(r"\d{2,3}[af]?", name) is None or int(name.rstrip("af")) < 80:
+            raise SystemExit(f"SEDA_FAST_CUDA_ARCHS must list architectures from 80 on, as in 80;90a, not {name!r}")
+    return listed
+
+
+def architecture_flags(names: list[str]) -> list[str]:
+    """Machine code for each architecture, and PTX of the lowest that later GPUs can translate for themselves."""
+    portable = [name for name in names if name.isdigit()]
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return flags + [f"-gencode=arch=compute_{name},code=compute_{name}" for name in sorted(portable, key=int)[:1]]
+
+
+def cuda_target(torch: Path, architectures: list[str]) -> Target:
+    """The operators on CUDA: kernels by nvcc, which sees no header of PyTorch, and their checks by the C++ compiler."""
+    target = Target(CUDA_LIBRARY, linker="nvlink")
+    # The shim declares its CUDA functions only under this macro; the symbols are PyTorch's, found when it is loaded.
+    stable = (f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DUSE_CUDA", f"-isystem {torch / 'include'}")
+    for source in sorted((CSRC / "cuda").glob("*.cpp")):
+        target.sources.append((source, f"cuda_{source.stem}.o", stable))
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        target.sources.append((source, f"cuda_{source.stem}.cu.o", tuple(architecture_flags(architectures))))
+    # An empty library of the name that PyTorch's CUDA half bears, for that name to be recorded: the one for the CPU
+    # alone has none, and symbols of a library that is not recorded are not found.
+    stub = "-L. -Xlinker=--no-as-needed -ltorch_cuda"
+    target.link = (f"-L{torch / 'lib'}", "-ltorch_cpu", "-Xlinker=--allow-shlib-undefined", stub)
+    return target
+
+
 def module_target(output: str, report: dict[str, object]) -> Target:
     """``seda_fast._C``: the build report and what the CPU can do."""
     try:
@@ -158,7 +207,26 @@ def module_target(output: str, report: dict[str, object]) -> Target:
     return Target(output, [(CSRC / "module.cpp", "module.o", (*python, "-I."))])
 
 
-def ninja_file(compiler: str, targets: list[Target]) -> str:
+def nvcc_rules(nvcc: str, compiler: str) -> list[str]:
+    command = f"{nvcc} -ccbin {compiler.split()[0]}"
+    return [
+        "rule nvcompile",
+        f"  command = {command} {' '.join(NVCC_FLAGS)} $extra -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        # nvcc adds its own runtime as an archive: PyTorch's may be of another version.
+        "rule nvlink",
+        f"  command = {command} -shared $in -o $out $extra",
+        "  description = $out",
+        "rule stub",
+        f"  command = {compiler} -shared -Wl,-soname,$out -x c++ /dev/null -o $out",
+        "  description = $out",
+        f"build {CUDA_STUB}: stub",
+    ]
+
+
+def ninja_file(compiler: str, targets: list[Target], nvcc: str | None = None) -> str:
     """The rules, run from the folder that the objects go to."""
     lines = [
         f"flags = {' '.join(FLAGS)} {os.environ.get('CXXFLAGS', '')}",
@@ -172,20 +240,33 @@ def ninja_file(compiler: str, targets: list[Target]) -> str:
         f"  command = {compiler} -shared $flags $in -o $out $extra $ldflags",
         "  description = $out",
     ]
+    if nvcc is not None:
+        lines += nvcc_rules(nvcc, compiler)
     for target in targets:
         for source, built, extra in target.sources:
             escaped = str(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-            lines += [f"build {built}: compile {escaped}", f"  extra = {' '.join(extra)}"]
+            rule = "nvcompile" if source.suffix == ".cu" else "compile"
+            lines += [f"build {built}: {rule} {escaped}", f"  extra = {' '.join(extra)}"]
         objects = " ".join(built for _, built, _ in target.sources)
-        lines += [f"build {target.output}: link {objects}", f"  extra = {' '.join(target.link)}"]
+        stub = f" | {CUDA_STUB}" if target.linker == "nvlink" else ""
+        lines += [f"build {target.output}: {target.linker} {objects}{stub}", f"  extra = {' '.join(target.link)}"]
     return "\n".join(lines) + "\n"
 
 
-def compiler_version(compiler: str) -> str:
+def compiler_version(compiler: str, line: int = 0) -> str:
     done = subprocess.run([*compiler.split(), "--version"], text=True, capture_output=True, check=False)
     if done.returncode != 0:
         raise CannotBuildError(f"{compiler} --version fails: {done.stderr.strip()[-300:]}")
-    return done.stdout.splitlines()[0]
+    return done.stdout.splitlines()[line]
+
+
+def run_ninja(ninja: str, *outputs: str) -> str | None:
+    """Build what is named; the end of the compiler's output where that fails."""
+    done = subprocess.run([ninja, f"-j{jobs()}", *outputs], text=True, capture_output=True, check=False)
+    if done.returncode == 0:
+        return None
+    sys.stderr.write(done.stdout + done.stderr)
+    return done.stdout.strip()[-500:]
 
 
 class BuildExtension(build_ext):
@@ -194,16 +275,16 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         final = Path(self.get_ext_fullpath(ext.name)).resolve()
         final.parent.mkdir(parents=True, exist_ok=True)
+        # What an earlier build left here would go into this wheel.
+        for stale in (final, final.parent / CPU_LIBRARY, final.parent / CUDA_LIBRARY):
+            stale.unlink(missing_ok=True)
         try:
             report = self._compile(final)
         except CannotBuildError as reason:
             if build_mode() != "auto":
                 raise SystemExit(f"SEDA_FAST_BUILD={build_mode()}: {reason}") from None
             warnings.warn(f"seda_fast is installed without its C++ half: {reason}.", stacklevel=2)
-            report = {"missing": {"cpu": str(reason)}}
-            # What an earlier build left here would go into this wheel.
-            for stale in (final, final.parent / CPU_LIBRARY):
-                stale.unlink(missing_ok=True)
+            report = {"missing": {"cpu": str(reason), "cuda": str(reason)}}
         (final.parent / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     def _compile(self, final: Path) -> dict[str, object]:
@@ -218,26 +299,64 @@ class BuildExtension(build_ext):
             "instruction_sets": instruction_sets(),
             "torch_headers": torch_version(torch),
             "torch_abi": TARGET_VERSION,
-            "libraries": [CPU_LIBRARY],
-            "missing": {},
         }
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         here = Path.cwd()
         os.chdir(folder)
         try:
-            targets = [module_target(final.name, report), cpu_target(torch)]
-            Path("build.ninja").write_text(ninja_file(compiler, targets), encoding="utf-8")
-            done = subprocess.run([ninja, f"-j{jobs()}"], text=True, capture_output=True, check=False)
-            if done.returncode != 0:
-                sys.stderr.write(done.stdout + done.stderr)
-                raise CannotBuildError(f"the compiler fails; the end of its output: {done.stdout.strip()[-500:]}")
-            for target in targets:
-                shutil.copy2(target.output, final.parent / target.output)
-            sizes = {target.output: Path(target.output).stat().st_size for target in targets}
+            libraries, about_cuda = self._build_libraries(compiler, torch, ninja)
+            report |= {"libraries": libraries} | about_cuda
+            module = module_target(final.name, report)
+            Path("build.ninja").write_text(ninja_file(compiler, [module]), encoding="utf-8")
+            if (failure := run_ninja(ninja)) is not None:
+                raise CannotBuildError(f"the compiler fails; the end of its output: {failure}")
+            outputs = [module.output, *libraries]
+            for name in outputs:
+                shutil.copy2(name, final.parent / name)
+            sizes = {name: Path(name).stat().st_size for name in outputs}
         finally:
             os.chdir(here)
         return report | {"bytes": sizes}
+
+    def _build_libraries(self, compiler: str, torch: Path, ninja: str) -> tuple[list[str], dict[str, object]]:
+        """The operators' libraries in the current folder; what the report says of CUDA."""
+        cpu = cpu_target(torch)
+        if build_mode() == "cpu":
+            nvcc, missing = None, "SEDA_FAST_BUILD=cpu asks for the CPU alone"
+        else:
+            try:
+                nvcc, missing = find_nvcc(), ""
+            except CannotBuildError as reason:
+                nvcc, missing = None, str(reason)
+        targets = [cpu]
+        if nvcc is not None:
+            architectures = cuda_architectures()
+            targets.append(cuda_target(torch, architectures))
+        elif build_mode() == "cuda":
+            raise CannotBuildError(missing)
+        Path("build.ninja").write_text(ninja_file(compiler, targets, nvcc), encoding="utf-8")
+        # Both at once fill the processors; where one fails, a second run tells which.
+        if (failure := run_ninja(ninja, "-k0")) is None:
+            built = [target.output for target in targets]
+        elif nvcc is None or run_ninja(ninja, CPU_LIBRARY) is not None:
+            raise CannotBuildError(f"the compiler fails; the end of its output: {failure}")
+        elif build_mode() == "cuda":
+            raise CannotBuildError(f"nvcc fails; the end of the output: {failure}")
+        else:
+            missing = f"nvcc fails; the end of the output: {failure}"
+            warnings.warn(f"seda_fast is installed without its CUDA library: {missing}", stacklevel=2)
+            nvcc, built = None, [CPU_LIBRARY]
+        if nvcc is None:
+            return built, {"missing": {"cuda": missing}}
+        return built, {
+            "missing": {},
+            "cuda": {
+                "compiler": compiler_version(nvcc, line=-2),
+                "flags": " ".join(NVCC_FLAGS),
+                "architectures": architectures,
+            },
+        }
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install: everything that lies beside ``_C`` goes into the checkout, too."""

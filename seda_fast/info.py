@@ -13,7 +13,7 @@ import torch
 
 from . import __version__
 from .command import Parser
-from .ops import BACKENDS, choose, operations, refusal
+from .ops import BACKENDS, choose, cpp_status, cuda_status, operations, refusal
 
 PROGRAM = "seda_fast.info"
 PACKAGES = ("torch", "triton", "xformers", "numpy", "safetensors", "scikit-learn", "matplotlib")
@@ -65,13 +65,25 @@ def unavailable_lines() -> list[str]:
     ]
 
 
+def extension_lines() -> list[str]:
+    """What was compiled, for what, and what each half serves."""
+    built = importlib.util.find_spec("seda_fast._C") is not None
+    lines = [f"seda_fast._C {'found' if built else 'not built'}"]
+    cpu, cuda = cpp_status(), cuda_status()
+    if "build" in cpu:
+        lines += [f"C++ for the CPU: {cpu['build']['compiler']}; {', '.join(cpu['build']['instruction_sets'])}"]
+    if cuda["build"]:
+        lines += [f"CUDA: {cuda['build']['compiler']}; sm_{', sm_'.join(cuda['build']['architectures'])}"]
+    lines += [f"CUDA, {operation}: {rule}" for operation, rule in cuda["rules"].items() if cuda["available"]]
+    return [part for line in lines for part in textwrap.wrap(line, width=110, subsequent_indent="  ")]
+
+
 def report() -> str:
     """The whole text."""
     lines = [f"seda_fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
     lines += ["", "packages", *(f"  {package:<14} {version_of(package)}" for package in PACKAGES)]
     lines += ["", "devices", *(f"  {line}" for line in devices())]
-    built = importlib.util.find_spec("seda_fast._C") is not None
-    lines += ["", "compiled extension", f"  seda_fast._C {'found' if built else 'not built'}"]
+    lines += ["", "compiled extension", *(f"  {line}" for line in extension_lines())]
     lines += ["", "operations (float32)", *(f"  {line}" for line in operation_lines())]
     if unavailable := unavailable_lines():
         lines += ["", "not available here", *(f"  {line}" for line in unavailable)]

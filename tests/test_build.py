@@ -17,6 +17,7 @@ import torch
 
 pytestmark = pytest.mark.slow
 
+NVCC = shutil.which("nvcc")
 COMPILER = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
 TORCH = Path(torch.__file__).parent
 PROBE = """
@@ -31,7 +32,9 @@ ids = torch.arange(3)
 x = ops.q_sample(torch.zeros(3, 4), ids, torch.ones(3), torch.ones(3), seed=1, step=2, sample_ids=ids)
 print(json.dumps({
     "backend": ops.choose("q_sample", "cpu")[0],
+    "torch": torch.__version__,
     "status": ops.cpp_status(),
+    "cuda": ops.cuda_status(),
     "sum": x.double().sum().item(),
     "warnings": [str(w.message) for w in caught if "seda_fast" in str(w.message)],
 }))
@@ -80,9 +83,9 @@ def unpack(out: Path) -> Path:
     return site
 
 
-def probe(site: Path) -> dict[str, object]:
+def probe(site: Path, python: str = sys.executable) -> dict[str, object]:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE],
+        [python, "-c", PROBE],
         cwd=site.parent,
         env=os.environ | {"PYTHONPATH": str(site)},
         capture_output=True,
@@ -100,6 +103,18 @@ def compiled(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("tests/test_build.py needs a C++ compiler for this test")
     out = tmp_path_factory.mktemp("compiled")
     done = build(checkout, out, SEDA_FAST_BUILD="cpu", CXXFLAGS="-O1 -Wall -Wextra -Werror")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return unpack(out)
+
+
+@pytest.fixture(scope="module")
+def compiled_cuda(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpacked wheel of SEDA_FAST_BUILD=cuda for one architecture, which needs neither a GPU nor a PyTorch for one."""
+    if COMPILER is None or NVCC is None:
+        pytest.skip("tests/test_build.py needs a C++ compiler and nvcc for this test")
+    out = tmp_path_factory.mktemp("compiled_cuda")
+    switches = {"SEDA_FAST_BUILD": "cuda", "SEDA_FAST_CUDA_ARCHS": "80", "CXXFLAGS": "-O0"}
+    done = build(checkout, out, **switches, NVCC_APPEND_FLAGS="-Xptxas=-O0")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return unpack(out)
 
@@ -123,8 +138,59 @@ def test_compiled_package_serves_the_cpu_and_tells_its_build(compiled: Path) -> 
     assert report["torch_headers"] == torch.__version__
     assert report["torch_abi"] == "0x020a000000000000"
     assert "-Werror" in report["flags"]
-    assert report["missing"] == {}
+    assert report["libraries"] == ["libseda_fast_cpu.so"]
+    assert report["missing"] == {"cuda": "SEDA_FAST_BUILD=cpu asks for the CPU alone"}
     assert json.loads((compiled / "seda_fast/_build.json").read_text()).items() >= report.items()
+
+
+def test_the_cuda_half_is_built_without_a_gpu_and_loaded_only_where_pytorch_has_cuda(compiled_cuda: Path) -> None:
+    assert (compiled_cuda / "seda_fast/libseda_fast_cuda.so").is_file()
+    found = probe(compiled_cuda)
+    assert found["warnings"] == []
+    cuda = found["cuda"]
+    assert isinstance(cuda, dict)
+    assert cuda["build"]["architectures"] == ["80"]
+    assert "release" in cuda["build"]["compiler"]
+    expected = "this PyTorch was built without CUDA" if torch.version.cuda is None else None
+    assert (cuda["available"], cuda["reason"]) == (expected is None, expected)
+
+
+def test_architectures_are_checked_and_the_lowest_serves_later_gpus(
+    build_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert build_module.cuda_architectures() == ["80", "90a", "100"]
+    flags = build_module.architecture_flags(["100", "90a", "80"])
+    assert [flag for flag in flags if "code=compute" in flag] == ["-gencode=arch=compute_80,code=compute_80"]
+    assert build_module.architecture_flags(["90a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    for wrong in ("75", "ninety", "80;", "80 90"):
+        monkeypatch.setenv("SEDA_FAST_CUDA_ARCHS", wrong)
+        with pytest.raises(SystemExit, match="SEDA_FAST_CUDA_ARCHS must list architectures from 80 on"):
+            build_module.cuda_architectures()
+
+
+def test_a_missing_nvcc_is_named(build_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVCC", "no-such-nvcc")
+    with pytest.raises(build_module.CannotBuildError, match=r"no CUDA compiler was found \(looked for no-such-nvcc\)"):
+        build_module.find_nvcc()
+
+
+@pytest.mark.parametrize("mode", ["auto", "cuda"])
+def test_an_nvcc_that_fails_leaves_the_cpu_half(checkout: Path, tmp_path: Path, mode: str) -> None:
+    if COMPILER is None:
+        pytest.skip("test_an_nvcc_that_fails_leaves_the_cpu_half needs a C++ compiler")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho this compiler is broken\nexit 1\n")
+    nvcc.chmod(0o755)
+    done = build(checkout, tmp_path, SEDA_FAST_BUILD=mode, NVCC=str(nvcc), CXXFLAGS="-O0")
+    said = done.stdout + done.stderr
+    assert (done.returncode == 0) == (mode == "auto"), said[-2000:]
+    assert "this compiler is broken" in said
+    if mode == "cuda":
+        assert "SEDA_FAST_BUILD=cuda: nvcc fails" in said
+        return
+    assert len(re.findall(r"UserWarning: seda_fast is installed without its CUDA library", said)) == 1
+    found = probe(unpack(tmp_path))
+    assert (found["backend"], found["warnings"]) == ("cpp", [])
 
 
 def shim_functions() -> set[str]:
@@ -135,15 +201,13 @@ def shim_functions() -> set[str]:
     return {name for header in headers for name in re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", header.read_text())}
 
 
-def test_operators_use_nothing_of_pytorch_but_the_stable_abi(compiled: Path) -> None:
+@pytest.mark.parametrize("library", ["libseda_fast_cpu.so", "libseda_fast_cuda.so"])
+def test_operators_use_nothing_of_pytorch_but_the_stable_abi(library: str, request: pytest.FixtureRequest) -> None:
     if shutil.which("nm") is None:
         pytest.skip("test_operators_use_nothing_of_pytorch_but_the_stable_abi needs nm")
-    listed = subprocess.run(
-        ["nm", "-D", "--undefined-only", compiled / "seda_fast/libseda_fast_cpu.so"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    site: Path = request.getfixturevalue("compiled_cuda" if "cuda" in library else "compiled")
+    command = ["nm", "-D", "--undefined-only", str(site / "seda_fast" / library)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
     wanted = {line.split()[-1].partition("@")[0] for line in listed.stdout.splitlines()}
     torch_symbols = {name for name in wanted if re.match(r"(aoti_)?torch_|_ZN\w*(2at|3c10|5torch|6caffe2)", name)}
     assert len(torch_symbols) > 10
@@ -151,6 +215,32 @@ def test_operators_use_nothing_of_pytorch_but_the_stable_abi(compiled: Path) -> 
     # Of the names that came after PyTorch 2.10, none: the oldest PyTorch that the package admits has them all.
     newer = {name for name in torch_symbols if name.startswith("torch_exception_") or name.endswith("_v2")}
     assert newer == set()
+
+
+def test_the_cuda_library_names_pytorch_s_for_the_loader(compiled_cuda: Path) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("test_the_cuda_library_names_pytorch_s_for_the_loader needs readelf")
+    command = ["readelf", "-d", str(compiled_cuda / "seda_fast/libseda_fast_cuda.so")]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Without the second name the stream's symbol is not found; CUDA's own runtime is inside.
+    needed = re.findall(r"NEEDED.*\[(.*)\]", listed)
+    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= set(needed)
+    assert not [name for name in needed if "cudart" in name]
+    assert not list(compiled_cuda.rglob("libtorch_cuda.so"))
+
+
+def test_what_one_pytorch_built_another_loads(compiled_cuda: Path) -> None:
+    python = os.environ.get("SEDA_FAST_OTHER_PYTHON")
+    if python is None:
+        pytest.skip(
+            "test_what_one_pytorch_built_another_loads: SEDA_FAST_OTHER_PYTHON must name a Python with another PyTorch"
+        )
+    found = probe(compiled_cuda, python)
+    assert found["torch"] != torch.__version__
+    assert (found["backend"], found["warnings"]) == ("cpp", [])
+    assert found["sum"] == pytest.approx(probe(compiled_cuda)["sum"], rel=1e-6)
+    assert isinstance(found["cuda"], dict)
+    assert found["cuda"]["reason"] in (None, "this PyTorch was built without CUDA")
 
 
 @pytest.mark.parametrize("kept", [1000, None], ids=["cut short", "garbled"])

@@ -4,8 +4,9 @@ Beside them the small pieces of the definition that need no kernel of their own.
 """
 
 from ..reference import embed_condition, layer_norm, stratified_timesteps
-from . import cpp  # registers the C++ backend
+from . import cpp, cuda  # registers the C++ and the CUDA backend
 from ._cpp import status as cpp_status
+from ._cuda import status as cuda_status
 from ._dispatch import BACKENDS, choose, operations, references, refusal, use_backend
 from .interaction import chained_interaction_block, interaction_block
 from .noising import q_sample
@@ -19,6 +20,8 @@ __all__ = [
     "choose",
     "cpp",
     "cpp_status",
+    "cuda",
+    "cuda_status",
     "embed_condition",
     "interaction_block",
     "layer_norm",

@@ -38,25 +38,29 @@ _OPERATORS = (
 )
 _LIBRARY = "libseda_fast_cpu.so"
 _REPORT = "_build.json"
-_PACKAGE = __name__.partition(".")[0]
+PACKAGE = __name__.partition(".")[0]
 
 
-def _report() -> dict[str, Any]:
+def report() -> dict[str, Any]:
     """What the build left beside the package's files; empty where nothing was built."""
-    package = importlib.import_module(_PACKAGE)
-    for report in (Path(folder) / _REPORT for folder in package.__path__):
-        if report.is_file():
-            read: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    package = importlib.import_module(PACKAGE)
+    for file in (Path(folder) / _REPORT for folder in package.__path__):
+        if file.is_file():
+            read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return read
     return {}
 
 
-def _check_whole(folder: Path, sizes: dict[str, int]) -> None:
-    """Loading a file that was cut short ends the process with a bus error, so sizes are compared first."""
-    for name, size in sizes.items():
-        found = (folder / name).stat().st_size
-        if found != size:
-            raise ImportError(f"{folder / name} is damaged: it has {found} bytes, the build wrote {size}")
+def check_whole(file: Path) -> None:
+    """Loading a file that was cut short ends the process with a bus error, so its size is compared first.
+
+    Raises:
+        ImportError: it has not the size that the build wrote.
+    """
+    size = report().get("bytes", {}).get(file.name)
+    found = file.stat().st_size
+    if size is not None and found != size:
+        raise ImportError(f"{file} is damaged: it has {found} bytes, the build wrote {size}")
 
 
 def _load_extension() -> ModuleType | None:
@@ -65,13 +69,14 @@ def _load_extension() -> ModuleType | None:
     Raises:
         ImportError, OSError: it is there but cannot be loaded.
     """
-    spec = importlib.util.find_spec(f"{_PACKAGE}._C")
+    spec = importlib.util.find_spec(f"{PACKAGE}._C")
     if spec is None or spec.origin is None:
         return None
-    folder = Path(spec.origin).parent
-    _check_whole(folder, _report().get("bytes", {}))
-    module = importlib.import_module(f"{_PACKAGE}._C")
-    torch.ops.load_library(str(folder / _LIBRARY))
+    library = Path(spec.origin).parent / _LIBRARY
+    for file in (Path(spec.origin), library):
+        check_whole(file)
+    module = importlib.import_module(f"{PACKAGE}._C")
+    torch.ops.load_library(str(library))
     old = [name for name in _OPERATORS if not hasattr(torch.ops.seda_fast_cpp, name)]
     if old:
         raise ImportError(f"it was built from other sources (no {', '.join(old)}); install the package again")
@@ -88,7 +93,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, reason
     if module is not None:
         return module, None
-    missing = _report().get("missing", {}).get("cpu")
+    missing = report().get("missing", {}).get("cpu")
     return None, "it was not built" if missing is None else f"it was not built: {missing}"
 
 

@@ -31,9 +31,9 @@ class Lane:
         return f"{self.backend}-{self.device}"
 
     def dtypes(self) -> list[torch.dtype]:
-        """Dtypes below float64 that this lane computes right: no float16 in C++, and no bfloat16 in Triton's
-        interpreter, which gets it wrong."""
-        if self.backend == "cpp":
+        """Dtypes below float64 that this lane computes right: no float16 in C++ and CUDA C++, and no bfloat16 in
+        Triton's interpreter, which gets it wrong."""
+        if self.backend in ("cpp", "cuda"):
             return [torch.float32, torch.bfloat16]
         interpreted = self.backend == "triton" and self.device == "cpu"
         return [torch.float32, torch.float16] + ([] if interpreted else [torch.bfloat16])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from seda_fast.ops import interaction_block, q_sample, semantic_projection
+from seda_fast import reference
+from seda_fast.ops import ChainWeights, interaction_block, q_sample, reverse_chain, semantic_projection, use_backend
 
 pytestmark = pytest.mark.gpu
 
@@ -92,3 +93,67 @@ def test_a_large_head_needs_less_than_a_twentieth_of_its_logits() -> None:
     semantic_projection(features, labels, None, weight, bias)[1].backward()
     extra = torch.cuda.max_memory_allocated() - before - features.nbytes - weight.nbytes - bias.nbytes
     assert extra < 4 * rows * classes / 20
+
+
+def chain_arguments(rows: int, dim: int, width: int, hidden: int, blocks: int, steps: int) -> dict[str, Any]:
+    """A call of `reverse_chain` in bfloat16 on the GPU."""
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device="cuda") * scale).bfloat16()
+
+    def linear(out: int, into: int) -> tuple[Tensor, Tensor]:
+        return draw(out, into, scale=into**-0.5), draw(out, scale=0.1)
+
+    inner, outer = ([linear(*s) for _ in range(blocks)] for s in ((hidden, width), (width, hidden)))
+    parts = [[layer[part] for layer in layers] for layers in (inner, outer) for part in (0, 1)]
+    first = (*linear(width, dim), *linear(width, 2 * dim), *linear(blocks * hidden, width))
+    return {
+        "initial": draw(rows, dim),
+        "source": draw(rows, dim),
+        "condition": draw(rows, 2 * dim),
+        "coefficients": torch.rand(steps, 5, device="cuda") * 0.6,
+        "modulation": torch.randn(steps, blocks, 3, width, device="cuda") * 0.2,
+        "weights": ChainWeights(*first, *parts, *linear(dim, width)),
+        "seed": torch.tensor(9, device="cuda"),
+        "step": torch.tensor(2, device="cuda"),
+        "sample_ids": torch.arange(rows, device="cuda") + 2**35,
+        "stream": 4,
+    }
+
+
+def plain_chain(given: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """The definition in another dtype."""
+    first = [given[n].to(dtype) for n in ("initial", "source", "condition", "coefficients", "modulation")]
+    weights = [[t.to(dtype) for t in w] if isinstance(w, list) else w.to(dtype) for w in given["weights"]]
+    keys = {n: given[n] for n in ("seed", "step", "sample_ids", "stream")}
+    return reference.reverse_chain(*first, *weights, **keys)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 768, 512, 1024, 3, 5), (333, 384, 512, 1024, 3, 5), (20_000, 768, 512, 1024, 3, 2), (77, 64, 1024, 64, 1, 3)],
+    ids=str,
+)
+def test_the_persistent_chain_errs_no_more_than_twice_as_much_as_eager(sizes: tuple[int, ...]) -> None:
+    given = chain_arguments(*sizes)
+    with use_backend("cuda"):
+        got = reverse_chain(**given)
+    exact, eager = plain_chain(given, torch.float64), plain_chain(given, torch.bfloat16)
+    assert torch.isfinite(got).all()
+    assert (got.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
+
+
+def test_the_persistent_chain_is_captured_and_reads_the_step_at_every_replay() -> None:
+    given = chain_arguments(100, 64, 128, 256, 2, 3)
+    with use_backend("cuda"):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            reverse_chain(**given)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = reverse_chain(**given)
+        for value in (3, 2**33):
+            given["step"].fill_(value)
+            graph.replay()
+            assert torch.equal(captured, reverse_chain(**given))

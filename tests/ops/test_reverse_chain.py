@@ -31,6 +31,8 @@ CASES = [
     Case(1, 12, 20, 16, 32, 3, 4),
     Case(7, 5, 3, 18, 36, 2, 3, noisy=False),
     Case(33, 20, 24, 32, 64, 2, 1),
+    # Sizes that the CUDA C++ kernel takes.
+    Case(70, 72, 136, 64, 192, 2, 3),
 ]
 
 

@@ -1,0 +1,125 @@
+// What the chain's kernel asks of the machine: one thread's view of shared memory, copies, matrix units and barriers.
+// On the host the same names come from an emulator on the include path, which runs the kernel's own text thread by
+// thread and checks each access; this file is then not read.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#define SEDA_KERNEL __device__ __forceinline__
+
+namespace seda::machine {
+
+SEDA_KERNEL int thread() { return static_cast<int>(threadIdx.x); }
+SEDA_KERNEL int block() { return static_cast<int>(blockIdx.x); }
+SEDA_KERNEL int blocks() { return static_cast<int>(gridDim.x); }
+
+SEDA_KERNEL uint32_t shared_base() {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// All threads of the block, and what they wrote to shared memory.
+SEDA_KERNEL void barrier() { __syncthreads(); }
+
+SEDA_KERNEL void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+SEDA_KERNEL uint32_t load_shared(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// The same value, of which the compiler no longer knows that it is the same.
+SEDA_KERNEL void forget(int& value) { asm volatile("" : "+r"(value)); }
+SEDA_KERNEL void forget(unsigned char*& value) { asm volatile("" : "+l"(value)); }
+
+SEDA_KERNEL void load_shared4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+template <class T>
+SEDA_KERNEL T load(const T* p) {
+  return *p;
+}
+
+template <class T>
+SEDA_KERNEL void store(T* p, T value) {
+  *p = value;
+}
+
+// Values that blocks of threads exchange: from and to the cache that all share, past each processor's own.
+template <class T>
+SEDA_KERNEL T exchange_load(T* p) {
+  return __ldcg(p);
+}
+template <class T>
+SEDA_KERNEL void exchange_store(T* p, T value) {
+  __stcg(p, value);
+}
+
+// All threads of all blocks, for the number-th time; the counter starts at zero.
+SEDA_KERNEL void meet_all(uint32_t* counter, uint32_t number) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    uint32_t seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen < number * gridDim.x);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// 16 bytes from global to shared memory, or 16 zero bytes; there after the wait for the group that they were put in.
+SEDA_KERNEL void copy16(uint32_t to, const void* from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+
+SEDA_KERNEL void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all groups of this thread but the newest kNewest have arrived.
+template <int kNewest>
+SEDA_KERNEL void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+}
+
+// Four 8x8 matrices of bfloat16; lane 8 i + j gives the address of row j of matrix i.
+SEDA_KERNEL void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// c (16 x 8, float32) += a (16 x 16) b (16 x 8), both bfloat16, a warp together.
+SEDA_KERNEL void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+SEDA_KERNEL float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+
+// Two floats as two bfloat16, rounded to nearest even, the first in the low half.
+SEDA_KERNEL uint32_t pack(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+SEDA_KERNEL uint16_t round_to_bits(float x) { return static_cast<uint16_t>(pack(x, 0.0f)); }
+
+SEDA_KERNEL float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+SEDA_KERNEL float inverse_root(float x) { return rsqrtf(x); }
+
+}  // namespace seda::machine

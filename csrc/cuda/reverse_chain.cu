@@ -1,0 +1,60 @@
+// The reverse chain on CUDA: one launch for a whole stage. The kernel's text is in reverse_chain.h.
+#include "machine.h"
+// The machine above.
+#include "reverse_chain.h"
+#include "split_chain.h"
+
+namespace seda {
+namespace {
+
+template <class Thread>
+__global__ void __launch_bounds__(Thread::kThreads, 1) reverse_chain_kernel(const __grid_constant__ ChainLaunch launch) {
+  Thread thread(launch);
+  thread.run();
+}
+
+// Cooperative: all blocks of threads must be there at once, as they wait for each other.
+template <class Thread>
+cudaError_t start(const ChainLaunch& launch, int blocks, cudaStream_t stream, bool cooperative = false) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(reverse_chain_kernel<Thread>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(launch.shared.bytes));
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = cooperative;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(Thread::kThreads);
+  config.dynamicSmemBytes = launch.shared.bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, reverse_chain_kernel<Thread>, launch);
+}
+
+cudaError_t start_split(const ChainLaunch& launch, int blocks, cudaStream_t stream) {
+  const cudaError_t error = cudaMemsetAsync(launch.scratch + launch.split.counter, 0, sizeof(uint32_t), stream);
+  return error == cudaSuccess ? start<SplitThread>(launch, blocks, stream, true) : error;
+}
+
+}  // namespace
+
+const char* plan_chain(const ChainShape& shape, int64_t rows, int device, ChainPlan& plan) {
+  int processors = 0, room = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  plan = choose_plan(shape, rows, processors, room);
+  return nullptr;
+}
+
+const char* launch_chain(const ChainLaunch& launch, const ChainPlan& plan, int device, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (plan.kernel == ChainKernel::tall) error = start<TallChain>(launch, plan.blocks, on);
+  else if (plan.kernel == ChainKernel::wide) error = start<WideChain>(launch, plan.blocks, on);
+  else error = start_split(launch, plan.blocks, on);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace seda

@@ -1,0 +1,85 @@
+// The reverse chain on CUDA: what reverse_chain.cpp hands to reverse_chain.cu after its checks.
+#pragma once
+
+#include "schedule.h"
+
+namespace seda {
+
+using Bits16 = uint16_t;  // a bfloat16
+
+struct WeightMatrix {
+  const Bits16* data;  // (rows, columns) without gaps
+  int rows, columns;
+};
+
+struct ChainLaunch {
+  ChainShape shape;
+  int64_t rows;
+  const Bits16 *initial, *source, *condition;
+  int64_t initial_stride, source_stride, condition_stride;
+  Bits16* result;             // (rows, dim)
+  const float* coefficients;  // (steps, 5)
+  const float* modulation;    // (steps, blocks, 3, width)
+  const Bits16 *b_c, *b_g, *b_x, *b_y;
+  const Bits16 *b_h[kMostBlocks], *b_o[kMostBlocks];
+  WeightMatrix weights[kBlockWeights + 2 * kMostBlocks];
+  const int64_t *seed, *step, *sample_ids;
+  int64_t stream;
+  bool noisy;
+  unsigned char* scratch;  // saved.bytes for each block of threads, or split.bytes for all together
+  SharedPlan shared;
+  ScratchPlan saved;
+  SplitPlan split;
+};
+
+// The two sizes that are compiled: rows of a tile, the widest rows in panels of kTileRows, slots of the ring.
+constexpr int kTallRows = 64, kTallPanels = 4, kTallStages = 4;
+constexpr int kWideRows = 32, kWidePanels = 8, kWideStages = 3;
+
+enum class ChainKernel { none, tall, wide, split };
+
+struct ChainPlan {
+  ChainKernel kernel;
+  int blocks;  // of threads
+};
+
+// How a call is spread over a GPU with so many processors, each with so much shared memory for a block of threads.
+SEDA_BOTH ChainPlan choose_plan(const ChainShape& s, int64_t rows, int processors, int room) {
+  const bool any = s.width % kSlice == 0 && s.hidden % kSlice == 0 && s.dim % 8 == 0 && s.condition_dim % 8 == 0 &&
+                   s.dim > 0 && s.condition_dim > 0 && s.width > 0 && s.hidden > 0 && s.blocks > 0 && s.steps > 0 &&
+                   s.width <= kMostWidth && s.blocks <= kMostBlocks;
+  const auto fits = [&s, room](int tile, int panels, int stages) {
+    return s.width <= panels * kTileRows && plan_shared(s, tile, stages).bytes <= static_cast<uint32_t>(room);
+  };
+  if (!any) return {ChainKernel::none, 0};
+  if (rows <= kSplitRows && split_shared_bytes(s) <= static_cast<uint32_t>(room)) {
+    int widest = s.width > s.hidden ? s.width : s.hidden;
+    widest = pieces(widest > s.dim ? widest : s.dim, kSplitColumns);
+    return {ChainKernel::split, widest < processors ? widest : processors};
+  }
+  const bool tall = fits(kTallRows, kTallPanels, kTallStages), wide = fits(kWideRows, kWidePanels, kWideStages);
+  if (!tall && !wide) return {ChainKernel::none, 0};
+  // Few rows go in low tiles, so that more processors have some.
+  const bool choose_tall = tall && (!wide || rows > int64_t{kWideRows} * processors);
+  const int64_t tiles = (rows + (choose_tall ? kTallRows : kWideRows) - 1) / (choose_tall ? kTallRows : kWideRows);
+  return {choose_tall ? ChainKernel::tall : ChainKernel::wide, static_cast<int>(tiles < processors ? tiles : processors)};
+}
+
+// Sets where things lie; how much of `scratch` the launch needs, in bytes.
+SEDA_BOTH int64_t complete(ChainLaunch& launch, const ChainPlan& plan) {
+  if (plan.kernel == ChainKernel::split) {
+    launch.split = plan_split(launch.shape);
+    launch.shared.bytes = split_shared_bytes(launch.shape);
+    return launch.split.bytes;
+  }
+  const bool tall = plan.kernel == ChainKernel::tall;
+  launch.shared = plan_shared(launch.shape, tall ? kTallRows : kWideRows, tall ? kTallStages : kWideStages);
+  launch.saved = plan_scratch(launch.shape, tall ? kTallRows : kWideRows);
+  return launch.saved.bytes * plan.blocks;
+}
+
+// Null, or what CUDA says went wrong.
+const char* plan_chain(const ChainShape& shape, int64_t rows, int device, ChainPlan& plan);
+const char* launch_chain(const ChainLaunch& launch, const ChainPlan& plan, int device, void* stream);
+
+}  // namespace seda

@@ -1,0 +1,101 @@
+"""The CUDA C++ backend: whether the operators of csrc/cuda are here, why not, and what they serve.
+
+It is never chosen by itself: an operation's default on CUDA is what was measured fastest there, and these kernels have
+not been measured yet. ``use_backend("cuda")`` reaches them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _cpp
+from ._dispatch import implement
+
+DTYPES = (torch.float32, torch.bfloat16)
+# What each operation's kernel serves; a call outside goes to the reference.
+RULES = {"q_sample": "float32 and bfloat16, any shape and row stride"}
+
+_LIBRARY = "libseda_fast_cuda.so"
+_OPERATORS = ("chain_fits", "q_sample", "q_sample_backward", "reverse_chain")
+
+
+def _absence() -> str | None:
+    """Why the library is not to be loaded, or None."""
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    spec = importlib.util.find_spec(f"{_cpp.PACKAGE}._C")
+    if spec is None or spec.origin is None:
+        return "it was not built"
+    if not (Path(spec.origin).parent / _LIBRARY).is_file():
+        missing = _cpp.report().get("missing", {}).get("cuda")
+        return "it was not built" if missing is None else f"it was not built: {missing}"
+    return None
+
+
+def _load() -> str | None:
+    """Register the operators; the reason why they are not usable, or None."""
+    reason = _absence()
+    if reason is not None:
+        return reason
+    spec = importlib.util.find_spec(f"{_cpp.PACKAGE}._C")
+    assert spec is not None and spec.origin is not None
+    path = Path(spec.origin).parent / _LIBRARY
+    try:
+        _cpp.check_whole(path)
+        torch.ops.load_library(str(path))
+        old = [name for name in _OPERATORS if not hasattr(torch.ops.seda_fast_cuda, name)]
+        if old:
+            raise ImportError(f"it was built from other sources (no {', '.join(old)}); install the package again")
+    except (ImportError, OSError) as error:
+        reason = f"it cannot be loaded: {error.__cause__ or error}"
+        warnings.warn(f"seda_fast runs without its CUDA C++ operators; {reason}", RuntimeWarning, stacklevel=4)
+    return reason
+
+
+_reason = _load()
+
+
+@functools.cache
+def _weakest_capability() -> tuple[int, int]:
+    devices = range(torch.cuda.device_count())
+    return min((torch.cuda.get_device_capability(i) for i in devices), default=(0, 0))
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the CUDA operators cannot run on a device type, or None when they can."""
+    if _reason is not None:
+        return f"the CUDA library is missing: {_reason}"
+    if device_type != "cuda":
+        return "it has code for CUDA only"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    if _weakest_capability() < (8, 0):
+        return f"its kernels need compute capability 8.0, the device has {_weakest_capability()}"
+    return None
+
+
+def implement_with_cuda(op: str, function: Callable[..., Any]) -> None:
+    """Register ``function`` for ``op``; it serves where it is forced."""
+    implement(op, "cuda", function, devices=(), unavailable=unavailable, dtypes=DTYPES)
+
+
+def status() -> dict[str, Any]:
+    """What `seda_fast.info` shows of the CUDA library.
+
+    Returns:
+        ``available``: bool; ``reason``: why not, or None; ``rules``: operation to what the kernel serves; ``build``:
+        compiler, flags and architectures, empty where it was not built.
+    """
+    return {
+        "available": _reason is None,
+        "reason": _reason,
+        "rules": dict(RULES),
+        "build": _cpp.report().get("cuda", {}),
+    }
