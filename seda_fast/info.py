@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from . import __version__
-from .command import Parser
+from .command import run, settings_of
+from .config import check_types, setting
 from .ops import BACKENDS, choose, cpp_status, cuda_status, operations, refusal
 
 PROGRAM = "seda_fast.info"
 PACKAGES = ("torch", "triton", "xformers", "numpy", "safetensors", "scikit-learn", "matplotlib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """What is told, and how."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "the operations' implementations for which dtype"
+    )
+    json: bool = setting(False, "print one JSON object instead of text, for a bug report or a script")
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 def version_of(package: str) -> str:
@@ -43,9 +60,9 @@ def _device_types() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def operation_lines() -> list[str]:
+def operation_lines(dtype: torch.dtype) -> list[str]:
     """One line an operation: who serves it on each device now."""
-    served = {op: [f"{device}: {choose(op, device)[0]}" for device in _device_types()] for op in operations()}
+    served = {op: [f"{device}: {choose(op, device, dtype)[0]}" for device in _device_types()] for op in operations()}
     return [f"{op:<28} {', '.join(by_device)}" for op, by_device in served.items()]
 
 
@@ -78,23 +95,36 @@ def extension_lines() -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, width=110, subsequent_indent="  ")]
 
 
-def report() -> str:
-    """The whole text."""
-    lines = [f"seda_fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
-    lines += ["", "packages", *(f"  {package:<14} {version_of(package)}" for package in PACKAGES)]
-    lines += ["", "devices", *(f"  {line}" for line in devices())]
-    lines += ["", "compiled extension", *(f"  {line}" for line in extension_lines())]
-    lines += ["", "operations (float32)", *(f"  {line}" for line in operation_lines())]
-    if unavailable := unavailable_lines():
-        lines += ["", "not available here", *(f"  {line}" for line in unavailable)]
+def report(config: InfoConfig) -> dict[str, list[str]]:
+    """The lines of each part, by its title."""
+    return {
+        "packages": [f"{package:<14} {version_of(package)}" for package in PACKAGES],
+        "devices": devices(),
+        "compiled extension": extension_lines(),
+        f"operations ({config.dtype})": operation_lines(getattr(torch, config.dtype)),
+        "not available here": unavailable_lines(),
+    }
+
+
+def as_text(head: str, parts: Mapping[str, Sequence[str]]) -> str:
+    """One screen."""
+    lines = [head]
+    for title, content in parts.items():
+        if content:
+            lines += ["", title, *(f"  {line}" for line in content)]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    Parser(prog=f"python -m {PROGRAM}", description=(__doc__ or "").strip()).parse_args(argv)
-    print(report())
-    return 0
+    """Entry point; returns the exit code: 0, or 2 with one sentence on stderr."""
+
+    def body() -> None:
+        config = InfoConfig(**settings_of(PROGRAM, __doc__, {"info": InfoConfig}, argv)["info"])
+        head = f"seda_fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+        parts = report(config)
+        print(json.dumps({"seda_fast": head, **parts}, indent=1) if config.json else as_text(head, parts))
+
+    return run(body, PROGRAM)
 
 
 if __name__ == "__main__":

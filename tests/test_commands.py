@@ -481,6 +481,19 @@ def test_info_names_versions_devices_and_implementations(capsys: pytest.CaptureF
     assert max(len(line) for line in shown.splitlines()) <= 160
 
 
+def test_info_takes_settings_like_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text("[info]\njson = true\ndtype = 'float16'\n")
+    assert info.main(["--config", str(file)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert any("q_sample" in line and "cpu: reference" in line for line in found["operations (float16)"])
+    assert info.main(["--config", str(file), "--dtype", "float32", "--no-json"]) == 0
+    assert "operations (float32)" in capsys.readouterr().out
+    file.write_text("[info]\nwings = 2\n")
+    assert info.main(["--config", str(file)]) == 2
+    assert "unknown setting 'wings' in [info]" in capsys.readouterr().err
+
+
 def test_help_names_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.main(["--help"])
