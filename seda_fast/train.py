@@ -29,7 +29,7 @@ from .baselines import BASELINES, Baseline, fit_baseline
 from .command import choose_device, progress, report, run, settings_of
 from .config import ConfigError, SeDAConfig, TrainConfig, check_range, check_types, setting
 from .data import EvaluationRows, FeatureSet
-from .engine import EngineName, PrecisionName
+from .engine import EngineName, PrecisionName, Rows
 from .figures import write_figures
 from .files import atomic_path
 from .interrupt import Interrupts
@@ -71,11 +71,13 @@ class RunConfig:
     engine: EngineName = setting("auto", "what runs a training step; auto goes by the device")
     precision: PrecisionName = setting("fp32", "of products and activations; the weights stay float32")
     checkpoint_every: float = setting(1.0, "epochs between checkpoints; a fraction for several an epoch")
+    memory_share: float = setting(0.5, "share of the device's free memory beyond which features stay in their files")
     resume: bool = setting(False, "continue the unfinished run to that folder")
 
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "test_fraction", 0 < self.test_fraction < 1, "between 0 and 1")
+        check_range(self, "memory_share", 0 <= self.memory_share <= 1, "in 0 .. 1")
         check_range(self, "checkpoint_every", 0 < self.checkpoint_every < float("inf"), "positive")
 
 
@@ -176,7 +178,7 @@ def write_report(folder: Path, model: SeDA, part: EvaluationRows, outputs: Outpu
 
 
 def fit(
-    model: SeDA, rows: TrainingSet, settings: Settings, keeping: Keeping, ranks: Ranks = ALONE
+    model: SeDA, rows: Rows, settings: Settings, keeping: Keeping, ranks: Ranks = ALONE
 ) -> tuple[SeDA, list[Epoch], dict[str, Any]]:
     """Train, or continue training; returns the model, its history, and what ``metrics.json`` says of it."""
 
@@ -210,6 +212,7 @@ def fit(
         "peak_memory_bytes": peak_memory_bytes(rows.device),
         "engine": trainer.stepper.report(),
         "ranks": ranks.world,
+        "data": "on the device" if rows.on_device else "in its files",
         "precision": settings.run.precision,
         "resumed_after_step": resumed_after,
     }  # fmt: skip
@@ -225,7 +228,14 @@ def train_and_evaluate(settings: Settings, draft: Path | None, keeping: Keeping,
         seed=settings.train.seed,
     )
     config = settings.model_config(data)
-    model, rows = prepare(data, config, settings.train.seed, device, ranks)
+    model, rows = prepare(
+        data, config, settings.train.seed, device, ranks=ranks, memory_share=settings.run.memory_share
+    )
+    if settings.run.baselines and not isinstance(rows, TrainingSet):
+        raise ConfigError(
+            "the training part is larger than memory_share allows and stays in its files, but the baselines would "
+            "load it whole; give --no-baselines"
+        )
     model, history, training = fit(model, rows, settings, keeping, ranks)
     part = data.test_part
     with progress(len(part.visual), "predicting") as bar:
@@ -236,7 +246,7 @@ def train_and_evaluate(settings: Settings, draft: Path | None, keeping: Keeping,
     metrics["train"] = training
     arrays = {**outputs.arrays(), "labels": part.labels, "ids": part.ids}
     metrics["baselines"] = {}
-    if settings.run.baselines:
+    if settings.run.baselines and isinstance(rows, TrainingSet):
         found = fit_baselines(rows, config, settings.train)
         metrics["baselines"], more = baseline_results(found, model, part)
         arrays.update(more)
