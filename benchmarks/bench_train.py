@@ -134,11 +134,13 @@ def endless(stepper: Stepper, rows: int) -> Iterator[None]:
         yield from stepper.steps(list(torch.arange(len(stepper.data)).split(rows)))
 
 
-def ours(model: SeDA, data: TrainingSet, rows: int, settings: TrainConfig) -> Callable[[], Tensor]:
-    """A step of the library's own loop, with the engine that it chooses."""
+def ours(
+    model: SeDA, data: TrainingSet, rows: int, settings: TrainConfig, engine: Any = "auto"
+) -> Callable[[], Tensor]:
+    """A step of the library's own loop, by default with the engine that it chooses."""
     precision: Any = "bf16" if data.device.type == "cuda" else "fp32"
     settings = TrainConfig(**{**settings.__dict__, "batch_size": rows})
-    stepper = Stepper(model, data, settings, 10_000, engine="auto", precision=precision)
+    stepper = Stepper(model, data, settings, 10_000, engine=engine, precision=precision)
     walk = endless(stepper, rows)
 
     def step() -> Tensor:
@@ -181,6 +183,9 @@ def bench_training_step(contest: Any, device: torch.device, quick: bool, workloa
     model = SeDA(config).to(device)
     assert_same_loss(model, data, min(rows, 64))
     steps = {"seda_fast": ours(copy.deepcopy(model), data, rows, settings)}
+    for engine in ("eager", "compile"):
+        if engine != ("eager" if device.type == "cpu" else "graph"):  # what auto chooses
+            steps[f"seda_fast, engine {engine}"] = ours(copy.deepcopy(model), data, rows, settings, engine)
     variants: dict[str, Callable[..., Tensor]] = {"eager": plain_loss, **compile_variants(plain_loss, device)}
     if device.type == "cuda":
         variants["compiled, reduce-overhead"] = torch.compile(plain_loss, mode="reduce-overhead", fullgraph=True)
