@@ -9,6 +9,8 @@ a CPU, whose clock and neighbours change, only ratios are.
 
 import dataclasses
 import json
+import math
+import os
 import platform
 import re
 import statistics
@@ -103,6 +105,7 @@ class Contest:
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats, self.rows = device, repeats, list[Row]()
+        self.growth, self.starts = dict[str, dict[str, Any]](), dict[str, dict[str, float]]()
         self.clock = Clock(device)
         self.matrix_rate = {dtype: self._matrix_rate(dtype) for dtype in self._dtypes()}
         self.copy_rate = self._copy_rate(2**31 if device.type == "cuda" else 2**27)
@@ -224,6 +227,8 @@ def as_json(contest: Contest, root: Path) -> dict[str, Any]:
         "copy_bytes_per_second": contest.copy_rate if absolute else None,
         "matrix_flops_per_second": rates if absolute else None,
         "rows": [dataclasses.asdict(row) for row in contest.rows],
+        "growth": contest.growth,
+        "starts": contest.starts,
     }
 
 
@@ -238,6 +243,64 @@ def as_table(rows: list[Row]) -> str:
         cells.append((row.workload, name, f"{row.ratio:.2f}", f"{row.spread:.0%}", taken, share))
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def measure_growth(contest: Contest, name: str, points: dict[int, Callable[[], object]]) -> None:
+    """Time ``points``, interleaved, and fit the slope of log time over log size.
+
+    Times are kept from GPUs; on a CPU they count in that of the first point.
+    """
+    calls = {size: contest.clock.calls_for(call) for size, call in points.items() if call() is not None}
+    times: dict[int, list[float]] = {size: [] for size in points}
+    for _ in range(min(contest.repeats, 10)):
+        for size, call in points.items():
+            times[size].append(contest.clock(call, calls[size]))
+    medians = [statistics.median(taken) for taken in times.values()]
+    unit = 1.0 if contest.device.type == "cuda" else medians[0]
+    slope, _ = statistics.linear_regression([math.log(n) for n in points], [math.log(t) for t in medians])
+    contest.growth[name] = {"sizes": list(points), "times": [t / unit for t in medians], "slope": slope}
+
+
+def measure_start(contest: Contest, name: str, command: list[str], caches: Path) -> None:
+    """Run ``command`` in a new process, with the compilers' caches in ``caches``, and keep what it prints."""
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
+    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=True)
+    first, usual, torch_in, package_in, peak = (float(word) for word in done.stdout.split()[-5:])
+    contest.starts[name] = {
+        "first_step_over_later": first / usual,
+        "import_over_torch": package_in / torch_in,
+        "peak_memory_bytes": peak,
+        **({"first_step_seconds": first} if contest.device.type == "cuda" else {}),
+    }
+
+
+def as_growth_table(contest: Contest) -> str:
+    """Slopes and starts, a line each."""
+    lines = [f"{name}: time grows with size to the power {g['slope']:.2f}" for name, g in contest.growth.items()]
+    for name, start in contest.starts.items():
+        lines.append(
+            f"start ({name}): first step {start['first_step_over_later']:.1f} later steps, import "
+            f"{start['import_over_torch']:.2f} of PyTorch's, peak {start['peak_memory_bytes'] / 1e6:.0f} MB"
+        )
+    return "\n".join(lines)
+
+
+def draw_growth(contest: Contest, title: str, file: Path) -> bool:
+    """Log-log lines of `measure_growth` with their slopes, as a PNG; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, found in contest.growth.items():
+        axes.loglog(found["sizes"], found["times"], marker="o", label=f"{name}: slope {found['slope']:.2f}")
+    axes.set_xlabel("size")
+    axes.set_ylabel("seconds" if contest.device.type == "cuda" else "time over that of the smallest")
+    axes.set_title(title)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    return True
 
 
 def draw(rows: list[Row], title: str, file: Path) -> bool:
@@ -320,6 +383,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section(f"benchmarks on {device_name(contest.device)}")
     terminalreporter.write_line(as_table(contest.rows))
+    terminalreporter.write_line(as_growth_table(contest))
     if contest.device.type != "cuda":
         terminalreporter.write_line("GPU workloads: not measured (no CUDA device).")
     if config.getoption("--quick") or terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
@@ -331,6 +395,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     result = as_json(contest, Path(__file__).resolve().parents[1])
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     drawn = draw(contest.rows, f"{result['device']}, commit {result['commit']}", folder / f"{name}.png")
+    if contest.growth:
+        draw_growth(contest, f"{result['device']}, commit {result['commit']}", folder / f"{name}-growth.png")
     picture = " and .png" if drawn else "; no picture, as matplotlib is not installed"
     terminalreporter.write_line(f"Written: {folder / name}.json{picture}")
 
@@ -366,6 +432,18 @@ def challengers() -> Callable[[str, torch.device, Callable[[], Any]], dict[str, 
         return {f"{OURS} on {backend}": forced(backend) for backend in able}
 
     return find
+
+
+@pytest.fixture(scope="session")
+def growth() -> Callable[..., None]:
+    """See `measure_growth`."""
+    return measure_growth
+
+
+@pytest.fixture(scope="session")
+def startup() -> Callable[..., None]:
+    """See `measure_start`."""
+    return measure_start
 
 
 @pytest.fixture(scope="session")

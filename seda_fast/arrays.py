@@ -6,6 +6,7 @@ Large arrays, memory maps among them, are walked in blocks of rows and never cop
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -49,6 +50,7 @@ def mean_and_scale(array: Features, rows: Index | None = None) -> tuple[Moments,
     for start in range(0, len(chosen), step):
         take = slice(start, start + step) if rows is None else chosen[start : start + step]
         block = np.asarray(array[take], dtype=np.float64)
+        release(array)
         block = block[~np.isnan(block).any(axis=1)]
         if not len(block):
             continue
@@ -66,6 +68,15 @@ def mean_and_scale(array: Features, rows: Index | None = None) -> tuple[Moments,
     return origin + mean, np.where(scale > 0, scale, 1.0)
 
 
+def release(array: Features) -> None:
+    """Give back the memory of a memory map's pages; the next access reads them anew. Nothing for other arrays."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 def _blocks(array: Features) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """(first row, rows as float32), a bounded number of rows at a time."""
     step = max(1, _BLOCK // array.shape[1])
@@ -73,6 +84,7 @@ def _blocks(array: Features) -> Iterator[tuple[int, NDArray[np.float32]]]:
         with np.errstate(over="ignore", invalid="ignore"):
             block = np.asarray(array[start : start + step], dtype=np.float32)
         yield start, block
+        release(array)
 
 
 def has_text(text: Features) -> Mask:

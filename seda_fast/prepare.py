@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
-from .arrays import mean_and_scale
+from .arrays import mean_and_scale, release
 from .arrays import rows as float_rows
 from .config import SeDAConfig
 from .data import FeatureSet
 from .files import DataError
 from .loop import TrainingSet
 from .nn import SeDA, centres_of, class_sums
+from .nn.teacher import fit_teacher, teacher_rows
 from .ranks import ALONE, Ranks
+from .streaming import RowReader, StreamedSet, free_memory
+
+# Share of the device's free memory that the training part may take.
+MEMORY_SHARE = 0.5
+# Elements standardised together where the features stay in their files: 64 MiB of float32.
+_BLOCK = 2**24
 
 
 def prepare(
-    data: FeatureSet, config: SeDAConfig, seed: int, device: torch.device, ranks: Ranks = ALONE
-) -> tuple[SeDA, TrainingSet]:
+    data: FeatureSet,
+    config: SeDAConfig,
+    seed: int,
+    device: torch.device,
+    *,
+    ranks: Ranks = ALONE,
+    memory_share: float = MEMORY_SHARE,
+) -> tuple[SeDA, TrainingSet | StreamedSet]:
     """A new model carrying the data's statistics, and the standardised training set on ``device``.
 
-    Rows without text keep zeros there, which nothing reads. Each of the ranks sums its part of the rows for the
-    category centres. Raises DataError when no row is labelled.
+    Rows without text keep zeros there, which nothing reads. Where the features would take more than ``memory_share``
+    of the device's free memory they are streamed instead; those that lie in the memory of a CPU already never are.
+    Each of the ranks sums its part of the rows for the category centres. Raises DataError when no row is labelled.
     """
     if not data.labelled_train.any():
         raise DataError(f"{data.source}: 'label_train' has no labelled row")
@@ -31,22 +49,60 @@ def prepare(
     visual_mean, visual_scale = (torch.from_numpy(m).float() for m in mean_and_scale(data.visual_train))
     text_mean, text_scale = torch.zeros(data.text_dim), torch.ones(data.text_dim)
     if data.paired_train.any():
-        moments = mean_and_scale(data.text_train, np.flatnonzero(data.paired_train))
-        text_mean, text_scale = (torch.from_numpy(m).float() for m in moments)
+        text_moments = mean_and_scale(data.text_train, np.flatnonzero(data.paired_train))
+        text_mean, text_scale = (torch.from_numpy(m).float() for m in text_moments)
+    about = (torch.from_numpy(np.asarray(a)) for a in (data.label_train, data.paired_train, data.ids_train))
+    moments = (visual_mean, visual_scale, text_mean, text_scale)
+    streamed = StreamedSet(RowReader(data.visual_train), RowReader(data.text_train), *moments, *about)
+    rows = streamed if _too_large(data, device, memory_share) else _loaded(data, streamed)
+    _fit(model, rows, seed, ranks, moments)
+    return model.to(device), _to(rows, device)
+
+
+def _too_large(data: FeatureSet, device: torch.device, memory_share: float) -> bool:
+    if device.type == "cpu" and not isinstance(data.visual_train, np.memmap):
+        return False
+    needed = 4 * (data.visual_train.size + data.text_train.size)
+    return needed > memory_share * free_memory(device)
+
+
+def _loaded(data: FeatureSet, rows: StreamedSet) -> TrainingSet:
     everything = np.arange(len(data.visual_train))
-    visual = (torch.from_numpy(float_rows(data.visual_train, everything)) - visual_mean) / visual_scale
-    text = (torch.from_numpy(float_rows(data.text_train, everything)) - text_mean) / text_scale
-    labels = torch.from_numpy(np.asarray(data.label_train))
-    part = ranks.part(len(labels))
-    sums, counts = (ranks.add(found) for found in class_sums(visual[part], labels[part], config.n_classes))
-    model.set_statistics(visual_mean, visual_scale, text_mean, text_scale, centres_of(sums, counts))
-    text, paired = text.nan_to_num(nan=0.0), torch.from_numpy(data.paired_train)
-    model.fit_teacher(visual, text, labels, paired, seed)
-    rows = TrainingSet(
-        visual.to(device),
-        text.to(device),
-        labels.to(device),
-        paired.to(device),
-        torch.from_numpy(data.ids_train).to(device),
-    )
-    return model.to(device), rows
+    visual = (torch.from_numpy(float_rows(data.visual_train, everything)) - rows.visual_mean) / rows.visual_scale
+    release(data.visual_train)
+    text = (torch.from_numpy(float_rows(data.text_train, everything)) - rows.text_mean) / rows.text_scale
+    release(data.text_train)
+    return TrainingSet(visual, text.nan_to_num(nan=0.0), rows.labels, rows.paired, rows.sample_ids)
+
+
+def _fit(
+    model: SeDA,
+    rows: TrainingSet | StreamedSet,
+    seed: int,
+    ranks: Ranks,
+    moments: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """The model's statistics and teacher, from rows on the host."""
+    part, classes = ranks.part(len(rows)), model.config.n_classes
+    if isinstance(rows, TrainingSet):
+        sums, counts = class_sums(rows.visual[part], rows.labels[part], classes)
+    else:
+        sums = torch.zeros(classes, model.config.visual_dim, dtype=torch.float64)
+        counts = torch.zeros(classes, dtype=torch.int64)
+        together = max(1, _BLOCK // (model.config.visual_dim + model.config.text_dim))
+        for visual, _, labels, _, _ in rows.batches(torch.arange(len(rows))[part].split(together)):
+            more_sums, more_counts = class_sums(visual, labels, classes)
+            sums, counts = sums + more_sums, counts + more_counts
+    model.set_statistics(*moments, centres_of(ranks.add(sums), ranks.add(counts)))
+    taught = teacher_rows(rows.labels, rows.paired, seed)
+    model.teacher = None
+    if len(taught):
+        visual, text, labels, _, _ = rows.rows(taught)
+        model.teacher = fit_teacher(visual, text, labels, classes, seed)
+
+
+def _to(rows: TrainingSet | StreamedSet, device: torch.device) -> TrainingSet | StreamedSet:
+    moved: dict[str, Any] = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(rows).items()
+    }
+    return dataclasses.replace(rows, **moved)

@@ -29,7 +29,7 @@ from .baselines import BASELINES, Baseline, fit_baseline
 from .command import choose_device, progress, report, run, settings_of
 from .config import ConfigError, SeDAConfig, TrainConfig, check_range, check_types, setting
 from .data import EvaluationRows, FeatureSet
-from .engine import EngineName, PrecisionName
+from .engine import EngineName, PrecisionName, Rows
 from .figures import write_figures
 from .files import atomic_path
 from .interrupt import Interrupts
@@ -39,6 +39,7 @@ from .metrics import classification_metrics
 from .nn import SeDA
 from .outputs import Outputs
 from .prepare import prepare
+from .profiling import Profile, profiled
 from .ranks import ALONE, Ranks, joined, restarted
 from .results import (
     CONFIG_FILE,
@@ -52,6 +53,7 @@ from .results import (
 from .sharded import sharded_outputs
 
 PROGRAM = "seda_fast.train"
+TRACE_FILE = "trace.json"
 # Samples whose way through the steps is drawn.
 _PATH_SAMPLES = 12
 _FROM_DATA = ("visual_dim", "text_dim", "n_classes")
@@ -71,11 +73,14 @@ class RunConfig:
     engine: EngineName = setting("auto", "what runs a training step; auto goes by the device")
     precision: PrecisionName = setting("fp32", "of products and activations; the weights stay float32")
     checkpoint_every: float = setting(1.0, "epochs between checkpoints; a fraction for several an epoch")
+    memory_share: float = setting(0.5, "share of the device's free memory beyond which features stay in their files")
+    profile: bool = setting(False, "write trace.json of some steps, and print the share of time of each operation")
     resume: bool = setting(False, "continue the unfinished run to that folder")
 
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "test_fraction", 0 < self.test_fraction < 1, "between 0 and 1")
+        check_range(self, "memory_share", 0 <= self.memory_share <= 1, "in 0 .. 1")
         check_range(self, "checkpoint_every", 0 < self.checkpoint_every < float("inf"), "positive")
 
 
@@ -176,9 +181,12 @@ def write_report(folder: Path, model: SeDA, part: EvaluationRows, outputs: Outpu
 
 
 def fit(
-    model: SeDA, rows: TrainingSet, settings: Settings, keeping: Keeping, ranks: Ranks = ALONE
+    model: SeDA, rows: Rows, settings: Settings, keeping: Keeping, ranks: Ranks = ALONE, trace: Path | None = None
 ) -> tuple[SeDA, list[Epoch], dict[str, Any]]:
-    """Train, or continue training; returns the model, its history, and what ``metrics.json`` says of it."""
+    """Train, or continue training; returns the model, its history, and what ``metrics.json`` says of it.
+
+    ``trace`` is where the trace of a profiled training goes, None without.
+    """
 
     def say(sentence: str) -> None:
         if ranks.first:
@@ -199,9 +207,20 @@ def fit(
     resumed_after, before = trainer.stepper.done, trainer.seconds
     started = time.perf_counter()
     assert keeping.interrupts is not None
-    with progress(trainer.total_steps, "training") as bar, keeping.interrupts.deferred():
+    found = Profile({})
+    left = trainer.total_steps - resumed_after
+    with (
+        progress(trainer.total_steps, "training") as bar,
+        profiled(trace, rows.device, left, found) as recorder,
+        keeping.interrupts.deferred(),
+    ):
         bar.update(resumed_after)
-        model, history = trainer.run(on_step=lambda done, total: bar.update())
+
+        def on_step(done: int, total: int) -> None:
+            recorder.step()
+            bar.update()
+
+        model, history = trainer.run(on_step)
     seconds = before + time.perf_counter() - started
     return model, history, {
         "seconds": seconds,
@@ -210,8 +229,10 @@ def fit(
         "peak_memory_bytes": peak_memory_bytes(rows.device),
         "engine": trainer.stepper.report(),
         "ranks": ranks.world,
+        "data": "on the device" if rows.on_device else "in its files",
         "precision": settings.run.precision,
         "resumed_after_step": resumed_after,
+        **({"profile": found} if found.shares else {}),
     }  # fmt: skip
 
 
@@ -225,8 +246,17 @@ def train_and_evaluate(settings: Settings, draft: Path | None, keeping: Keeping,
         seed=settings.train.seed,
     )
     config = settings.model_config(data)
-    model, rows = prepare(data, config, settings.train.seed, device, ranks)
-    model, history, training = fit(model, rows, settings, keeping, ranks)
+    model, rows = prepare(
+        data, config, settings.train.seed, device, ranks=ranks, memory_share=settings.run.memory_share
+    )
+    if settings.run.baselines and not isinstance(rows, TrainingSet):
+        raise ConfigError(
+            "the training part is larger than memory_share allows and stays in its files, but the baselines would "
+            "load it whole; give --no-baselines"
+        )
+    trace = draft / TRACE_FILE if draft is not None and settings.run.profile else None
+    model, history, training = fit(model, rows, settings, keeping, ranks, trace)
+    profile = training.pop("profile", None)
     part = data.test_part
     with progress(len(part.visual), "predicting") as bar:
         outputs = sharded_outputs(model, part, ranks, on_rows=bar.update)
@@ -236,7 +266,7 @@ def train_and_evaluate(settings: Settings, draft: Path | None, keeping: Keeping,
     metrics["train"] = training
     arrays = {**outputs.arrays(), "labels": part.labels, "ids": part.ids}
     metrics["baselines"] = {}
-    if settings.run.baselines:
+    if settings.run.baselines and isinstance(rows, TrainingSet):
         found = fit_baselines(rows, config, settings.train)
         metrics["baselines"], more = baseline_results(found, model, part)
         arrays.update(more)
@@ -255,7 +285,8 @@ def train_and_evaluate(settings: Settings, draft: Path | None, keeping: Keeping,
     write_report(draft / "report", model, part, outputs, history)
     shown = {"SeDA": metrics, **{f"  {name} head": values for name, values in metrics["heads"].items()}}
     shown["SeDA, point estimate"] = {**metrics, "alignment": metrics["alignment_point"]}
-    return table({**shown, **metrics["baselines"]})
+    results = table({**shown, **metrics["baselines"]})
+    return results if profile is None else f"{results}\n\n{profile.table()}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -90,7 +90,7 @@ def test_metrics_have_the_promised_keys(trained: Path) -> None:
     assert metrics["baselines"]["mlp"]["alignment"] is None
     assert set(metrics["train"]) == {
         "seconds", "epochs", "samples_per_second", "peak_memory_bytes", "engine", "precision", "ranks",
-        "resumed_after_step",
+        "data", "resumed_after_step",
     }  # fmt: skip
     assert metrics["train"]["engine"] == {
         "asked": "auto", "used": "eager", "reason": "device is a CPU", "fallbacks": [],

@@ -28,7 +28,7 @@ LOWER = {
     "nn": {"nn", "ops", "config", "files"},
 }
 # What the middle rooms may not import, beside what lies behind ops.
-MIDDLE = {"loop", "engine", "ranks", "checkpoint", "interrupt", "data", "metrics", "prepare"}
+MIDDLE = {"loop", "engine", "ranks", "checkpoint", "interrupt", "streaming", "data", "metrics", "prepare"}
 UPPER = {"estimator", "baselines", "figures"}
 
 

@@ -73,5 +73,6 @@ def test_make_targets_and_options_exist(readme: str, repository: Path) -> None:
     sections = [*train.SECTIONS.values(), evaluate.EvaluateConfig, predict.PredictConfig]
     settings = {field.name for section in sections for field in dataclasses.fields(section)}
     known = {"--config", "--help", "--no-baselines", *("--" + name.replace("_", "-") for name in settings)}
+    known |= {"--nproc-per-node", "--max-restarts"}  # torchrun's
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)):
         assert option in known, option

@@ -1,0 +1,269 @@
+"""A training step, from the gather of a batch to the moving average, against the same algebra in plain PyTorch."""
+
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seda_fast import SeDA, SeDAConfig, TrainConfig, reference
+from seda_fast.engine import Stepper
+from seda_fast.loop import TrainingSet
+from seda_fast.nn import PFIN
+
+ROWS = {"cuda": 4096, "cpu": 1024}
+BATCHES = 8
+SIZES = {"visual_dim": 768, "text_dim": 384, "n_classes": 100}
+SMALL = {"visual_dim": 24, "text_dim": 16, "n_classes": 5, "width": 32, "visual_width": 32, "diffusion_steps": 50}
+QUIET = TrainConfig(dropout=0.0, visual_dropout=0.0, visual_input_dropout=0.0)
+
+
+class Draw(NamedTuple):
+    """The random numbers of a step: timesteps (B,), and noise like the features."""
+
+    tau_s: Tensor
+    tau_t: Tensor
+    visual: Tensor
+    text: Tensor
+
+
+def draw(visual: Tensor, text: Tensor, steps: int) -> Draw:
+    """As one would draw them in PyTorch."""
+    rows = torch.arange(len(visual), device=visual.device)
+    taus = [((rows + torch.rand(len(rows), device=rows.device)) * steps / len(rows)).long() for _ in range(2)]
+    return Draw(*taus, torch.randn_like(visual), torch.randn_like(text))
+
+
+def network(net: PFIN, x: Tensor, condition: Tensor, tau: Tensor, dropout: float) -> Tensor:
+    """PFIN in plain PyTorch, with tables over timesteps."""
+    tables = net.modulation(torch.arange(net.steps, device=x.device))
+    c = F.layer_norm(net.condition(condition), (net.condition.out_features,))
+    gates = (1 + net.gates(c)).chunk(len(net.blocks), dim=1)
+    h = net.input(x) + c
+    for layer, block in enumerate(net.blocks):
+        shift, scale, alpha = tables[layer].unbind(0)
+        z = F.layer_norm(h, (h.shape[1],)) * (1 + scale[tau]) + shift[tau]
+        u = F.dropout(F.silu(block.hidden(z)) * gates[layer], dropout)
+        h = h + (1 + alpha[tau]) * block.output(u)
+    return net.output(F.layer_norm(h, (h.shape[1],)))
+
+
+def gaussian_dropout(x: Tensor, rate: float) -> Tensor:
+    return x * (1 + math.sqrt(rate / (1 - rate)) * torch.randn_like(x)) if rate else x
+
+
+def plain_loss(model: SeDA, visual: Tensor, text: Tensor, labels: Tensor, drawn: Draw, s: TrainConfig) -> Tensor:
+    """The objective for rows that all have label and text."""
+    x_v = model.signal[drawn.tau_s, None] * visual + model.noise[drawn.tau_s, None] * drawn.visual
+    semantic = network(model.learner.network, x_v, visual, drawn.tau_s, s.dropout)
+    x_t = model.signal[drawn.tau_t, None] * text + model.noise[drawn.tau_t, None] * drawn.text
+    condition = torch.cat((semantic, visual), dim=1)
+    mapped = network(model.translator.network, x_t, condition, drawn.tau_t, s.dropout)
+    hidden = model.visual.norm(model.visual.input(gaussian_dropout(visual, s.visual_input_dropout)))
+    hidden = gaussian_dropout(F.gelu(hidden), s.visual_dropout)
+    still, temperature = mapped.detach(), s.teacher_temperature
+
+    def entropy(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=s.label_smoothing)
+
+    by_s, by_t, by_text = model.learner.head(semantic), model.translator.head(still), model.translator.head(text)
+    with torch.no_grad():
+        target = F.log_softmax(by_text / temperature, dim=1)
+    divergence = sum(
+        F.kl_div(F.log_softmax(logits / temperature, dim=1), target, reduction="batchmean", log_target=True)
+        for logits in (by_s, by_t)
+    )
+    terms = (
+        F.mse_loss(semantic, model.centres[labels]),
+        entropy(by_s),
+        F.mse_loss(mapped, text),
+        entropy(by_t),
+        entropy(by_text),
+        temperature**2 / 2 * divergence,
+        entropy(model.visual.head(hidden)),
+    )
+    return sum(weight * term for weight, term in zip(s.loss_weights, terms, strict=True))  # type: ignore[return-value]
+
+
+class Plain:
+    """A trainer as a good engineer writes it: fused AdamW, no needless copies; ``loss`` may be compiled."""
+
+    def __init__(
+        self, model: SeDA, data: TrainingSet, rows: int, loss: Callable[..., Tensor], settings: TrainConfig
+    ) -> None:
+        self.model, self.data, self.rows, self.loss, self.settings = model, data, rows, loss, settings
+        self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
+        self.average = [p.detach().clone() for p in model.parameters()]
+        self.cursor = 0
+
+    def step(self) -> Tensor:
+        index = torch.arange(self.cursor, self.cursor + self.rows, device=self.data.device)
+        self.cursor = (self.cursor + self.rows) % len(self.data)
+        visual, text, labels = self.data.visual[index], self.data.text[index], self.data.labels[index]
+        cuda = self.data.device.type == "cuda"
+        context: AbstractContextManager[Any] = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
+        with context:
+            drawn = draw(visual, text, self.model.config.diffusion_steps)
+            loss = self.loss(self.model, visual, text, labels, drawn, self.settings)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, list(self.model.parameters()), 0.005)
+        return loss.detach()
+
+
+def training_set(config: SeDAConfig, rows: int, device: torch.device) -> TrainingSet:
+    labels = torch.arange(rows) % config.n_classes
+    visual, text = torch.randn(rows, config.visual_dim), torch.randn(rows, config.text_dim)
+    fields = (visual, text, labels, torch.ones(rows, dtype=torch.bool), torch.arange(rows))
+    return TrainingSet(*(field.to(device) for field in fields))
+
+
+def endless(stepper: Stepper, rows: int) -> Iterator[None]:
+    """One step after the other, epoch after epoch."""
+    while True:
+        yield from stepper.steps(list(torch.arange(len(stepper.data)).split(rows)))
+
+
+def ours(
+    model: SeDA, data: TrainingSet, rows: int, settings: TrainConfig, engine: Any = "auto"
+) -> Callable[[], Tensor]:
+    """A step of the library's own loop, by default with the engine that it chooses."""
+    precision: Any = "bf16" if data.device.type == "cuda" else "fp32"
+    settings = TrainConfig(**{**settings.__dict__, "batch_size": rows})
+    stepper = Stepper(model, data, settings, 10_000, engine=engine, precision=precision)
+    walk = endless(stepper, rows)
+
+    def step() -> Tensor:
+        stepper.sums.zero_()
+        next(walk)
+        return stepper.sums[0] / rows
+
+    return step
+
+
+def assert_same_loss(model: SeDA, data: TrainingSet, rows: int) -> None:
+    """With the same timesteps and noise and without dropout, both objectives and their gradients agree."""
+    model, index = copy.deepcopy(model).double(), torch.arange(rows, device=data.device)
+    visual, text, labels, paired, ids = data.rows(index)
+    visual, text = visual.double(), text.double()
+    seed, step = (torch.tensor(n, device=data.device) for n in (3, 5))
+    taus = [reference.stratified_timesteps(seed, step, ids, model.config.diffusion_steps, n) for n in (2, 3)]
+    noise = [reference.normals(seed, step, ids, x.shape[1], n) for n, x in ((0, visual), (1, text))]
+    found = model.losses(visual, text, labels, paired, ids, seed=seed, step=step, settings=QUIET).total
+    expected = plain_loss(model, visual, text, labels, Draw(*taus, *noise), QUIET)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    parameters = list(model.parameters())
+    pairs = zip(torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def products(model: SeDA) -> float:
+    """Weights of the products that every row takes part in; a weight costs 2 FLOPs forward and 4 backward."""
+    networks = (model.learner.network, model.translator.network)
+    tables = sum(p.numel() for net in networks for p in net.modulation.parameters())
+    heads = model.translator.head.weight.numel()  # used on the mapped and on the true text, and there by the teacher
+    return sum(p.numel() for p in model.parameters() if p.ndim == 2) - tables + heads
+
+
+def bench_training_step(contest: Any, device: torch.device, quick: bool, workload: Any, compile_variants: Any) -> None:
+    rows = 32 if quick else ROWS[device.type]
+    config = SeDAConfig(**{**SIZES, **(SMALL if quick else {})})
+    settings, data = TrainConfig(), training_set(config, BATCHES * rows, device)
+    model = SeDA(config).to(device)
+    assert_same_loss(model, data, min(rows, 64))
+    steps = {"seda_fast": ours(copy.deepcopy(model), data, rows, settings)}
+    for engine in ("eager", "compile"):
+        if engine != ("eager" if device.type == "cpu" else "graph"):  # what auto chooses
+            steps[f"seda_fast, engine {engine}"] = ours(copy.deepcopy(model), data, rows, settings, engine)
+    variants: dict[str, Callable[..., Tensor]] = {"eager": plain_loss, **compile_variants(plain_loss, device)}
+    if device.type == "cuda":
+        variants["compiled, reduce-overhead"] = torch.compile(plain_loss, mode="reduce-overhead", fullgraph=True)
+    for name, loss in variants.items():
+        steps[name] = Plain(copy.deepcopy(model), data, rows, loss, settings).step
+
+    def check(name: str, result: Tensor) -> None:
+        # The first losses of one model under other random numbers.
+        expected = plain_loss(model, *data.rows(torch.arange(rows, device=device))[:3], drawn, settings)
+        torch.testing.assert_close(result.float(), expected.float(), rtol=0.1, atol=0.1, msg=name)
+
+    with torch.no_grad():
+        drawn = draw(data.visual[:rows], data.text[:rows], config.diffusion_steps)
+    parameters = sum(p.nbytes for p in model.parameters())
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # Weights, two moments and the average are read and written once, gradients once.
+    moved = 10.0 * parameters + 4.0 * rows * (config.visual_dim + config.text_dim)
+    title = f"training step, B = {rows}"
+    contest(workload(title, "interaction_block", moved, 6 * rows * products(model), dtype), steps, check)
+
+
+GROWTH = {
+    "rows of a batch, B": ("batch", {"cpu": [64, 256, 1024], "cuda": [1, 16, 256, 4096, 16384, 65536]}),
+    "classes, K": ("n_classes", {"cpu": [128, 512, 2048], "cuda": [128, 1024, 8192, 32768]}),
+    "width, d": ("width", {"cpu": [128, 256, 512], "cuda": [128, 256, 512, 1024]}),
+}
+
+
+@pytest.mark.parametrize("what", list(GROWTH))
+def bench_growth(contest: Any, device: torch.device, quick: bool, growth: Any, what: str) -> None:
+    """How a training step's time grows with one size while the others stay."""
+    name, values = GROWTH[what]
+    points: dict[int, Callable[[], Tensor]] = {}
+    for value in values[device.type][: 2 if quick else None]:
+        rows = value if name == "batch" else (32 if quick else 256)
+        sizes = {**SIZES, **(SMALL if quick else {}), **({} if name == "batch" else {name: value})}
+        config = SeDAConfig(**sizes)
+        points[value] = ours(SeDA(config).to(device), training_set(config, 2 * rows, device), rows, TrainConfig())
+    growth(contest, f"training step over {what}", points)
+
+
+FIRST_STEP = """
+import sys, time
+start = time.perf_counter()
+import torch
+torch_in = time.perf_counter()
+import seda_fast
+package_in = time.perf_counter()
+sys.path.insert(0, sys.argv[1])
+import resource
+import bench_train
+from seda_fast.engine import Stepper
+config = bench_train.SeDAConfig(**bench_train.SIZES)
+data = bench_train.training_set(config, 2048, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+model = bench_train.SeDA(config).to(data.device)
+settings = bench_train.TrainConfig(batch_size=256)
+walk = bench_train.endless(Stepper(model, data, settings, 10_000, engine=sys.argv[2]), 256)
+times = []
+for _ in range(8):
+    begin = time.perf_counter()
+    next(walk)
+    if data.device.type == "cuda":
+        torch.cuda.synchronize()
+    times.append(time.perf_counter() - begin)
+usual = sorted(times[1:])[3]
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+if data.device.type == "cuda":
+    peak = torch.cuda.max_memory_allocated()
+print(times[0], usual, torch_in - start, package_in - torch_in, peak)
+"""
+
+
+def bench_start(contest: Any, quick: bool, startup: Any, tmp_path: Path) -> None:
+    """The first step cold and with caches over a later one, the import over PyTorch's, and peak memory."""
+    if quick:
+        pytest.skip("the start is measured in new processes, which compile: too long for a quick check")
+    engines = ["eager", "compile", *(["graph"] if torch.cuda.is_available() else [])]
+    for engine in engines:
+        for caches in ("cold", "warm"):
+            command = [sys.executable, "-c", FIRST_STEP, str(Path(__file__).parent), engine]
+            startup(contest, f"{engine}, caches {caches}", command, tmp_path / engine)

@@ -1,0 +1,167 @@
+"""Write ``benchmarks/RESULTS.md`` from the recorded ``benchmarks/results/*.json``: floor, target, reached, ratio.
+
+    python benchmarks/make_results.py [--check]
+
+A figure stands there only when a run recorded it; what nobody measured says so. ``--check`` writes nothing and fails
+when the file is not what the records give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+NOT_MEASURED = "not measured"
+OURS = "seda_fast"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a workload should reach.
+
+    Attributes:
+        workload: how the recorded workload's name begins. shown: its name here.
+        gpu_seconds: time to reach on an H200, None where only ratios count.
+        gpu, cpu: the competitor's time over ours to reach, by competitor.
+    """
+
+    workload: str
+    shown: str
+    gpu_seconds: float | None
+    gpu: dict[str, float]
+    cpu: dict[str, float]
+
+
+TARGETS = (
+    Target("noising forward", "noising", 55e-6, {}, {"eager": 3.0, "compiled": 6.0}),
+    Target("interaction forward", "interaction block, forward and backward", 215e-6,
+           {"compiled, max-autotune": 1.5}, {}),
+    Target("projection forward", "projection, forward and backward", None, {"compiled": 1.3}, {}),
+    Target("training step", "training step", 750e-6, {"eager": 3.0, "compiled, reduce-overhead": 1.4},
+           {"eager": 1.3, "compiled": 1.35}),
+    Target("reverse chain of 5 steps, B = 1 ", "reverse chain of one row", 150e-6, {}, {"eager": 3.0}),
+    Target("reverse chain", "reverse chain of many rows", 11e-3, {}, {"eager": 1.5, "compiled": 1.2}),
+)  # fmt: skip
+
+
+def target_of(workload: str) -> Target | None:
+    """The first target whose workload this is."""
+    return next((target for target in TARGETS if workload.startswith(target.workload)), None)
+
+
+def duration(seconds: float | None) -> str:
+    """In a unit that suits it."""
+    if seconds is None:
+        return NOT_MEASURED
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def is_gpu(record: dict[str, Any]) -> bool:
+    """Absolute figures are recorded on a GPU only."""
+    return record["copy_bytes_per_second"] is not None
+
+
+def table_of(record: dict[str, Any]) -> list[str]:
+    """A row for each workload and competitor."""
+    lines = [
+        "| workload | floor | time to reach | reached | share of ceiling | against | ratio to reach | ratio | spread |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    by_workload: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        by_workload.setdefault(row["workload"], []).append(row)
+    for name, rows in by_workload.items():
+        ours = next(row for row in rows if row["competitor"] == OURS)
+        target = target_of(name)
+        wanted = (target.gpu if is_gpu(record) else target.cpu) if target else {}
+        to_reach = duration(target.gpu_seconds) if target and target.gpu_seconds and is_gpu(record) else "-"
+        share = f"{ours['share_of_ceiling']:.0%} of {ours['bound']}"
+        times = (duration(ours["floor"]), to_reach, duration(ours["median"])) if is_gpu(record) else ("-", "-", "-")
+        for row in rows:
+            if row is ours:
+                continue
+            ratio = f"{wanted[row['competitor']]:.2f}" if row["competitor"] in wanted else "-"
+            cells = (name, *times, share, row["competitor"], ratio, f"{row['ratio']:.2f}", f"{row['spread']:.0%}")
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def section(record: dict[str, Any]) -> list[str]:
+    """What one device's record says."""
+    used = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version != "not installed")
+    lines = [f"## {record['device']}", "", f"Commit {record['commit']}, {record['repeats']} repeats; {used}.", ""]
+    lines += table_of(record)
+    if record.get("growth"):
+        lines += ["", "How time grows, fitted on logarithms:", "", "| | sizes | slope |", "|---|---|---|"]
+        for name, found in record["growth"].items():
+            lines.append(f"| {name} | {', '.join(map(str, found['sizes']))} | {found['slope']:.2f} |")
+    if record.get("starts"):
+        lines += [
+            "",
+            "| start | first step over a later one | import over PyTorch's | peak memory |",
+            "|---|---|---|---|",
+        ]
+        for name, start in record["starts"].items():
+            first, imported = start["first_step_over_later"], start["import_over_torch"]
+            lines.append(f"| {name} | {first:.1f} | {imported:.2f} | {start['peak_memory_bytes'] / 1e6:.0f} MB |")
+    return [*lines, ""]
+
+
+def without_gpu() -> list[str]:
+    """The GPU's targets, where no GPU was measured."""
+    lines = [
+        "## GPU",
+        "",
+        "| workload | time to reach (H200) | reached | ratios to reach | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for target in TARGETS:
+        ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in target.gpu.items()) or "-"
+        to_reach = duration(target.gpu_seconds) if target.gpu_seconds else "-"
+        lines.append(f"| {target.shown} | {to_reach} | {NOT_MEASURED} | {ratios} | {NOT_MEASURED} |")
+    return [*lines, ""]
+
+
+def results(folder: Path) -> str:
+    """The whole text."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    records = [record for record in records if "rows" in record]
+    lines = [
+        "# Measured speed",
+        "",
+        "Written by `python benchmarks/make_results.py` from `benchmarks/results/*.json`, which",
+        "`pytest benchmarks --benchmark-only` records; not edited by hand. A ratio is the competitor's time over ours",
+        "in the same run: above 1 ours is faster. Times are kept from GPUs only.",
+        "",
+    ]
+    if not any(is_gpu(record) for record in records):
+        lines += without_gpu()
+    if all(is_gpu(record) for record in records):
+        lines += ["## CPU", "", f"{NOT_MEASURED.capitalize()}.", ""]
+    for record in records:
+        lines += section(record)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the file is out of date")
+    arguments = parser.parse_args()
+    file, text = HERE / "RESULTS.md", results(HERE / "results")
+    if arguments.check:
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            print(f"{file} is not what the records give; run python benchmarks/make_results.py", file=sys.stderr)
+            return 1
+        return 0
+    file.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""A training set too large for the device: batches read from its files ahead of their use, at constant host memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .arrays import Features
+from .engine import Batch
+from .files import DataError
+
+# Batches that lie ready or are being read while another one trains.
+_AHEAD = 2
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be had on ``device`` now; of a CPU, the machine's available memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+class RowReader:
+    """Rows of an (N, D) array, by number, into memory of one's own.
+
+    Those of a memory-mapped file are read from the file: mapped pages would count as this process's memory.
+    """
+
+    def __init__(self, array: Features) -> None:
+        self._array = array
+        self._file: int | None = None
+        base: Any = array.base
+        # Only a whole map: a part of one starts elsewhere in the file than it says.
+        if isinstance(array, np.memmap) and isinstance(base, mmap.mmap) and array.flags.c_contiguous:
+            self._file = os.open(str(array.filename), os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            os.close(self._file)  # type: ignore[arg-type]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._array.shape
+
+    def into(self, target: NDArray[np.float32], index: NDArray[np.int64]) -> None:
+        """Read the rows ``index`` (n,) into ``target`` (n, D), cast to float32.
+
+        Raises:
+            DataError: the file has become shorter.
+        """
+        if self._file is None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                target[:] = self._array[index]
+            return
+        array = self._array
+        same = array.dtype == np.float32
+        raw = target if same else np.empty(target.shape, array.dtype)
+        row_bytes, start = array.shape[1] * array.dtype.itemsize, int(array.offset)  # type: ignore[attr-defined]
+        for place, row in zip(raw, index.tolist(), strict=True):
+            if os.preadv(self._file, [place.view(np.uint8)], start + row * row_bytes) != row_bytes:
+                raise DataError(f"{array.filename} became shorter while it was read")  # type: ignore[attr-defined]
+        if not same:
+            with np.errstate(over="ignore", invalid="ignore"):
+                target[:] = raw
+
+
+class _Slot:
+    """Host memory of one batch, page-locked where a GPU copies from it."""
+
+    def __init__(self, rows: int, widths: tuple[int, int], pinned: bool) -> None:
+        self.visual, self.text = (torch.empty(rows, width, pin_memory=pinned) for width in widths)
+        self.copied = torch.cuda.Event() if pinned else None
+
+
+@dataclass(frozen=True)
+class StreamedSet:
+    """Training triples whose features stay in their files; otherwise as `loop.TrainingSet`.
+
+    ``visual`` (N, Dv) and ``text`` (N, Dt), NaN where missing, are raw; the ``mean`` and ``scale`` (D,) of each, the
+    labels and all else lie on the device, where rows are standardised.
+    """
+
+    visual: RowReader
+    text: RowReader
+    visual_mean: Tensor
+    visual_scale: Tensor
+    text_mean: Tensor
+    text_scale: Tensor
+    labels: Tensor
+    paired: Tensor
+    sample_ids: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches come to."""
+        return self.labels.device
+
+    @property
+    def on_device(self) -> bool:
+        """A batch is read by the host."""
+        return False
+
+    def rows(self, index: Tensor) -> Batch:
+        """The rows ``index`` (B,) of every field, standardised, in the order of `SeDA.losses`."""
+        (batch,) = self.batches([index.cpu()])
+        return batch
+
+    def batches(self, parts: Iterable[Tensor]) -> Iterator[Batch]:
+        """`rows` of each of ``parts``, which lie on the host; a thread reads ahead into buffers that are used again.
+
+        Raises:
+            DataError: the files cannot be read any more.
+        """
+        todo = list(parts)
+        if not todo:
+            return
+        widths, pinned = (self.visual.shape[1], self.text.shape[1]), self.device.type == "cuda"
+        free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[_Slot | Exception] = queue.SimpleQueue()
+        for _ in range(min(_AHEAD, len(todo))):
+            free.put(_Slot(max(map(len, todo)), widths, pinned))
+        reader = threading.Thread(target=self._read, args=(todo, free, ready), daemon=True)
+        reader.start()
+        try:
+            for part in todo:
+                slot = ready.get()
+                if isinstance(slot, Exception):
+                    raise slot
+                batch = self._standardised(slot, part)
+                if slot.copied is not None:
+                    slot.copied.record()
+                free.put(slot)
+                yield batch
+        finally:
+            free.put(None)  # the loop may stop early
+            reader.join()
+
+    def _read(
+        self,
+        parts: list[Tensor],
+        free: queue.SimpleQueue[_Slot | None],
+        ready: queue.SimpleQueue[_Slot | Exception],
+    ) -> None:
+        try:
+            for part in parts:
+                slot = free.get()
+                if slot is None:
+                    return
+                if slot.copied is not None:
+                    slot.copied.synchronize()
+                index: NDArray[np.int64] = part.numpy()
+                self.visual.into(slot.visual.numpy()[: len(index)], index)
+                self.text.into(slot.text.numpy()[: len(index)], index)
+                ready.put(slot)
+        except OSError as error:
+            ready.put(DataError(f"the training part cannot be read: {error.strerror or error}"))
+        except Exception as error:  # noqa: BLE001 - raised where the batch is waited for
+            ready.put(error)
+
+    def _standardised(self, slot: _Slot, part: Tensor) -> Batch:
+        index = part.to(self.device)
+        visual, text = (
+            (host[: len(part)].to(self.device, non_blocking=True) - mean) / scale
+            for host, mean, scale in (
+                (slot.visual, self.visual_mean, self.visual_scale),
+                (slot.text, self.text_mean, self.text_scale),
+            )
+        )
+        rest: Any = (self.labels[index], self.paired[index], self.sample_ids[index])
+        return (visual, text.nan_to_num(nan=0.0), *rest)

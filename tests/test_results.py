@@ -1,0 +1,87 @@
+"""The table of measured speed says what the records say, and nothing else."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def maker(repository: Path) -> Any:
+    """``benchmarks/make_results.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("make_results", repository / "benchmarks" / "make_results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_results"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(gpu: bool) -> dict[str, Any]:
+    def row(competitor: str, ratio: float) -> dict[str, Any]:
+        times = {"median": 700e-6 * ratio, "floor": 370e-6} if gpu else {"median": None, "floor": None}
+        return {
+            "workload": "training step, B = 4096", "competitor": competitor, "backend": "", "ratio": ratio,
+            "spread": 0.02, "share_of_ceiling": 0.53 / ratio, "bound": "matrix", "extra": {}, **times,
+        }  # fmt: skip
+
+    start = {"first_step_over_later": 12.34, "import_over_torch": 0.3, "peak_memory_bytes": 4e8}
+    return {
+        "device": "A GPU" if gpu else "A CPU", "commit": "abc",
+        "versions": {"torch": "2.13.0", "xformers": "not installed"},
+        "repeats": 30, "copy_bytes_per_second": 4e12 if gpu else None, "matrix_flops_per_second": None,
+        "rows": [row("seda_fast", 1.0), row("eager", 3.21)],
+        "growth": {"training step over rows": {"sizes": [1, 10], "times": [1.0, 9.0], "slope": 0.95}},
+        "starts": {"eager, caches cold": start},
+    }  # fmt: skip
+
+
+def test_nothing_recorded_is_said(maker: Any, tmp_path: Path) -> None:
+    text = maker.results(tmp_path)
+    assert text.count("not measured") == 2 * len(maker.TARGETS)
+    assert "## CPU\n\nNot measured." in text
+
+
+def test_a_cpu_gives_ratios_and_leaves_the_gpu_unmeasured(maker: Any, tmp_path: Path) -> None:
+    (tmp_path / "cpu.json").write_text(json.dumps(record(gpu=False)))
+    text = maker.results(tmp_path)
+    assert "| training step, B = 4096 | - | - | - | 53% of matrix | eager | 1.30 | 3.21 | 2% |" in text
+    assert (
+        "| training step | 750.0 us | not measured | 3.00 x eager, 1.40 x compiled, reduce-overhead | not measured |"
+        in text
+    )
+    assert "| training step over rows | 1, 10 | 0.95 |" in text
+    assert "| eager, caches cold | 12.3 | 0.30 | 400 MB |" in text
+    assert "xformers" not in text
+
+
+def test_a_gpu_gives_times(maker: Any, tmp_path: Path) -> None:
+    (tmp_path / "gpu.json").write_text(json.dumps(record(gpu=True)))
+    text = maker.results(tmp_path)
+    line = "| training step, B = 4096 | 370.0 us | 750.0 us | 700.0 us | 53% of matrix | eager | 3.00 | 3.21 | 2% |"
+    assert line in text
+    assert "## GPU" not in text
+
+
+def test_each_target_is_found_by_its_workload(maker: Any) -> None:
+    for name, shown in (
+        ("interaction forward + backward, B = 1024 float32", "interaction block, forward and backward"),
+        ("projection forward + backward, B = 1024, K = 1000 float32", "projection, forward and backward"),
+        ("training step, B = 1024", "training step"),
+        ("noising forward, 1024 x 768 float32", "noising"),
+        ("reverse chain of 5 steps, B = 1 float32", "reverse chain of one row"),
+        ("reverse chain of 5 steps, B = 1024 float32", "reverse chain of many rows"),
+    ):
+        assert maker.target_of(name).shown == shown
+    assert maker.target_of("noising backward, 1024 x 768 float32") is None
+
+
+def test_the_file_is_what_the_records_give(repository: Path) -> None:
+    command = [sys.executable, str(repository / "benchmarks" / "make_results.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

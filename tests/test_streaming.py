@@ -1,0 +1,169 @@
+"""Features that stay in their files train to the same bits, in constant memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from seda_fast import DataError, train
+from seda_fast.arrays import check_visual, mean_and_scale, release
+from seda_fast.streaming import RowReader, StreamedSet, free_memory
+
+SMALL = ["--width", "16", "--blocks", "1", "--diffusion-steps", "50", "--no-baselines", "--batch-size", "32"]
+
+
+def folder_of(path: Path, dtype: Any = np.float32, rows: int = 90, **changes: Any) -> Path:
+    """A folder of .npy files with unlabelled rows and rows without text."""
+    rng = np.random.default_rng(3)
+    labels = np.arange(rows) % 3
+    text = rng.normal(size=(rows, 5)).astype(dtype)
+    text[7:11] = np.nan
+    arrays = {
+        "visual_train": (3 + 2 * rng.normal(size=(rows, 8))).astype(dtype),
+        "text_train": text,
+        "label_train": np.where(np.arange(rows) % 5, labels, -1),
+        "visual_test": rng.normal(size=(12, 8)).astype(dtype),
+        "label_test": np.arange(12) % 3,
+        **changes,
+    }
+    path.mkdir()
+    for name, array in arrays.items():
+        np.save(path / f"{name}.npy", array)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
+def test_streamed_training_has_the_bits_of_training_from_memory(dtype: str, tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "data", dtype)
+    arguments = ["--data", str(data), "--unpaired", "keep", *SMALL, "--epochs", "3"]
+    assert train.main([*arguments, "--out", str(tmp_path / "memory")]) == 0
+    assert train.main([*arguments, "--out", str(tmp_path / "files"), "--memory-share", "0"]) == 0
+    for name, where in (("memory", "on the device"), ("files", "in its files")):
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["train"]["data"] == where
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "files")]
+    assert weights[0] == weights[1]
+
+
+def test_baselines_refuse_what_they_would_have_to_load(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = folder_of(tmp_path / "data")
+    arguments = ["--data", str(data), "--unpaired", "keep", "--out", str(tmp_path / "out"), "--memory-share", "0"]
+    assert train.main(arguments) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert "the baselines would load it whole; give --no-baselines" in said
+    assert not (tmp_path / "out").exists()
+
+
+def streamed(data: Path) -> StreamedSet:
+    maps = [np.lib.format.open_memmap(data / f"{name}_train.npy", mode="r") for name in ("visual", "text")]
+    count = len(maps[0])
+    return StreamedSet(
+        RowReader(maps[0]), RowReader(maps[1]), *(f(n) for n in (8, 5) for f in (torch.zeros, torch.ones)),
+        torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool), torch.arange(count),
+    )  # fmt: skip
+
+
+def test_batches_are_the_rows_asked_for_though_buffers_are_used_again(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "data")
+    visual, text = np.load(data / "visual_train.npy"), np.nan_to_num(np.load(data / "text_train.npy"))
+    parts = list(torch.randperm(90, generator=torch.Generator().manual_seed(1)).split(13))
+    kept = list(streamed(data).batches(parts))
+    for part, (v, t, _, _, ids) in zip(parts, kept, strict=True):
+        np.testing.assert_array_equal(v.numpy(), visual[part])
+        np.testing.assert_array_equal(t.numpy(), text[part])
+        assert torch.equal(ids, part)
+
+
+def test_a_loop_that_stops_early_leaves_no_reader(tmp_path: Path) -> None:
+    import threading
+
+    before = threading.active_count()
+    batches = streamed(folder_of(tmp_path / "data")).batches(list(torch.arange(90).split(5)))
+    next(batches)
+    assert threading.active_count() == before + 1
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+def test_a_file_that_shrinks_is_one_sentence(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "data")
+    rows = streamed(data)
+    os.truncate(data / "visual_train.npy", 1000)
+    with pytest.raises(DataError, match=r"visual_train.npy became shorter while it was read"):
+        list(rows.batches([torch.arange(90)]))
+
+
+def test_a_part_of_a_map_is_read_from_where_it_lies(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "data")
+    whole = np.lib.format.open_memmap(data / "visual_train.npy", mode="r")
+    target = np.empty((2, 8), np.float32)
+    RowReader(whole[10:]).into(target, np.array([0, 3]))
+    np.testing.assert_array_equal(target, np.load(data / "visual_train.npy")[[10, 13]])
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_passes_over_a_map_leave_none_of_it_in_memory(tmp_path: Path) -> None:
+    made = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.float32, shape=(2**18, 256))
+    del made
+    array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="r")
+    before = resident()
+    check_visual("a", array)
+    mean_and_scale(array)
+    assert resident() - before < 64e6
+    assert array.sum() == 0  # maps all of it
+    assert resident() - before > 200e6
+    release(array)
+    assert resident() - before < 64e6
+
+
+def test_free_memory_is_what_the_system_says() -> None:
+    assert 0 < free_memory(torch.device("cpu")) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+MEASURED = """
+import resource, sys
+import seda_fast.train
+code = seda_fast.train.main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def peak(arguments: list[str]) -> int:
+    """Peak of resident bytes of a run."""
+    command = [sys.executable, "-c", MEASURED, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_gigabytes_train_within_six_hundred_megabytes(tmp_path: Path) -> None:
+    """Sparse files, which take no disk but are read like any other."""
+    rows, dim = 62_500, 4000
+    test = np.zeros((12, dim))
+    few: dict[str, Any] = {"visual_train": np.zeros((300, dim)), "text_train": np.zeros((300, dim))}
+    few |= {"label_train": np.arange(300) % 3, "visual_test": test}
+    small = folder_of(tmp_path / "small", np.float64, **few)
+    large = folder_of(tmp_path / "large", np.float64, visual_test=test, label_train=np.arange(rows) % 3)
+    for name in ("visual_train", "text_train"):
+        del_me = np.lib.format.open_memmap(large / f"{name}.npy", mode="w+", dtype=np.float64, shape=(rows, dim))
+        del del_me
+    assert sum((large / f"{name}.npy").stat().st_size for name in ("visual_train", "text_train")) >= 4e9
+    common = ["--width", "16", "--blocks", "1", "--diffusion-steps", "20", "--no-baselines", "--batch-size", "512"]
+    common += ["--visual-width", "16", "--epochs", "1", "--memory-share"]
+    without = peak([*common, "1", "--data", str(small), "--out", str(tmp_path / "a")])
+    streamed = peak([*common, "0.01", "--data", str(large), "--out", str(tmp_path / "b")])
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text())["train"]["data"] == "in its files"
+    assert streamed - without < 600e6
