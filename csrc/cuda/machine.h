@@ -122,4 +122,84 @@ SEDA_KERNEL uint16_t round_to_bits(float x) { return static_cast<uint16_t>(pack(
 SEDA_KERNEL float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 SEDA_KERNEL float inverse_root(float x) { return rsqrtf(x); }
 
+// ---- compute capability 9.0: clusters, the copy engine, warpgroups ---------------------------------------------------
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// The first 256 threads.
+SEDA_KERNEL void consumers_barrier() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+SEDA_KERNEL void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Registers change hands between warpgroups.
+SEDA_KERNEL void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 240;"); }
+SEDA_KERNEL void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 24;"); }
+
+SEDA_KERNEL void start_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(barrier),
+               "r"(arrivals)
+               : "memory");
+}
+
+SEDA_KERNEL void arrive_expecting(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// At the barrier in the same place of a block of the cluster.
+SEDA_KERNEL void arrive_at_rank(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+SEDA_KERNEL void wait_phase(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\tagain:\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// A box of 64 columns by 64 rows to the same place of both blocks of the cluster, whose barriers count its bytes.
+SEDA_KERNEL void copy_to_cluster(uint32_t to, const void* map, int column, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<unsigned short>(3))
+      : "memory");
+}
+
+SEDA_KERNEL void publish_to_matrix_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+SEDA_KERNEL void group_products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+SEDA_KERNEL void group_products_end() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// Rows of 128 bytes in the 128-byte swizzle, eight of them every 1024 bytes.
+SEDA_KERNEL uint64_t descriptor(uint32_t address) {
+  return uint64_t{(address & 0x3FFFFu) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// c (64 x 64, float32) += a (64 x 16) times b (64 x 16) turned, a warpgroup together, both in shared memory.
+SEDA_KERNEL void group_multiply_add(float (&c)[8][4], uint32_t a, uint32_t b) {
+  asm volatile(
+      "{\n\t.reg .pred add;\n\tsetp.eq.u32 add, 0, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+      "%24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, add, 1, 1, 0, 0;\n\t}"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]),
+        "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]),
+        "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]),
+        "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
+        "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+      : "l"(descriptor(a)), "l"(descriptor(b)));
+}
+
+#endif
+
 }  // namespace seda::machine

@@ -38,12 +38,13 @@ cudaError_t start_split(const ChainLaunch& launch, int blocks, cudaStream_t stre
 }  // namespace
 
 const char* plan_chain(const ChainShape& shape, int64_t rows, int device, ChainPlan& plan) {
-  int processors = 0, room = 0;
+  int processors = 0, room = 0, major = 0;
   cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  plan = choose_plan(shape, rows, processors, room);
+  plan = choose_plan(shape, rows, processors, room, major == 9);
   return nullptr;
 }
 
@@ -52,6 +53,7 @@ const char* launch_chain(const ChainLaunch& launch, const ChainPlan& plan, int d
   cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (plan.kernel == ChainKernel::tall) error = start<TallChain>(launch, plan.blocks, on);
+  else if (plan.kernel == ChainKernel::hopper) return launch_hopper(launch, plan.blocks, stream);
   else if (plan.kernel == ChainKernel::wide) error = start<WideChain>(launch, plan.blocks, on);
   else error = start_split(launch, plan.blocks, on);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -161,11 +161,11 @@ class ChainThread {
         clear(narrow_);
         for (int s = 0; s < a_.shape.width / kSlice; ++s)
           engine_.multiply(narrow_, shared_ + a_.shared.normed + static_cast<uint32_t>(s * kRows * kSliceBytes));
-        engine_.before_chunk(chunk, true);
+        if (leg.wide != kNone) engine_.before_chunk(chunk, true);
         finish_chunk(leg, chunk);
       }
-      engine_.after_writes();
       if (leg.wide == kNone) continue;
+      engine_.after_writes();
       for (int s = 0; s < slices_of_chunk(leg.inner, chunk); ++s) {
         const uint32_t rows = shared_ + a_.shared.chunk + static_cast<uint32_t>(s * kRows * kSliceBytes);
 #pragma unroll

@@ -32,11 +32,19 @@ struct ChainLaunch {
   SplitPlan split;
 };
 
+// How the copy engine reads a weight; filled by the driver.
+struct alignas(128) TensorMap {
+  unsigned char bytes[128];
+};
+struct TensorMaps {
+  TensorMap of[kBlockWeights + 2 * kMostBlocks];
+};
+
 // The two sizes that are compiled: rows of a tile, the widest rows in panels of kTileRows, slots of the ring.
 constexpr int kTallRows = 64, kTallPanels = 4, kTallStages = 4;
 constexpr int kWideRows = 32, kWidePanels = 8, kWideStages = 3;
 
-enum class ChainKernel { none, tall, wide, split };
+enum class ChainKernel { none, tall, wide, split, hopper };
 
 struct ChainPlan {
   ChainKernel kernel;
@@ -44,7 +52,8 @@ struct ChainPlan {
 };
 
 // How a call is spread over a GPU with so many processors, each with so much shared memory for a block of threads.
-SEDA_BOTH ChainPlan choose_plan(const ChainShape& s, int64_t rows, int processors, int room) {
+SEDA_BOTH ChainPlan choose_plan(const ChainShape& s, int64_t rows, int processors, int room,
+                                bool hopper) {
   const bool any = s.width % kSlice == 0 && s.hidden % kSlice == 0 && s.dim % 8 == 0 && s.condition_dim % 8 == 0 &&
                    s.dim > 0 && s.condition_dim > 0 && s.width > 0 && s.hidden > 0 && s.blocks > 0 && s.steps > 0 &&
                    s.width <= kMostWidth && s.blocks <= kMostBlocks;
@@ -62,7 +71,10 @@ SEDA_BOTH ChainPlan choose_plan(const ChainShape& s, int64_t rows, int processor
   // Few rows go in low tiles, so that more processors have some.
   const bool choose_tall = tall && (!wide || rows > int64_t{kWideRows} * processors);
   const int64_t tiles = (rows + (choose_tall ? kTallRows : kWideRows) - 1) / (choose_tall ? kTallRows : kWideRows);
-  return {choose_tall ? ChainKernel::tall : ChainKernel::wide, static_cast<int>(tiles < processors ? tiles : processors)};
+  const int blocks = static_cast<int>(tiles < processors ? tiles : processors);
+  // Blocks of threads go in pairs there.
+  if (choose_tall && hopper) return {ChainKernel::hopper, blocks / 2 * 2};
+  return {choose_tall ? ChainKernel::tall : ChainKernel::wide, blocks};
 }
 
 // Sets where things lie; how much of `scratch` the launch needs, in bytes.
@@ -72,7 +84,7 @@ SEDA_BOTH int64_t complete(ChainLaunch& launch, const ChainPlan& plan) {
     launch.shared.bytes = split_shared_bytes(launch.shape);
     return launch.split.bytes;
   }
-  const bool tall = plan.kernel == ChainKernel::tall;
+  const bool tall = plan.kernel == ChainKernel::tall || plan.kernel == ChainKernel::hopper;
   launch.shared = plan_shared(launch.shape, tall ? kTallRows : kWideRows, tall ? kTallStages : kWideStages);
   launch.saved = plan_scratch(launch.shape, tall ? kTallRows : kWideRows);
   return launch.saved.bytes * plan.blocks;
@@ -81,5 +93,6 @@ SEDA_BOTH int64_t complete(ChainLaunch& launch, const ChainPlan& plan) {
 // Null, or what CUDA says went wrong.
 const char* plan_chain(const ChainShape& shape, int64_t rows, int device, ChainPlan& plan);
 const char* launch_chain(const ChainLaunch& launch, const ChainPlan& plan, int device, void* stream);
+const char* launch_hopper(const ChainLaunch& launch, int blocks, void* stream);
 
 }  // namespace seda

@@ -127,9 +127,10 @@ SEDA_BOTH int64_t tiles_of_a_pass(const ChainShape& s) {
   return tiles;
 }
 
-// Bytes of a block's shared memory: normed rows, one chunk, the ring of weight tiles, two sums for each row and warp.
+// Bytes of a block's shared memory: normed rows, one chunk, the ring of weight tiles, two sums for each row and warp, and two
+// barriers for each slot.
 struct SharedPlan {
-  uint32_t normed, chunk, ring, sums, bytes;
+  uint32_t normed, chunk, ring, sums, barriers, bytes;
 };
 
 SEDA_BOTH SharedPlan plan_shared(const ChainShape& s, int rows, int stages) {
@@ -138,7 +139,8 @@ SEDA_BOTH SharedPlan plan_shared(const ChainShape& s, int rows, int stages) {
   plan.chunk = plan.normed + slice * static_cast<uint32_t>(s.width / kSlice);
   plan.ring = plan.chunk + slice * (kTileRows / kSlice);
   plan.sums = plan.ring + static_cast<uint32_t>(stages * kTileBytes);
-  plan.bytes = plan.sums + static_cast<uint32_t>(rows * 2 * 4 * 4);
+  plan.barriers = plan.sums + static_cast<uint32_t>(rows * 2 * 4 * 4);
+  plan.bytes = plan.barriers + static_cast<uint32_t>(stages * 16);
   return plan;
 }
 

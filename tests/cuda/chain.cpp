@@ -2,6 +2,7 @@
 #include "machine.h"
 // The kernel's text.
 #include "reverse_chain.h"
+#include "hopper_chain.h"
 #include "split_chain.h"
 
 #include <algorithm>
@@ -11,7 +12,8 @@ namespace {
 using namespace seda;
 
 template <class Thread>
-std::string run(ChainLaunch launch, machine::Emulator& emulator, int blocks, int64_t bytes, bool together) {
+std::string run(ChainLaunch launch, machine::Emulator& emulator, int blocks, int64_t bytes, bool together,
+                bool pairs = false) {
   std::vector<Four> scratch(static_cast<size_t>(bytes / 16));
   memset(scratch.data(), 0xFF, static_cast<size_t>(bytes));  // as float32 and as bfloat16 not a number
   launch.scratch = reinterpret_cast<unsigned char*>(scratch.data());
@@ -19,19 +21,33 @@ std::string run(ChainLaunch launch, machine::Emulator& emulator, int blocks, int
   emulator.run(blocks, together, [&launch] {
     Thread thread(launch);
     thread.run();
-  });
+  }, pairs);
   return emulator.error();
 }
 
+// The kernel for clusters, whose "tensor maps" are the weights.
+struct HopperThread {
+  explicit HopperThread(const ChainLaunch& launch) : a(launch) {
+    for (int i = 0; i < kBlockWeights + 2 * launch.shape.blocks; ++i) {
+      const machine::EmulatedMap map{launch.weights[i].data, launch.weights[i].rows, launch.weights[i].columns};
+      memcpy(&maps.of[i], &map, sizeof map);
+    }
+  }
+  void run() { run_hopper(a, maps.of); }
+  const ChainLaunch& a;
+  TensorMaps maps{};
+};
+
 std::string last_error;
-int last_barriers = 0, last_meetings = 0;
+int last_barriers = 0, last_meetings = 0, last_consumers_barriers = 0;
 
 }  // namespace
 
 extern "C" {
 
 // sizes: rows, dim, condition_dim, width, hidden, blocks, steps, stream, noisy, thread blocks, kernel (0 wide, 1 tall,
-// 2 split), seed of the order, dropped barrier, early arrival, dropped meeting. pointers: initial, source, condition, result, coefficients, modulation, seed, step,
+// 2 split, 3 hopper), seed of the order, dropped barrier, early arrival, dropped meeting, dropped barrier of consumers,
+// what is forgotten (1 publishing, 2 waiting for an empty slot, 3 for a full one). pointers: initial, source, condition, result, coefficients, modulation, seed, step,
 // sample_ids, then w_x, b_x, w_c, b_c, w_g, b_g, w_y, b_y, then w_h, b_h, w_o, b_o of each block.
 const char* emulate_chain(const int64_t* sizes, void* const* p) {
   ChainLaunch a{};
@@ -40,10 +56,12 @@ const char* emulate_chain(const int64_t* sizes, void* const* p) {
   a.shape = {at(1), at(2), at(3), at(4), at(5), at(6)};
   const ChainShape& s = a.shape;
   a.stream = sizes[7], a.noisy = sizes[8] != 0;
-  constexpr ChainKernel kKernels[] = {ChainKernel::wide, ChainKernel::tall, ChainKernel::split};
+  constexpr ChainKernel kKernels[] = {ChainKernel::wide, ChainKernel::tall, ChainKernel::split, ChainKernel::hopper};
   const ChainPlan plan{kKernels[sizes[10]], at(9)};
   const int64_t bytes = complete(a, plan);
-  machine::Emulator emulator(256, a.shared.bytes, static_cast<unsigned>(sizes[11]), {at(12), sizes[13] != 0, at(14)});
+  const bool hopper = plan.kernel == ChainKernel::hopper;
+  const machine::Faults faults{at(12), sizes[13] != 0, at(14), at(15), sizes[16] == 1, sizes[16] == 2, sizes[16] == 3};
+  machine::Emulator emulator(hopper ? kHopperThreads : 256, a.shared.bytes, static_cast<unsigned>(sizes[11]), faults);
   const auto tensor = [&emulator](void* q, int64_t elements, int64_t size) {
     emulator.announce(q, elements * size);
     return q;
@@ -69,24 +87,29 @@ const char* emulate_chain(const int64_t* sizes, void* const* p) {
     weight(kBlockWeights + 2 * l + 1, p[19 + 4 * l], s.width, s.hidden), a.b_o[l] = bits(p[20 + 4 * l], s.width);
   }
   if (plan.kernel == ChainKernel::split) last_error = run<SplitThread>(a, emulator, plan.blocks, bytes, true);
+  else if (hopper) last_error = run<HopperThread>(a, emulator, plan.blocks, bytes, false, true);
   else if (plan.kernel == ChainKernel::tall) last_error = run<TallChain>(a, emulator, plan.blocks, bytes, false);
   else last_error = run<WideChain>(a, emulator, plan.blocks, bytes, false);
   last_barriers = emulator.barriers(), last_meetings = emulator.meetings();
+  last_consumers_barriers = emulator.consumers_barriers();
   return last_error.c_str();
 }
 
 // Barriers that the last block of threads passed.
 int barriers_passed() { return last_barriers; }
 
+// Barriers of the warps that multiply, in the last cluster.
+int consumers_barriers_passed() { return last_consumers_barriers; }
+
 // Meetings of all blocks.
 int meetings_held() { return last_meetings; }
 
 // What choose_plan says: kernel (-1 none, else as above) and blocks of threads.
-void plan_for(const int64_t* sizes, int processors, int room, int* answer) {
+void plan_for(const int64_t* sizes, int processors, int room, int hopper, int* answer) {
   const auto at = [sizes](int i) { return static_cast<int>(sizes[i]); };
-  const ChainPlan plan = choose_plan({at(1), at(2), at(3), at(4), at(5), at(6)}, sizes[0], processors, room);
-  const ChainKernel kernels[] = {ChainKernel::none, ChainKernel::wide, ChainKernel::tall, ChainKernel::split};
-  answer[0] = static_cast<int>(std::find(kernels, kernels + 4, plan.kernel) - kernels) - 1, answer[1] = plan.blocks;
+  const ChainPlan plan = choose_plan({at(1), at(2), at(3), at(4), at(5), at(6)}, sizes[0], processors, room, hopper != 0);
+  const ChainKernel kernels[] = {ChainKernel::none, ChainKernel::wide, ChainKernel::tall, ChainKernel::split, ChainKernel::hopper};
+  answer[0] = static_cast<int>(std::find(kernels, kernels + 5, plan.kernel) - kernels) - 1, answer[1] = plan.blocks;
 }
 
 // Tiles of one pass of the weight stream, as counted and as the stream gives them; each inside its weight.

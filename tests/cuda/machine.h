@@ -5,6 +5,9 @@
 //   an error. A copy's bytes arrive only when the thread that started it waits for it: as late as the machine may.
 // - Between two barriers no word may be touched by two threads if one of them writes it.
 // - What blocks of threads exchange through global memory keeps the same rules between two meetings of all blocks.
+// - With clusters (`pairs`) threads wait at barriers of their own choice, so each carries a vector of clocks: what one
+//   thread did is before what another does only if barriers led from the one to the other. The copy engine is a further
+//   agent, whose bytes arrive at a random time; products of warpgroups read when they are waited for.
 // - Global accesses must lie in memory that was announced.
 // - Warps run in a random order; those that wait for each other in vain are an error.
 #pragma once
@@ -18,6 +21,7 @@
 #include <cmath>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <sstream>
@@ -29,10 +33,29 @@
 
 namespace seda::machine {
 
+// A box of a weight: rows of 64 columns in the 128-byte swizzle, zeros beyond the ends.
+struct WeightBox {
+  const uint16_t* data;
+  int rows, columns, row, column, height;
+  uint32_t bytes() const { return static_cast<uint32_t>(height) * 128; }
+  // The 32 bits at `offset` of the box as the copy engine lays it out.
+  uint32_t word(uint32_t offset) const {
+    const int r = static_cast<int>(offset / 128), chunk = static_cast<int>(offset % 128 / 16) ^ (r & 7);
+    uint32_t value = 0;
+    for (int k = 0; k < 2; ++k) {
+      const int c = column + 8 * chunk + static_cast<int>(offset % 16 / 2) + k;
+      if (row + r < rows && c < columns) value |= uint32_t{data[int64_t{row + r} * columns + c]} << (16 * k);
+    }
+    return value;
+  }
+};
+
 struct Faults {
   int dropped_barrier = -1;    // its number, counted by the block; no thread waits there
   bool early_arrival = false;  // a wait for copies lets one more group be under way
   int dropped_meeting = -1;    // of all blocks; its number, counted by the thread
+  int dropped_consumers_barrier = -1;  // its number, counted by the thread
+  bool no_publishing = false, no_waiting_for_empty = false, no_waiting_for_full = false;
 };
 
 class Emulator {
@@ -45,12 +68,15 @@ class Emulator {
     ranges_.push_back({start, start + bytes});
   }
 
-  // Runs `body` as every thread of the blocks, one block after the other or all at once.
-  void run(int blocks, bool together, const std::function<void()>& body) {
+  // Runs `body` as every thread of the blocks: one block after the other, all at once, or in clusters of two.
+  void run(int blocks, bool together, const std::function<void()>& body, bool pairs = false) {
+    pairs_ = pairs;
     count_ = blocks, body_ = &body, current_emulator() = this;
-    for (int first = 0; first < blocks && error_.empty(); first += together ? blocks : 1) {
+    const int step = pairs ? 2 : together ? blocks : 1;
+    for (int first = 0; first < blocks && error_.empty(); first += step) {
       blocks_.clear();
-      for (int i = 0; i < (together ? blocks : 1); ++i) blocks_.emplace_back(new Block(first + i, threads_, words_of_a_block_));
+      for (int i = 0; i < step; ++i) blocks_.emplace_back(new Block(first + i, threads_, words_of_a_block_));
+      start_clocks();
       run_blocks();
     }
   }
@@ -59,6 +85,7 @@ class Emulator {
   const std::string& error() const { return error_; }
   int barriers() const { return block_->epoch; }
   int meetings() const { return meetings_; }
+  int consumers_barriers() const { return blocks_.front()->fibres.front().consumers_barriers; }
 
   int thread() const { return current_; }
   int block() const { return block_->number; }
@@ -77,6 +104,86 @@ class Emulator {
     leave();
   }
 
+  // ---- clusters of two ---------------------------------------------------------------------------------------------
+
+  using Clocks = std::vector<int>;
+
+  void consumers_barrier(int threads) {
+    Fibre& f = fibre();
+    if (f.consumers_barriers++ == faults_.dropped_consumers_barrier) return;
+    consumers_ = threads;
+    f.state = State::at_consumers;
+    leave();
+  }
+
+  void cluster_meet() {
+    fibre().state = State::at_cluster;
+    leave();
+  }
+
+  void start_barrier(uint32_t address, int arrivals) {
+    Barrier& b = barriers_in_memory_[{block_->number, address}];
+    b = Barrier{};
+    b.count = b.pending = arrivals, b.gathered.assign(agents(), 0), b.done = b.gathered;
+  }
+
+  void arrive(uint32_t address, int block, int64_t expected) {
+    Barrier& b = barrier_at(block, address);
+    b.bytes += expected;
+    join(b.gathered, clocks_of(me()));
+    ++clocks_of(me())[static_cast<size_t>(me())];
+    if (--b.pending < 0) fail("more arrivals at a barrier than it was made for", address);
+    turn(b);
+  }
+
+  void wait_phase(uint32_t address, uint32_t parity) {
+    Fibre& f = fibre();
+    const bool empty = address % 16 != 0;
+    if (empty ? faults_.no_waiting_for_empty : faults_.no_waiting_for_full) return;
+    f.state = State::at_phase, f.phase = {address, parity};
+    if (passed(*block_, f)) go_on(*block_, f);
+    else leave();
+  }
+
+  void copy_box(uint32_t to, const WeightBox& box, uint32_t barrier) {
+    for (int rank = 0; rank < 2; ++rank) {
+      const int block = block_->number / 2 * 2 + rank;
+      const int agent = static_cast<int>(blocks_.size()) * threads_ + (block - blocks_.front()->number);
+      Clocks now = clocks_of(me());
+      now[static_cast<size_t>(agent)] = ++engine_clock_;
+      for (uint32_t i = 0; i < box.bytes(); i += 4) {
+        own_word(to + i, block, agent, clocks_of(me()), "a copy", engine_clock_);
+        word_of(block, to + i).state = Content::pending;
+      }
+      flying_.push_back({to, block, box, barrier, now});
+    }
+  }
+
+  void publish() {
+    Fibre& f = fibre();
+    if (faults_.no_publishing) return;
+    for (const uint32_t address : f.unpublished) owned(address, block_->number).published = true;
+    f.unpublished.clear();
+  }
+
+  // For a matrix unit: the word must be there, and have been published.
+  uint32_t matrix_word(uint32_t address, int reader) {
+    const uint32_t value = read_word(address, reader);
+    if (!owned(address, block_->number).published) fail("a matrix unit reads what was not published to it", address);
+    return value;
+  }
+
+  // What a warp's matrix unit has read, each of its lanes knows to be over.
+  void finish_reads(int first_lane) {
+    const auto first = static_cast<size_t>(local(block_->number) * threads_ + first_lane);
+    for (size_t lane = first; lane < first + 32; ++lane) clocks_[lane][first] = std::max(clocks_[lane][first], clocks_[first][first]);
+  }
+
+  // A warpgroup's 128 threads meet.
+  void meet_group(const char* what, void* mine, const std::function<void(void* const*)>& all) { meet(what, mine, all, 128); }
+
+  // ------------------------------------------------------------------------------------------------------------------
+
   // Two bytes that another block of threads may have written; `write` for its own.
   void exchange(const void* at, bool write) {
     check_global(at, 2);
@@ -94,6 +201,14 @@ class Emulator {
 
   void write_word(uint32_t address, uint32_t value) {
     Word& w = word(address);
+    if (pairs_) {
+      own_word(address, block_->number, me(), clocks_of(me()), "a write");
+      w.value = value, w.state = Content::written;
+      Owned& o = owned(address, block_->number);
+      o.published = false;
+      fibre().unpublished.push_back(address);
+      return;
+    }
     claim(w, "a write");
     w.value = value, w.state = Content::written, w.writer = current_, w.write_epoch = block_->epoch;
   }
@@ -102,6 +217,10 @@ class Emulator {
     Word& w = word(address);
     if (w.state == Content::unwritten) fail("a read of shared memory before any write", address);
     if (w.state == Content::pending) fail("a read of shared memory while a copy into it is under way", address);
+    if (pairs_) {
+      see_word(address, block_->number * threads_ + reader);
+      return w.value;
+    }
     if (w.writer != reader && w.write_epoch == block_->epoch) fail("a read with no barrier after another thread's write", address);
     if (w.read_epoch != block_->epoch) w.reader = reader, w.read_epoch = block_->epoch;
     else if (w.reader != reader) w.reader = kMany;
@@ -136,19 +255,19 @@ class Emulator {
   }
 
   // A warp's 32 lanes meet; the last one calls `all` for everybody.
-  void meet(const char* what, void* mine, const std::function<void(void* const*)>& all) {
+  void meet(const char* what, void* mine, const std::function<void(void* const*)>& all, int size = 32) {
     Fibre& f = fibre();
     f.state = State::at_meeting, f.what = what, f.mine = mine;
-    const auto first = static_cast<size_t>(current_ / 32 * 32);
+    const auto first = static_cast<size_t>(current_ / size * size), count = static_cast<size_t>(size);
     std::vector<Fibre>& fibres_ = block_->fibres;
-    void* lanes[32];
-    for (size_t i = 0; i < 32; ++i) {
+    void* lanes[128];
+    for (size_t i = 0; i < count; ++i) {
       if (fibres_[first + i].state != State::at_meeting) return leave();
       if (strcmp(fibres_[first + i].what, what) != 0) fail("lanes of a warp meet at different instructions", 0);
       lanes[i] = fibres_[first + i].mine;
     }
     all(lanes);
-    for (size_t i = 0; i < 32; ++i) fibres_[first + i].state = State::ready;
+    for (size_t i = 0; i < count; ++i) fibres_[first + i].state = State::ready;
   }
 
   void check_global(const void* p, int64_t bytes) {
@@ -161,7 +280,7 @@ class Emulator {
 
  private:
   static constexpr int kMany = -2;
-  enum class State { ready, at_barrier, at_meeting, at_meeting_of_all, done };
+  enum class State { ready, at_barrier, at_meeting, at_meeting_of_all, at_consumers, at_cluster, at_phase, done };
   enum class Content : uint8_t { unwritten, pending, written };
   struct Word {
     uint32_t value = 0;
@@ -176,7 +295,9 @@ class Emulator {
   struct Fibre {
     State state = State::ready;
     bool started = false;
-    int barriers = 0;
+    int barriers = 0, consumers_barriers = 0;
+    std::pair<uint32_t, uint32_t> phase;
+    std::vector<uint32_t> unpublished;
     const char* what = nullptr;
     void* mine = nullptr;
     std::vector<Copy> open;
@@ -195,6 +316,146 @@ class Emulator {
   struct Exchanged {
     int writer = -1, write_meeting = -1, reader = -1, read_meeting = -1;
   };
+
+  // Who wrote a word last and at which of its clocks, and who read it since.
+  struct Owned {
+    int writer = -1, clock = 0;
+    bool published = true;
+    std::vector<std::pair<int, int>> readers;
+  };
+  struct Barrier {
+    int count = 0, pending = 0;
+    int64_t bytes = 0;
+    uint32_t phase = 0;
+    Clocks gathered, done;
+  };
+  struct Flying {
+    uint32_t to;
+    int block;
+    WeightBox box;
+    uint32_t barrier;
+    Clocks clocks;
+  };
+
+  size_t agents() const { return blocks_.size() * static_cast<size_t>(threads_) + blocks_.size(); }
+  int local(int block) const { return block - blocks_.front()->number; }
+  int me() const { return local(block_->number) * threads_ + current_; }
+  Clocks& clocks_of(int thread) { return clocks_[static_cast<size_t>(thread)]; }
+
+  void start_clocks() {
+    if (!pairs_) return;
+    clocks_.assign(blocks_.size() * static_cast<size_t>(threads_), Clocks(agents(), 0));
+    for (size_t i = 0; i < clocks_.size(); ++i) clocks_[i][i] = 1;
+    owned_.assign(blocks_.size(), std::vector<Owned>(words_of_a_block_));
+    barriers_in_memory_.clear(), flying_.clear();
+  }
+
+  static void join(Clocks& to, const Clocks& from) {
+    for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], from[i]);
+  }
+
+  Owned& owned(uint32_t address, int block) { return owned_[static_cast<size_t>(local(block))][address / 4 % words_of_a_block_]; }
+  Word& word_of(int block, uint32_t address) { return blocks_[static_cast<size_t>(local(block))]->words[address / 4]; }
+
+  // All that was done to a word must be before what `clocks` know.
+  void own_word(uint32_t address, int block, int agent, const Clocks& clocks, const char* what, int clock = 0) {
+    Owned& o = owned(address, block);
+    const std::string by = what;
+    if (o.writer >= 0 && clocks[static_cast<size_t>(o.writer)] < o.clock)
+      fail((by + " with no barrier after another's write").c_str(), address);
+    for (const auto& [reader, when] : o.readers)
+      if (reader != agent && clocks[static_cast<size_t>(reader)] < when)
+        fail((by + " with no barrier after another's read").c_str(), address);
+    o.readers.clear(), o.published = true;
+    o.writer = agent, o.clock = clock ? clock : clocks[static_cast<size_t>(agent)];
+  }
+
+  void see_word(uint32_t address, int reader_number) {
+    const int reader = reader_number - blocks_.front()->number * threads_;
+    Owned& o = owned(address, block_->number);
+    const Clocks& clocks = clocks_of(reader);
+    if (o.writer >= 0 && o.writer != reader && clocks[static_cast<size_t>(o.writer)] < o.clock)
+      fail("a read with no barrier after another's write", address);
+    for (auto& [who, when] : o.readers)
+      if (who == reader) {
+        when = clocks[static_cast<size_t>(reader)];
+        return;
+      }
+    o.readers.push_back({reader, clocks[static_cast<size_t>(reader)]});
+  }
+
+  Barrier& barrier_at(int block, uint32_t address) {
+    const auto found = barriers_in_memory_.find({block, address});
+    if (found != barriers_in_memory_.end()) return found->second;
+    fail("a barrier that was not started", address);
+    static Barrier nowhere;
+    return nowhere = Barrier{1, 1, 0, 0, Clocks(agents(), 0), Clocks(agents(), 0)};
+  }
+
+  static void turn(Barrier& b) {
+    if (b.pending != 0 || b.bytes != 0) return;
+    b.pending = b.count, ++b.phase, b.done = b.gathered;
+  }
+
+  bool passed(Block& block, const Fibre& f) {
+    return (barrier_at(block.number, f.phase.first).phase & 1u) != f.phase.second;
+  }
+  void go_on(Block& block, Fibre& f) {
+    f.state = State::ready;
+    const auto thread = static_cast<int>(&f - block.fibres.data()) + local(block.number) * threads_;
+    join(clocks_of(thread), barrier_at(block.number, f.phase.first).done);
+  }
+
+  // A copy's bytes arrive, one that is under way drawn at random.
+  bool land() {
+    if (flying_.empty()) return false;
+    const size_t i = random_() % flying_.size();
+    const Flying copy = flying_[i];
+    flying_.erase(flying_.begin() + static_cast<std::ptrdiff_t>(i));
+    for (uint32_t at = 0; at < copy.box.bytes(); at += 4) {
+      Word& w = word_of(copy.block, copy.to + at);
+      w.value = copy.box.word(at), w.state = Content::written;
+    }
+    Barrier& b = barrier_at(copy.block, copy.barrier);
+    join(b.gathered, copy.clocks);
+    b.bytes -= copy.box.bytes();
+    turn(b);
+    return true;
+  }
+
+  // Threads that wait in one state, all of those that are meant, go on with what the others knew.
+  bool release_together(State from, int threads_of_a_block, bool all_blocks) {
+    bool any = false;
+    for (size_t first = 0; first < blocks_.size(); first += all_blocks ? blocks_.size() : 1) {
+      const size_t last = all_blocks ? blocks_.size() : first + 1;
+      Clocks known(agents(), 0);
+      bool all = true;
+      const auto each = [&](const auto& f) {
+        for (size_t b = first; b < last; ++b)
+          for (int t = 0; t < threads_of_a_block; ++t)
+            f(blocks_[b]->fibres[static_cast<size_t>(t)], static_cast<int>(b) * threads_ + t);
+      };
+      each([&](Fibre& f, int) { all = all && f.state == from; });
+      if (!all) continue;
+      each([&](Fibre&, int t) { join(known, clocks_of(t)); });
+      each([&](Fibre& f, int t) {
+        clocks_of(t) = known, ++clocks_of(t)[static_cast<size_t>(t)];
+        f.state = State::ready;
+      });
+      any = true;
+    }
+    return any;
+  }
+
+  bool release_pairs() {
+    bool moved = release_together(State::at_consumers, consumers_, false);
+    moved = release_together(State::at_cluster, threads_, true) || moved;
+    if (random_() % 2 == 0 || !moved) moved = land() || moved;
+    for (const auto& block : blocks_)
+      for (Fibre& f : block->fibres)
+        if (f.state == State::at_phase && passed(*block, f)) go_on(*block, f), moved = true;
+    return moved;
+  }
 
   Fibre& fibre() { return block_->fibres[static_cast<size_t>(current_)]; }
 
@@ -313,6 +574,7 @@ class Emulator {
       for (const auto& block : blocks_)
         if (release(block->fibres, State::at_barrier)) ++block->epoch, moved = true;
       moved = release_meeting() || moved;
+      if (pairs_) moved = release_pairs() || moved;
       if (!moved) fail("threads wait for each other for ever", 0);
     }
   }
@@ -326,6 +588,12 @@ class Emulator {
  private:
   Faults faults_;
   std::mt19937 random_;
+  bool pairs_ = false;
+  int consumers_ = 0, engine_clock_ = 0;
+  std::vector<Clocks> clocks_;
+  std::vector<std::vector<Owned>> owned_;
+  std::map<std::pair<int, uint32_t>, Barrier> barriers_in_memory_;
+  std::vector<Flying> flying_;
   int threads_;
   uint32_t words_of_a_block_;
   std::vector<std::unique_ptr<Block>> blocks_;
@@ -457,5 +725,84 @@ inline uint32_t pack(float low, float high) { return round_to_16(low) | round_to
 inline uint16_t round_to_bits(float x) { return static_cast<uint16_t>(round_to_16(x)); }
 inline float silu(float x) { return x / (1.0f + expf(-x)); }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
+
+// ---- clusters of two -------------------------------------------------------------------------------------------------
+
+inline void consumers_barrier() { emulator().consumers_barrier(256); }
+inline void cluster_meet() { emulator().cluster_meet(); }
+inline void take_registers() {}
+inline void give_registers() {}
+inline void start_barrier(uint32_t barrier, int arrivals) { emulator().start_barrier(barrier, arrivals); }
+inline void arrive_expecting(uint32_t barrier, uint32_t bytes) { emulator().arrive(barrier, block(), bytes); }
+inline void arrive_at_rank(uint32_t barrier, int rank) { emulator().arrive(barrier, block() / 2 * 2 + rank, 0); }
+inline void wait_phase(uint32_t barrier, uint32_t parity) { emulator().wait_phase(barrier, parity); }
+inline void publish_to_matrix_units() { emulator().publish(); }
+
+// A tensor map here is the weight itself: data, rows, columns.
+struct EmulatedMap {
+  const uint16_t* data;
+  int rows, columns;
+};
+inline void copy_to_cluster(uint32_t to, const void* map, int column, int row, uint32_t barrier) {
+  const auto* weight = static_cast<const EmulatedMap*>(map);
+  emulator().copy_box(to, {weight->data, weight->rows, weight->columns, row, column, 64}, barrier);
+}
+
+// Products that a warpgroup has begun; they read shared memory when they begin and, for good, when they are waited for.
+struct GroupProduct {
+  float (*c)[4];
+  uint32_t a, b;
+};
+inline std::vector<GroupProduct>& begun() {
+  static std::map<int, std::vector<GroupProduct>> all;
+  return all[block() * 1024 + thread()];
+}
+
+inline void group_products_begin() { begun().clear(); }
+
+// Row `row` and column k of an operand in the 128-byte swizzle, from an address that may stand inside its 128 bytes.
+inline float operand(uint32_t start, int row, int k, int reader) {
+  const uint32_t plain = start + static_cast<uint32_t>(128 * row + 2 * k);
+  const uint32_t address = plain ^ (plain >> 3 & 0x70u);
+  const uint32_t two = emulator().matrix_word(address & ~3u, reader);
+  return as_float(address % 4 ? two & 0xFFFF0000u : two << 16);
+}
+
+inline void group_multiply_add(float (&c)[8][4], uint32_t a, uint32_t b) {
+  GroupProduct mine{c, a, b};
+  begun().push_back(mine);
+  emulator().meet_group("group_multiply_add", &mine, [](void* const* threads) {
+    const GroupProduct& first = *static_cast<GroupProduct*>(threads[0]);
+    for (int i = 1; i < 128; ++i) {
+      const GroupProduct& other = *static_cast<GroupProduct*>(threads[i]);
+      if (other.a != first.a || other.b != first.b) emulator().matrix_word(~0u & ~3u, 0);
+    }
+  });
+}
+
+inline void group_products_end() {
+  const int group = thread() / 128 * 128;
+  emulator().meet_group("group_products_end", &begun(), [group](void* const* threads) {
+    const auto& products = *static_cast<std::vector<GroupProduct>*>(threads[0]);
+    for (size_t n = 0; n < products.size(); ++n) {
+      float left[64][16], right[64][16];
+      for (int row = 0; row < 64; ++row)
+        for (int k = 0; k < 16; ++k) {
+          left[row][k] = operand(products[n].a, row, k, group + 32 * (row / 16));
+          // Each warp reads all of the right operand.
+          for (int warp = 0; warp < 4; ++warp) right[row][k] = operand(products[n].b, row, k, group + 32 * warp);
+        }
+      for (int warp = 0; warp < 4; ++warp) emulator().finish_reads(group + 32 * warp);
+      for (int t = 0; t < 128; ++t) {
+        float(*c)[4] = (*static_cast<std::vector<GroupProduct>*>(threads[t]))[n].c;
+        for (int j = 0; j < 8; ++j)
+          for (int v = 0; v < 4; ++v) {
+            const int row = 16 * (t / 32) + t % 32 / 4 + 8 * (v / 2), column = 8 * j + 2 * (t % 4) + v % 2;
+            for (int k = 0; k < 16; ++k) c[j][v] += left[row][k] * right[column][k];
+          }
+      }
+    }
+  });
+}
 
 }  // namespace seda::machine

@@ -15,11 +15,11 @@ from seda_fast import reference
 HERE = Path(__file__).resolve().parent
 
 
-WIDE, TALL, SPLIT = 0, 1, 2
+WIDE, TALL, SPLIT, HOPPER = 0, 1, 2, 3
 
 
 class Case(NamedTuple):
-    """Sizes of a call and how it is spread: thread blocks, and the kernel (tiles of 32 or 64 rows, or columns)."""
+    """Sizes of a call and how it is spread: thread blocks, and the kernel (tiles of 32 or 64 rows, columns, or clusters)."""
 
     rows: int
     dim: int
@@ -101,6 +101,8 @@ def emulate(
     dropped_barrier: int = -1,
     early_arrival: bool = False,
     dropped_meeting: int = -1,
+    dropped_consumers_barrier: int = -1,
+    forgotten: str = "nothing",
 ) -> Outcome:
     initial, source, condition, coefficients, modulation, w_x, b_x, w_c, b_c, w_g, b_g, w_h, b_h, w_o, b_o = given[:15]
     result = torch.full((case.rows, case.dim), float("nan"), dtype=torch.bfloat16)
@@ -109,7 +111,8 @@ def emulate(
     operands += [w_x, b_x, w_c, b_c, w_g, b_g, *given[15:]]
     operands += [t for layer in zip(w_h, b_h, w_o, b_o, strict=True) for t in layer]
     sizes = [*case[:7], keys["stream"], case.noisy, case.thread_blocks, case.kernel]
-    sizes += [order, dropped_barrier, early_arrival, dropped_meeting]
+    sizes += [order, dropped_barrier, early_arrival, dropped_meeting, dropped_consumers_barrier]
+    sizes += [("nothing", "publishing", "empty", "full").index(forgotten)]
     said = machine.emulate_chain(
         (ctypes.c_int64 * len(sizes))(*map(int, sizes)),
         (ctypes.c_void_p * len(operands))(*(t.data_ptr() for t in operands)),
@@ -136,7 +139,15 @@ CASES += [
     Case(1, 8, 72, 128, 64, 2, 3, True, 5, SPLIT),
     Case(16, 136, 8, 192, 192, 2, 1, False, 2, SPLIT),
 ]
+SMALL_HOPPER = Case(5, 24, 40, 64, 128, 1, 2, True, 2, HOPPER)
+CASES += [
+    SMALL_HOPPER,
+    # The second block of the last cluster has no rows in its last pass.
+    Case(150, 72, 200, 128, 192, 2, 2, True, 2, HOPPER),
+    Case(70, 128, 8, 192, 64, 1, 3, False, 4, HOPPER),
+]
 LARGE = [
+    Case(100, 384, 1536, 512, 1024, 3, 2, True, 2, HOPPER),
     Case(2, 384, 1536, 512, 1024, 3, 2, True, 9, SPLIT),
     Case(9, 96, 64, 1024, 1024, 1, 2, False, 4, SPLIT),
     Case(40, 384, 1536, 512, 1024, 3, 2, True, 1, TALL),
@@ -161,7 +172,7 @@ def test_the_kernel_computes_the_chain_and_no_access_races(machine: ctypes.CDLL,
     assert error <= allowed, f"off by {error:.3e}, {allowed:.3e} allowed"
 
 
-@pytest.mark.parametrize("case", [SMALL, SMALL_SPLIT], ids=["rows", "columns"])
+@pytest.mark.parametrize("case", [SMALL, SMALL_SPLIT, SMALL_HOPPER], ids=["rows", "columns", "clusters"])
 def test_the_order_of_the_warps_changes_no_bit(machine: ctypes.CDLL, case: Case) -> None:
     given, keys = arguments(case)
     first, *others = [emulate(machine, case, given, keys, order=order) for order in range(4)]
@@ -201,29 +212,49 @@ def test_every_meeting_is_needed_and_its_loss_is_found(machine: ctypes.CDLL) -> 
     assert "shared memory" in emulate(machine, SMALL_SPLIT, given, keys, dropped_barrier=1).error
 
 
+def test_every_barrier_of_the_consumers_is_needed_and_its_loss_is_found(machine: ctypes.CDLL) -> None:
+    # Two chunks in every leg.
+    case = SMALL_HOPPER._replace(dim=136, condition=136, hidden=192)
+    given, keys = arguments(case)
+    assert emulate(machine, case, given, keys).error == ""
+    barriers = machine.consumers_barriers_passed()
+    assert barriers > 20
+    found = [emulate(machine, case, given, keys, dropped_consumers_barrier=i).error for i in range(barriers)]
+    assert [i for i, error in enumerate(found) if not error] == []
+
+
+@pytest.mark.parametrize("forgotten", ["publishing", "empty", "full"])
+def test_a_forgotten_step_of_the_ring_is_found(machine: ctypes.CDLL, forgotten: str) -> None:
+    given, keys = arguments(SMALL_HOPPER)
+    error = emulate(machine, SMALL_HOPPER, given, keys, forgotten=forgotten).error
+    assert any(word in error for word in ("not published", "no barrier", "under way", "before any write", "more arrivals")), error
+
+
 @pytest.mark.parametrize(
-    ("sizes", "processors", "room", "expected"),
+    ("sizes", "processors", "room", "hopper", "expected"),
     [
-        ((65_536, 768, 768, 512, 1024, 3, 5), 132, 227, (TALL, 132)),
-        ((2048, 384, 1536, 512, 1024, 3, 5), 132, 227, (WIDE, 64)),
-        ((1, 768, 768, 512, 1024, 3, 5), 132, 227, (SPLIT, 128)),
+        ((65_536, 768, 768, 512, 1024, 3, 5), 132, 227, False, (TALL, 132)),
+        ((65_536, 768, 768, 512, 1024, 3, 5), 133, 227, True, (HOPPER, 132)),
+        ((65_536, 768, 768, 1024, 1024, 3, 5), 132, 227, True, (WIDE, 132)),
+        ((2048, 384, 1536, 512, 1024, 3, 5), 132, 227, False, (WIDE, 64)),
+        ((1, 768, 768, 512, 1024, 3, 5), 132, 227, False, (SPLIT, 128)),
         # A block of threads with little shared memory, and rows too wide for it.
-        ((65_536, 768, 768, 512, 1024, 3, 5), 84, 99, (WIDE, 84)),
-        ((65_536, 768, 768, 640, 640, 3, 5), 84, 99, (WIDE, 84)),
-        ((65_536, 768, 768, 704, 704, 3, 5), 84, 99, (-1, 0)),
-        ((100, 768, 768, 1024, 1024, 32, 1), 132, 137, (WIDE, 4)),
-        ((100, 768, 768, 1088, 1088, 1, 1), 132, 227, (-1, 0)),
-        ((100, 770, 768, 512, 512, 1, 1), 132, 227, (-1, 0)),
-        ((100, 768, 768, 512, 480, 1, 1), 132, 227, (-1, 0)),
-        ((100, 768, 768, 512, 512, 33, 1), 132, 227, (-1, 0)),
-        ((100, 768, 768, 512, 512, 1, 0), 132, 227, (-1, 0)),
+        ((65_536, 768, 768, 512, 1024, 3, 5), 84, 99, False, (WIDE, 84)),
+        ((65_536, 768, 768, 640, 640, 3, 5), 84, 99, False, (WIDE, 84)),
+        ((65_536, 768, 768, 704, 704, 3, 5), 84, 99, False, (-1, 0)),
+        ((100, 768, 768, 1024, 1024, 32, 1), 132, 137, False, (WIDE, 4)),
+        ((100, 768, 768, 1088, 1088, 1, 1), 132, 227, False, (-1, 0)),
+        ((100, 770, 768, 512, 512, 1, 1), 132, 227, False, (-1, 0)),
+        ((100, 768, 768, 512, 480, 1, 1), 132, 227, False, (-1, 0)),
+        ((100, 768, 768, 512, 512, 33, 1), 132, 227, False, (-1, 0)),
+        ((100, 768, 768, 512, 512, 1, 0), 132, 227, False, (-1, 0)),
     ],
 )
 def test_the_rule_for_sizes(
-    machine: ctypes.CDLL, sizes: tuple[int, ...], processors: int, room: int, expected: tuple[int, int]
+    machine: ctypes.CDLL, sizes: tuple[int, ...], processors: int, room: int, hopper: bool, expected: tuple[int, int]
 ) -> None:
     answer = (ctypes.c_int * 2)()
-    machine.plan_for((ctypes.c_int64 * 7)(*sizes), processors, room * 1024, answer)
+    machine.plan_for((ctypes.c_int64 * 7)(*sizes), processors, room * 1024, hopper, answer)
     assert tuple(answer) == expected
 
 
