@@ -176,7 +176,9 @@ def architecture_flags(names: list[str]) -> list[str]:
     """Machine code for each architecture, and PTX of the lowest that later GPUs can translate for themselves."""
     portable = [name for name in names if name.isdigit()]
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    return flags + [f"-gencode=arch=compute_{name},code=compute_{name}" for name in sorted(portable, key=int)[:1]]
+    flags += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in sorted(portable, key=int)[:1]]
+    # Some kernels have code for this one alone; the host must not start them without it.
+    return [*flags, "-DSEDA_CODE_FOR_90A"] if "90a" in names else flags
 
 
 def cuda_target(torch: Path, architectures: list[str]) -> Target:

@@ -161,7 +161,9 @@ def test_architectures_are_checked_and_the_lowest_serves_later_gpus(
     assert build_module.cuda_architectures() == ["80", "90a", "100"]
     flags = build_module.architecture_flags(["100", "90a", "80"])
     assert [flag for flag in flags if "code=compute" in flag] == ["-gencode=arch=compute_80,code=compute_80"]
-    assert build_module.architecture_flags(["90a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    only = build_module.architecture_flags(["90a"])
+    assert only == ["-gencode=arch=compute_90a,code=sm_90a", "-DSEDA_CODE_FOR_90A"]
+    assert "-DSEDA_CODE_FOR_90A" not in build_module.architecture_flags(["80", "90"])
     for wrong in ("75", "ninety", "80;", "80 90"):
         monkeypatch.setenv("SEDA_FAST_CUDA_ARCHS", wrong)
         with pytest.raises(SystemExit, match="SEDA_FAST_CUDA_ARCHS must list architectures from 80 on"):

@@ -20,6 +20,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   static_assert(kThreads == kHopperThreads && kRanks == kHopperRanks);
   run_hopper(launch, maps.of);
+#else
+  __trap();
 #endif
 }
 

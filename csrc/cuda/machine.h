@@ -133,9 +133,9 @@ SEDA_KERNEL void cluster_meet() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Registers change hands between warpgroups.
-SEDA_KERNEL void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 240;"); }
-SEDA_KERNEL void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 24;"); }
+// Registers change hands between warpgroups: 2 x 232 + 40 for 3 x 168.
+SEDA_KERNEL void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
+SEDA_KERNEL void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
 
 SEDA_KERNEL void start_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(barrier),

@@ -38,13 +38,19 @@ cudaError_t start_split(const ChainLaunch& launch, int blocks, cudaStream_t stre
 }  // namespace
 
 const char* plan_chain(const ChainShape& shape, int64_t rows, int device, ChainPlan& plan) {
-  int processors = 0, room = 0, major = 0;
+  int processors = 0, room = 0, major = 0, minor = 0;
   cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  plan = choose_plan(shape, rows, processors, room, major == 9);
+#if defined(SEDA_CODE_FOR_90A)
+  const bool hopper = major == 9 && minor == 0;
+#else
+  const bool hopper = false;
+#endif
+  plan = choose_plan(shape, rows, processors, room, hopper);
   return nullptr;
 }
 

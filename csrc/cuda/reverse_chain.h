@@ -250,9 +250,10 @@ class ChainThread {
   }
 
   // g = 1 + w_g n(c') + b_g
-  SEDA_KERNEL void save_gates(const Leg& leg, int chunk) const {
+  SEDA_KERNEL void save_gates(const Leg& leg, int chunk) {
 #pragma unroll
     for (int j = 0; j < kNt; ++j) {
+      forget_addresses();
       const int column = chunk * kTileRows + column_of(j);
       float b0 = 0.0f, b1 = 0.0f;
       if (column < leg.inner) load_two(a_.b_g + leg.first_row + column, b0, b1);
@@ -271,9 +272,10 @@ class ChainThread {
   }
 
   // u = silu(w_h z + b_h) * g
-  SEDA_KERNEL void gate_chunk(const Leg& leg, int chunk) const {
+  SEDA_KERNEL void gate_chunk(const Leg& leg, int chunk) {
 #pragma unroll
     for (int j = 0; j < kNt; ++j) {
+      forget_addresses();
       const int column = chunk * kTileRows + column_of(j);
       float b0 = 0.0f, b1 = 0.0f;
       if (column < leg.inner) load_two(a_.b_h[leg.block] + column, b0, b1);

@@ -73,7 +73,7 @@ SEDA_BOTH ChainPlan choose_plan(const ChainShape& s, int64_t rows, int processor
   const int64_t tiles = (rows + (choose_tall ? kTallRows : kWideRows) - 1) / (choose_tall ? kTallRows : kWideRows);
   const int blocks = static_cast<int>(tiles < processors ? tiles : processors);
   // Blocks of threads go in pairs there.
-  if (choose_tall && hopper) return {ChainKernel::hopper, blocks / 2 * 2};
+  if (choose_tall && hopper && blocks >= 2) return {ChainKernel::hopper, blocks / 2 * 2};
   return {choose_tall ? ChainKernel::tall : ChainKernel::wide, blocks};
 }
 

@@ -19,7 +19,7 @@ WIDE, TALL, SPLIT, HOPPER = 0, 1, 2, 3
 
 
 class Case(NamedTuple):
-    """Sizes of a call and how it is spread: thread blocks, and the kernel (tiles of 32 or 64 rows, columns, or clusters)."""
+    """Sizes of a call and how it is spread: blocks of threads, kernel (tiles of 32 or 64 rows, columns, clusters)."""
 
     rows: int
     dim: int
@@ -227,7 +227,9 @@ def test_every_barrier_of_the_consumers_is_needed_and_its_loss_is_found(machine:
 def test_a_forgotten_step_of_the_ring_is_found(machine: ctypes.CDLL, forgotten: str) -> None:
     given, keys = arguments(SMALL_HOPPER)
     error = emulate(machine, SMALL_HOPPER, given, keys, forgotten=forgotten).error
-    assert any(word in error for word in ("not published", "no barrier", "under way", "before any write", "more arrivals")), error
+    assert any(
+        word in error for word in ("not published", "no barrier", "under way", "before any write", "more arrivals")
+    ), error
 
 
 @pytest.mark.parametrize(
