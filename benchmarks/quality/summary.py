@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .methods import ABLATIONS, BASELINES, METHODS, PEERS, SEDA
+from .methods import ABLATIONS, BASELINES, METHODS, SEDA
 from .regimes import ABOUT, REGIMES, SETS
 from .runs import TEST, Record, of
 
@@ -98,7 +98,7 @@ def _cell(found: dict[str, Any] | None) -> str:
 
 
 def _accuracy_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    shown = [SEDA, *BASELINES, *(p for p in PEERS if p not in BASELINES)]
+    shown = [SEDA, *BASELINES]
     lines = ["| regime | " + " | ".join(shown) + " | difference | seeds |", "|" + "---|" * (len(shown) + 3)]
     for row in rows:
         cells = [_cell(row["methods"].get(m)) for m in shown]
@@ -142,18 +142,19 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """One picture per set: every regime's methods side by side, with their deviation over seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = [SEDA, *BASELINES]
+    width = 0.9 / len(shown)
     for name in SETS:
         of_set = [row for row in rows if row["set"] == name]
         if not of_set:
             continue
-        figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
+        figure, axis = plt.subplots(figsize=(12, 4), layout="constrained")
         for i, method in enumerate(shown):
             found = [(x, row["methods"][method]) for x, row in enumerate(of_set) if method in row["methods"]]
-            places = [x + (i - len(shown) / 2) * 0.16 for x, _ in found]
+            places = [x + (i - len(shown) / 2) * width for x, _ in found]
             axis.bar(
                 places,
                 [f["top1"] for _, f in found],
-                width=0.15,
+                width=0.95 * width,
                 yerr=[f["deviation"] or 0 for _, f in found],
                 label=method,
             )
