@@ -211,20 +211,31 @@ GROWTH = {
     "rows of a batch, B": ("batch", {"cpu": [64, 256, 1024], "cuda": [1, 16, 256, 4096, 16384, 65536]}),
     "classes, K": ("n_classes", {"cpu": [128, 512, 2048], "cuda": [128, 1024, 8192, 32768]}),
     "width, d": ("width", {"cpu": [128, 256, 512], "cuda": [128, 256, 512, 1024]}),
+    "training rows, N": ("rows", {"cpu": [256, 512, 1024], "cuda": [4096, 16384, 65536, 262144]}),
+    "sampling steps, S": ("steps", {"cpu": [2, 8, 32], "cuda": [2, 8, 32, 128]}),
 }
+
+
+def point(name: str, value: int, device: torch.device, quick: bool) -> Callable[[], object]:
+    """A training step, an epoch of ``rows`` rows, or a reverse chain of ``steps`` steps, all else as by default."""
+    rows = value if name == "batch" else (32 if quick else 256)
+    sizes = {**SIZES, **(SMALL if quick else {}), **({name: value} if name in ("n_classes", "width") else {})}
+    config = SeDAConfig(**sizes)
+    model = SeDA(config).to(device)
+    if name == "steps":
+        visual = torch.randn(64, config.visual_dim, device=device)
+        return torch.inference_mode()(lambda: model.align(visual, steps=value, semantic_steps=1))
+    step = ours(model, training_set(config, value if name == "rows" else 2 * rows, device), rows, TrainConfig())
+    return (lambda: [step() for _ in range(value // rows)]) if name == "rows" else step
 
 
 @pytest.mark.parametrize("what", list(GROWTH))
 def bench_growth(contest: Any, device: torch.device, quick: bool, growth: Any, what: str) -> None:
-    """How a training step's time grows with one size while the others stay."""
+    """How time grows with one size while the others stay."""
     name, values = GROWTH[what]
-    points: dict[int, Callable[[], Tensor]] = {}
-    for value in values[device.type][: 2 if quick else None]:
-        rows = value if name == "batch" else (32 if quick else 256)
-        sizes = {**SIZES, **(SMALL if quick else {}), **({} if name == "batch" else {name: value})}
-        config = SeDAConfig(**sizes)
-        points[value] = ours(SeDA(config).to(device), training_set(config, 2 * rows, device), rows, TrainConfig())
-    growth(contest, f"training step over {what}", points)
+    points = {value: point(name, value, device, quick) for value in values[device.type][: 2 if quick else None]}
+    kind = {"rows": "an epoch", "steps": "a reverse chain"}.get(name, "a training step")
+    growth(contest, f"{kind} over {what}", points)
 
 
 FIRST_STEP = """

@@ -93,7 +93,7 @@ def test_a_quick_run_prints_one_table_and_writes_nothing(repository: Path, tmp_p
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     operations = ("noising forward", "noising backward", "interaction", "projection", "reverse chain")
-    for workload in (*operations, "training step", "training step over classes, K"):
+    for workload in (*operations, "training step", "a training step over classes, K"):
         assert workload in done.stdout
     assert done.stdout.count("share of ceiling") == 1
     assert list(tmp_path.iterdir()) == []
