@@ -379,7 +379,7 @@ def contest(_contest: Contest, benchmark: Any) -> Contest:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the table; write JSON and PNG unless the run was a quick check or something failed."""
     contest = config.stash.get(_KEY, None)
-    if contest is None or not contest.rows:
+    if contest is None or not (contest.rows or contest.growth or contest.starts):
         return
     terminalreporter.section(f"benchmarks on {device_name(contest.device)}")
     terminalreporter.write_line(as_table(contest.rows))
