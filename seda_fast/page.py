@@ -10,14 +10,15 @@ from pathlib import Path
 
 # Okabe and Ito (2008), told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 280, 58, 12, 16, 44
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 280, 70, 12, 16, 44
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;padding:1rem;max-width:62rem;color:#1b1b1b;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ccc}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
 th,td{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid #e3e3e3}
 th:first-child,td:first-child{text-align:left}
-img,svg{max-width:100%;height:auto}figure{margin:1rem 0}figcaption,.note{color:#555;font-size:.9rem}
+svg{max-width:100%;height:auto}img{width:100%;min-width:36rem}figure{margin:1rem 0;overflow-x:auto}
+figcaption,.note{color:#555;font-size:.9rem}
 details{margin:.5rem 0}summary{cursor:pointer}
 """
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-DOCS = sorted((Path(__file__).resolve().parents[1] / "docs").glob("*.md"))
+from seda_fast import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -45,3 +48,18 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             known = {"--" + field.name.replace("_", "-") for kind in sections for field in dataclasses.fields(kind)}
             unknown = {word for word in words[3:] if word.startswith("--")} - known
             assert not unknown, f"{page.name}: {line}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == {page.name for page in DOCS} - {"README.md"}
+
+
+def test_citation_and_changelog_name_this_version(request: pytest.FixtureRequest) -> None:
+    yaml = pytest.importorskip("yaml", reason=f"{request.node.nodeid} needs pyyaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors", "license"} <= set(citation)
+    assert citation["version"] == __version__
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2505.05721"
+    assert __version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
