@@ -1,5 +1,7 @@
 """One stage's reverse chain of five steps, no gradients, against a loop over the network as one would write it."""
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seda_fast.nn.schedule import NoiseSchedule
 from seda_fast.ops import ChainWeights, reverse_chain
 
 DIM, WIDTH, HIDDEN, BLOCKS, STEPS = 768, 512, 1024, 3, 5
+TIMESTEPS = 1000
 ROWS = {"cuda": [65_536, 1], "cpu": [1024, 1]}
 
 
@@ -56,6 +60,34 @@ def loop(network: Network, x: Tensor, condition: Tensor, coefficients: list[list
     return clean
 
 
+def diffusers_loop(
+    network: Network, latent: Tensor, condition: Tensor, schedule: NoiseSchedule
+) -> Callable[[], Tensor]:
+    """The same sampling as diffusers would have it: its DDIMScheduler around the network, a step at a time."""
+    from diffusers import DDIMScheduler
+
+    alpha_bar = schedule.alpha_bar
+    betas = 1 - alpha_bar / torch.cat((alpha_bar.new_ones(1), alpha_bar[:-1]))
+    scheduler = DDIMScheduler(
+        num_train_timesteps=TIMESTEPS,
+        trained_betas=betas.numpy(),
+        prediction_type="sample",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+    scheduler.set_timesteps(STEPS, device=latent.device)
+    gains = alpha_bar.sqrt().to(device=latent.device, dtype=latent.dtype)
+
+    def run() -> Tensor:
+        x = latent
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(network(gains[t] * x, condition, i), t, x).prev_sample
+        return x
+
+    return run
+
+
 @pytest.mark.parametrize("place", [0, 1], ids=["large batch", "one row"])
 @torch.no_grad()
 def bench_reverse_chain(
@@ -71,9 +103,11 @@ def bench_reverse_chain(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = [32, 1][place] if quick else ROWS[device.type][place]
     network = Network().to(device=device, dtype=dtype)
-    x, condition = (torch.randn(rows, DIM, device=device).to(dtype) for _ in range(2))
-    table = torch.tensor([[0.3, 0.7, 0.0, 0.0, 0.0]] * (STEPS - 1) + [[0.0, 0.0, 0.0, 0.0, 1.0]])
-    coefficients, steps = table.to(device=device, dtype=dtype), table.tolist()
+    latent, condition = (torch.randn(rows, DIM, device=device).to(dtype) for _ in range(2))
+    schedule = NoiseSchedule(TIMESTEPS)
+    sampler = schedule.sampler("ddim", STEPS)
+    coefficients, steps = sampler.coefficients.to(device), sampler.coefficients.tolist()
+    x = latent * float(sampler.initial_noise)
     ids, weights = torch.arange(rows, device=device), network.weights()
     seed, step = torch.tensor(1, device=device), torch.tensor(0, device=device)
     keys: dict[str, Any] = {"seed": seed, "step": step, "sample_ids": ids, "stream": 4, "noisy": False}
@@ -82,8 +116,13 @@ def bench_reverse_chain(
         "eager": lambda: loop(network, x, condition, steps),
     }
     competitors |= challengers("reverse_chain", device, competitors["seda_fast"])
-    for name, variant in compile_variants(loop, device).items():
+    variants = compile_variants(loop, device)
+    if device.type == "cuda":
+        variants["compiled, reduce-overhead"] = torch.compile(loop, mode="reduce-overhead", fullgraph=True)
+    for name, variant in variants.items():
         competitors[name] = lambda variant=variant: variant(network, x, condition, steps)
+    if importlib.util.find_spec("diffusers"):
+        competitors["eager, diffusers' DDIMScheduler"] = diffusers_loop(network, latent, condition, schedule)
     wide = Network().to(device).double()
     wide.load_state_dict(network.state_dict())
     exact = loop(wide, x.double(), condition.double(), steps)

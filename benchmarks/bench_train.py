@@ -246,9 +246,9 @@ torch_in = time.perf_counter()
 import seda_fast
 package_in = time.perf_counter()
 sys.path.insert(0, sys.argv[1])
-import resource
 import bench_train
 from seda_fast.engine import Stepper
+from seda_fast.measure import peak_memory_bytes
 config = bench_train.SeDAConfig(**bench_train.SIZES)
 data = bench_train.training_set(config, 2048, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 model = bench_train.SeDA(config).to(data.device)
@@ -262,9 +262,7 @@ for _ in range(8):
         torch.cuda.synchronize()
     times.append(time.perf_counter() - begin)
 usual = sorted(times[1:])[3]
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-if data.device.type == "cuda":
-    peak = torch.cuda.max_memory_allocated()
+peak = peak_memory_bytes(data.device)
 print(times[0], usual, torch_in - start, package_in - torch_in, peak)
 """
 
