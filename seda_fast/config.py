@@ -81,8 +81,8 @@ class SeDAConfig:
 class TrainConfig:
     """How a model is trained. Loss weights are the method's w1 .. w6, and w7 of the visual head."""
 
-    epochs: int = setting(20, "passes over the training part")
-    batch_size: int = setting(256, "rows of an optimiser step")
+    epochs: int = setting(0, "passes over the training part; 0: 20, more where that makes fewer than 240 steps")
+    batch_size: int = setting(0, "rows of an optimiser step; 0: 256, an eighth of a training part below 2048 rows")
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
     weight_decay: float = setting(0.05, "decoupled weight decay of the matrices")
     warmup: float = setting(0.05, "share of the steps in which the learning rate rises")
@@ -105,7 +105,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("epochs", "batch_size"):
-            check_range(self, name, getattr(self, name) >= 1, "at least 1")
+            check_range(self, name, getattr(self, name) >= 0, "at least 1, or 0 for the rule")
         for name in ("learning_rate", "clip_norm", "teacher_temperature"):
             check_range(self, name, getattr(self, name) > 0, "positive")
         for f in dataclasses.fields(self):
@@ -114,6 +114,16 @@ class TrainConfig:
         for name in ("warmup", "ema_decay", "dropout", "visual_dropout", "visual_input_dropout", "label_smoothing"):
             check_range(self, name, 0 <= getattr(self, name) < 1, "in 0 .. 1, 1 excluded")
         check_range(self, "seed", 0 <= self.seed < 2**63, "in 0 .. 2**63 - 1")
+
+    def for_rows(self, rows: int) -> TrainConfig:
+        """These settings with ``epochs`` and ``batch_size`` chosen for a training part of ``rows``, where they are 0.
+
+        A small training part takes small batches, an eighth of it but at least 32 rows, and as many passes as make 240
+        steps: with 20 passes in batches of 256, 224 rows would take 20 steps, and the networks hardly move.
+        """
+        size = self.batch_size or min(256, max(32, rows // 8))
+        steps = -(-rows // size)
+        return dataclasses.replace(self, batch_size=size, epochs=self.epochs or max(20, -(-240 // steps)))
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

@@ -216,6 +216,7 @@ class Stepper:
         ranks: Ranks = ALONE,
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
+        settings = settings.for_rows(len(data))
         self.model, self.data, self.settings, self.total_steps, self._say = model, data, settings, total_steps, say
         self.ranks = ranks
         self.plan = plan(engine, precision, data, settings.batch_size, ranks)

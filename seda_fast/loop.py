@@ -130,6 +130,7 @@ class Trainer:
         ranks: Ranks = ALONE,
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
+        settings = settings.for_rows(len(data))
         self.model, self.data, self.settings, self._keeping, self._say = model, data, settings, keeping, say
         self.steps_per_epoch = -(-len(data) // settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch

@@ -224,8 +224,9 @@ def fit(
     seconds = before + time.perf_counter() - started
     return model, history, {
         "seconds": seconds,
-        "epochs": settings.train.epochs,
-        "samples_per_second": settings.train.epochs * len(rows) / seconds,
+        "epochs": trainer.settings.epochs,
+        "batch_size": trainer.settings.batch_size,
+        "samples_per_second": trainer.settings.epochs * len(rows) / seconds,
         "peak_memory_bytes": peak_memory_bytes(rows.device),
         "engine": trainer.stepper.report(),
         "ranks": ranks.world,

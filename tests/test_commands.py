@@ -88,7 +88,7 @@ def test_metrics_have_the_promised_keys(trained: Path) -> None:
     assert set(metrics["baselines"]["one_step"]["alignment"]) == aligned
     assert metrics["baselines"]["mlp"]["alignment"] is None
     assert set(metrics["train"]) == {
-        "seconds", "epochs", "samples_per_second", "peak_memory_bytes", "engine", "precision", "ranks",
+        "seconds", "epochs", "batch_size", "samples_per_second", "peak_memory_bytes", "engine", "precision", "ranks",
         "data", "resumed_after_step",
     }  # fmt: skip
     assert metrics["train"]["engine"] == {
@@ -235,7 +235,7 @@ def test_a_test_part_whose_texts_are_all_equal_has_no_alignment(tmp_path: Path) 
     [
         (["--wings", "2"], "unrecognized arguments: --wings 2"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-        (["--epochs", "0"], "epochs must be at least 1, not 0"),
+        (["--epochs", "-1"], "epochs must be at least 1, or 0 for the rule, not -1"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--data", "nowhere.npz"], "nowhere.npz: does not exist"),
         (["--config", "nowhere.toml"], "nowhere.toml: cannot be read"),

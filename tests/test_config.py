@@ -31,7 +31,7 @@ def test_model_settings_out_of_range_are_one_sentence(change: dict[str, object],
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"epochs": -1}, "epochs must be at least 1, or 0 for the rule, not -1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, not 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be a number, not nan"),
         ({"dropout": 1}, "dropout must be in 0 .. 1, 1 excluded, not 1.0"),
@@ -43,6 +43,17 @@ def test_training_settings_out_of_range_are_one_sentence(change: dict[str, objec
     with pytest.raises(ConfigError) as caught:
         TrainConfig(**change)  # type: ignore[arg-type]
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "epochs"), [(40, 32, 120), (224, 32, 35), (420, 52, 27), (2173, 256, 27), (5216, 256, 20)]
+)
+def test_small_training_parts_take_small_batches_and_more_passes(rows: int, size: int, epochs: int) -> None:
+    chosen = TrainConfig().for_rows(rows)
+    assert (chosen.batch_size, chosen.epochs) == (size, epochs)
+    assert chosen.epochs * -(-rows // size) >= 240
+    given = TrainConfig(epochs=3, batch_size=100)
+    assert given.for_rows(rows) == given
 
 
 def test_settings_are_frozen_and_integers_pass_as_floats() -> None:
