@@ -35,7 +35,8 @@ class TrainingSet:
     """Standardised training triples on the training device.
 
     ``visual`` (N, Dv) and ``text`` (N, Dt) float32, finite; ``labels`` (N,) int64, -1 unlabelled; ``paired`` (N,) bool,
-    whether the row has a text; ``sample_ids`` (N,) int64.
+    whether the row has a text; ``sample_ids`` (N,) int64. With ``text_classes`` (K, Dt) a row's text is its class's,
+    and ``text`` is (N, 0).
     """
 
     visual: Tensor
@@ -43,6 +44,7 @@ class TrainingSet:
     labels: Tensor
     paired: Tensor
     sample_ids: Tensor
+    text_classes: Tensor | None = None
 
     def __len__(self) -> int:
         return self.visual.shape[0]
@@ -59,10 +61,11 @@ class TrainingSet:
 
     def rows(self, index: Tensor) -> Batch:
         """The rows ``index`` (B,) of every field, in the order of `SeDA.losses`."""
+        labels = self.labels[index]
         return (
             self.visual[index],
-            self.text[index],
-            self.labels[index],
+            self.text[index] if self.text_classes is None else self.text_classes[labels.clamp(min=0)],
+            labels,
             self.paired[index],
             self.sample_ids[index],
         )
@@ -255,6 +258,7 @@ class Trainer:
             "device": self.data.device.type,
             "ranks": self._ranks.world,
             "torch": torch.__version__,
+            **({"attention": self.stepper.attention.used} if self.stepper.attention is not None else {}),
         }
 
     def resume(self) -> bool:
@@ -291,7 +295,8 @@ class Trainer:
         own = self._state()
         for section, settings in own["settings"].items():
             _refuse_difference(settings, state.get("settings", {}).get(section, {}), found.path)
-        statistics = ("visual_mean", "visual_scale", "text_mean", "text_scale", "centres")
+        statistics = ["visual_mean", "visual_scale", "text_mean", "text_scale", "centres"]
+        statistics += ["text_classes"] if self.model.config.class_text else []
         same = state.get("rows") == len(self.data) and all(
             # Ranks in another number add up in another order.
             torch.allclose(found.tensors[f"model.{name}"].to(value.device), value, rtol=1e-4, atol=1e-5)

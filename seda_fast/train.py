@@ -56,7 +56,7 @@ PROGRAM = "seda_fast.train"
 TRACE_FILE = "trace.json"
 # Samples whose way through the steps is drawn.
 _PATH_SAMPLES = 12
-_FROM_DATA = ("visual_dim", "text_dim", "n_classes")
+_FROM_DATA = ("visual_dim", "text_dim", "n_classes", "class_text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,8 @@ class Settings:
         Raises:
             ConfigError: a size was given and the data has another.
         """
-        sizes = {"visual_dim": data.visual_dim, "text_dim": data.text_dim, "n_classes": data.n_classes}
+        sizes: dict[str, Any] = {"visual_dim": data.visual_dim, "text_dim": data.text_dim, "n_classes": data.n_classes}
+        sizes["class_text"] = data.text_classes is not None
         for name, size in sizes.items():
             if self.model.get(name, size) != size:
                 raise ConfigError(f"{name} is set to {self.model[name]!r} but {data.source} has {size}")
@@ -116,8 +117,9 @@ def parse(argv: Sequence[str] | None) -> Settings:
 
 def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) -> dict[str, Baseline]:
     """All baselines on the same standardised rows, with the settings they were tuned for."""
-    text = rows.text.masked_fill(~rows.paired[:, None], float("nan"))
-    arrays = (rows.visual.cpu().numpy(), text.cpu().numpy(), rows.labels.cpu().numpy())
+    visual, text, labels, paired, _ = rows.rows(torch.arange(len(rows), device=rows.device))
+    text = text.masked_fill(~paired[:, None], float("nan"))
+    arrays = (visual.cpu().numpy(), text.cpu().numpy(), labels.cpu().numpy())
     found = {}
     with progress(len(BASELINES), "baselines") as bar:
         for name in BASELINES:
@@ -232,6 +234,7 @@ def fit(
         "data": "on the device" if rows.on_device else "in its files",
         "precision": settings.run.precision,
         "resumed_after_step": resumed_after,
+        **({"attention": trainer.stepper.attention._asdict()} if trainer.stepper.attention is not None else {}),
         **({"profile": found} if found.shares else {}),
     }  # fmt: skip
 
