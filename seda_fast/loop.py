@@ -106,6 +106,20 @@ class Keeping:
     interrupts: Interrupts | None = None
 
 
+@dataclass(frozen=True)
+class Telling:
+    """Whom a run tells its losses while it trains.
+
+    Attributes:
+        every: steps between two times. All ranks have the same.
+        write: called with the step, the mean of each loss term over the rows since the last time, and the step's
+            learning rate.
+    """
+
+    every: int
+    write: Callable[[int, Mapping[str, float], float], None]
+
+
 def batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """One epoch's shuffled index batches, int64; every row once, the last batch may be smaller."""
     yield from torch.randperm(rows, generator=generator).split(batch_size)
@@ -118,6 +132,7 @@ class Trainer:
         engine, precision: see `engine.plan`; the parameters stay in their own dtype.
         keeping: None keeps nothing. Either all ranks have one or none has.
         ranks: those that train together; each batch is shared among them.
+        telling: None tells nobody.
         say: called with a sentence on what a user should know (a fallback of the engine, where a resumed run starts).
     """
 
@@ -131,9 +146,11 @@ class Trainer:
         precision: PrecisionName = "fp32",
         keeping: Keeping | None = None,
         ranks: Ranks = ALONE,
+        telling: Telling | None = None,
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.model, self.data, self.settings, self._keeping, self._say = model, data, settings, keeping, say
+        self._telling = telling
         self.steps_per_epoch = -(-len(data) // settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.stepper = Stepper(
@@ -146,6 +163,9 @@ class Trainer:
         self._batch, self._seconds = 0, 0.0
         self._order_state = self._order.get_state()
         self._last_checkpoint: Path | None = None
+        # The epoch's sums when losses were last told, what earlier epochs added since then, and the rows since then.
+        self._told, self._carried = torch.zeros_like(self.stepper.sums), torch.zeros_like(self.stepper.sums)
+        self._untold_rows = 0
 
     @property
     def seconds(self) -> float:
@@ -181,6 +201,7 @@ class Trainer:
         parts = list(batches(len(self.data), self.settings.batch_size, self._order))
         rate = stepper.rate()
         for _ in stepper.steps(parts[self._batch :]):
+            self._tell(len(parts[self._batch]), rate)
             self._batch += 1
             on_step(stepper.done, self.total_steps)
             if self._batch < len(parts):
@@ -188,11 +209,29 @@ class Trainer:
                 self._keep()
                 rate = stepper.rate()
         self._refuse_non_finite()
+        self._carried += stepper.sums - self._told
+        self._told.zero_()
         means = dict(zip(TERMS, (stepper.gather_sums() / len(self.data)).tolist(), strict=True))
         self.history.append(Epoch(len(self.history) + 1, means, rate, time.perf_counter() - started))
         stepper.sums.zero_()
         self._batch, self._seconds, self._order_state = 0, 0.0, self._order.get_state()
         self._keep()
+
+    def _tell(self, rows: int, rate: float) -> None:
+        """Count the ``rows`` of the step just done, and tell the losses where it is time."""
+        if self._telling is None:
+            return
+        self._untold_rows += rows
+        done = self.stepper.done
+        if done % self._telling.every and done != self.total_steps:
+            return
+        # Ranks may have handed their sums to the first since then; what all of them added stays the same.
+        added = self._ranks.add(self._carried + self.stepper.sums - self._told)
+        means = dict(zip(TERMS, (added / self._untold_rows).tolist(), strict=True))
+        self._carried.zero_()
+        self._told.copy_(self.stepper.sums)
+        self._untold_rows = 0
+        self._telling.write(done, means, rate)
 
     def _refuse_non_finite(self) -> int:
         """Raises TrainingError where a loss on any rank is not finite; returns the signal that any rank got, or 0."""
@@ -287,6 +326,7 @@ class Trainer:
         self.stepper.scaler.load_state_dict(state["scaler"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self._batch, self._seconds = int(state["batch"]), float(state["seconds"])
+        self._told.copy_(self.stepper.sums)
         self._say(f"continuing after step {self.stepper.done} of {self.total_steps}, from {self._last_checkpoint}")
         return True
 

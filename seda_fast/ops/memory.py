@@ -143,7 +143,7 @@ def _measured(device: torch.device, dtype: torch.dtype, key: tuple[int, int, int
         torch.autograd.grad(given.sum(), made)
     except Exception as error:  # noqa: BLE001 - no kernel for this device, dtype or size: it says so in many ways
         return _Found(AttentionChoice("torch", f"xformers has no kernel that serves: {_said(error)}"), None)
-    difference = float((given - expected).abs().max() / expected.abs().max())
+    difference = float((given - expected).detach().abs().max() / expected.detach().abs().max())
     if not difference <= _AGREES.get(dtype, _AGREES_IN_HALF):
         return _Found(AttentionChoice("torch", f"xformers gives other values (by {difference:.1g})"), None)
     theirs, ours = _times((xformers, _torch_attention), made)
