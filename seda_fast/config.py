@@ -30,11 +30,13 @@ class SeDAConfig:
     visual_dim: int = setting(0, "size of a visual feature, Dv (taken from the data)")
     text_dim: int = setting(0, "size of a textual feature, Dt (taken from the data)")
     n_classes: int = setting(0, "number of classes, K (taken from the data)")
+    class_text: bool = setting(False, "whether there is one text a class instead of one a row (taken from the data)")
     width: int = setting(512, "width of the networks, d")
     expansion: int = setting(2, "hidden size of a block over its width, m")
     blocks: int = setting(3, "interaction blocks in each network, L")
     visual_width: int = setting(512, "hidden size of the visual head")
     time_embedding: int = setting(64, "size of the sinusoidal timestep embedding and its hidden layer")
+    memory_heads: int = setting(8, "heads of the networks' attention to class texts; 0: the networks do not see them")
     condition: ConditionName = setting("both", "what the translator sees: s and v, or one of them")
     diffusion_steps: int = setting(1000, "timesteps of the noise schedule, T")
     semantic_sampler: SamplerName = setting("renoise", "sampler of the semantic stage")
@@ -65,11 +67,21 @@ class SeDAConfig:
         check_range(self, "diffusion_steps", self.diffusion_steps >= 2, "at least 2")
         for name in ("semantic_steps", "textual_steps", "classification_steps"):
             check_range(self, name, getattr(self, name) <= self.diffusion_steps, "at most diffusion_steps")
+        check_range(self, "memory_heads", self.memory_heads >= 0, "at least 0")
+        check_range(
+            self, "memory_heads", not self.has_memory or self.width % self.memory_heads == 0,
+            f"a divisor of the width {self.width}",
+        )  # fmt: skip
         check_range(self, "textual_weight", 0 <= self.textual_weight <= 1, "in 0 .. 1")
         check_range(
             self, "visual_weight", 0 <= self.visual_weight <= 1 - self.textual_weight, "in 0 .. 1 - textual_weight"
         )
         check_range(self, "noise_draws", 1 <= self.noise_draws <= 65535, "in 1 .. 65535")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the networks attend to class texts."""
+        return self.class_text and self.memory_heads > 0
 
     @property
     def semantic_weight(self) -> float:

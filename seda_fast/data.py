@@ -11,7 +11,7 @@ are refused even when they hold whole numbers, since that is where a wrong colum
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +48,10 @@ __all__ = [
     "rows",
 ]
 
-KEYS = ("visual_train", "text_train", "label_train", "visual_test", "label_test", "text_test", "class_names")
+KEYS = (
+    "visual_train", "text_train", "label_train", "visual_test", "label_test", "text_test", "class_names",
+    "text_classes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,8 @@ class EvaluationRows:
     """Rows to measure a model on.
 
     visual (M, Dv); labels (M,) int64, -1 = unlabelled; text (M, Dt) or None, a row all NaN where text is
-    missing; class_names or None where the source names none; ids (M,) int64.
+    missing; class_names or None where the source names none; ids (M,) int64. Where the source has class texts and no
+    text of rows, text is each row's class's, and text_classes (K, Dt) are they.
     """
 
     visual: Features
@@ -65,6 +69,7 @@ class EvaluationRows:
     class_names: tuple[str, ...] | None
     ids: Labels
     source: str
+    text_classes: Features | None = None
 
     @property
     def labelled(self) -> Mask:
@@ -100,7 +105,8 @@ class FeatureSet:
     only with unpaired="keep"; Dt = 0 where there is no text at all, only with need_text=False. label_train
     (N,) int64, -1 = unlabelled. visual_test (M, Dv), label_test (M,), text_test (M, Dt) or None; the text of
     the test part is there to measure alignment. ids_train (N,) and ids_test (M,) int64: the row number within
-    the part, or within the whole set where it was split here.
+    the part, or within the whole set where it was split here. text_classes (K, Dt): one text a class instead
+    of one a row; text_train is then (N, 0), and every labelled row has its class's text.
     """
 
     visual_train: Features
@@ -113,6 +119,7 @@ class FeatureSet:
     ids_train: Labels
     ids_test: Labels
     source: str
+    text_classes: Features | None = None
 
     @property
     def n_classes(self) -> int:
@@ -124,12 +131,12 @@ class FeatureSet:
 
     @property
     def text_dim(self) -> int:
-        return int(self.text_train.shape[1])
+        return int((self.text_train if self.text_classes is None else self.text_classes).shape[1])
 
     @cached_property
     def paired_train(self) -> Mask:
         """(N,) bool, true where there is text."""
-        return has_text(self.text_train)
+        return has_text(self.text_train) if self.text_classes is None else self.labelled_train
 
     @property
     def labelled_train(self) -> Mask:
@@ -140,8 +147,9 @@ class FeatureSet:
     def test_part(self) -> EvaluationRows:
         """The test part as `load_test` gives it."""
         return EvaluationRows(
-            self.visual_test, self.label_test, self.text_test, self.class_names, self.ids_test, self.source
-        )
+            self.visual_test, self.label_test, self.text_test, self.class_names, self.ids_test, self.source,
+            self.text_classes,
+        )  # fmt: skip
 
     @classmethod
     def load(
@@ -182,13 +190,14 @@ class FeatureSet:
         seed: int = 0,
         need_text: bool = True,
         source: str = "arrays",
+        text_classes: Any = None,
     ) -> FeatureSet:
         """Makes a set from anything that numpy takes as an array, with the checks and options of `load`.
 
         float32 arrays are kept without a copy, memory maps as they are. text_train may be None with
-        need_text=False. Raises DataError.
+        need_text=False or with text_classes (K, Dt), one text a class. Raises DataError.
         """
-        given = (visual_train, text_train, label_train, visual_test, label_test, text_test, class_names)
+        given = (visual_train, text_train, label_train, visual_test, label_test, text_test, class_names, text_classes)
         arrays = {key: value for key, value in zip(KEYS, given, strict=True) if value is not None}
         with naming(source):
             return _build(arrays, source, unpaired, test_fraction, seed, need_text)
@@ -200,13 +209,14 @@ class FeatureSet:
         visual_dim: int | None = None,
         text_dim: int | None = None,
         class_names: Sequence[str] | None = None,
+        text_classes: Features | None = None,
         unpaired: Unpaired = "refuse",
         test_fraction: float = 0.2,
         seed: int = 0,
     ) -> EvaluationRows:
-        """Reads the test part alone; `visual_test` and `label_test` are needed, `text_test` is optional.
+        """Reads the test part alone: `visual_test` and `label_test`, and `text_test` or `text_classes` where there.
 
-        visual_dim, text_dim, class_names: the model's, where known; rows that do not fit them are refused.
+        visual_dim, text_dim, class_names, text_classes: the model's, where known; what does not fit is refused.
         A source with a training part only is split as `load` splits it, so the same fraction and seed give
         the rows that training did not see. At least one row must be labelled. Raises DataError.
         """
@@ -219,6 +229,8 @@ class FeatureSet:
             if part.text is not None:
                 _check_width("text_test", part.text, text_dim, "the model")
             _check_against_model(part.labels, part.class_names, class_names)
+            if part.text_classes is not None and text_classes is not None:
+                _check_same_texts(part.text_classes, text_classes)
         return part
 
 
@@ -263,7 +275,7 @@ def _check_width(name: str, array: Features, width: int | None, other: str) -> N
         raise DataError(f"'{name}' has {array.shape[1]} columns but {other} has {width}")
 
 
-def _check_named(name: str, labels: Labels, class_names: Sequence[str], owner: str = "'class_names'") -> None:
+def _check_named(name: str, labels: Labels, class_names: Sized, owner: str = "'class_names'") -> None:
     row = int(np.argmax(labels))
     if labels[row] >= len(class_names):
         raise DataError(f"'{name}' holds {labels[row]} in row {row} but {owner} has {len(class_names)} entries")
@@ -303,7 +315,12 @@ def _build(
     need_text: bool,
 ) -> FeatureSet:
     _check_options(unpaired, test_fraction, seed)
-    _require(arrays, "visual_train", "label_train", *(["text_train"] if need_text else []))
+    if "text_train" in arrays and "text_classes" in arrays:
+        raise DataError(
+            "holds both 'text_train' and 'text_classes'; give one text of each row or one text of each class, not both"
+        )
+    by_class = "text_classes" in arrays
+    _require(arrays, "visual_train", "label_train", *(["text_train"] if need_text and not by_class else []))
     visual = check_visual("visual_train", arrays["visual_train"])
     labels = check_labels("label_train", arrays["label_train"])
     _check_length("label_train", labels, "visual_train", len(visual))
@@ -312,9 +329,14 @@ def _build(
         _check_length("text_train", text, "visual_train", len(visual))
     else:
         text, paired = np.zeros((len(visual), 0), dtype=np.float32), np.zeros(len(visual), dtype=bool)
+    names = _named(labels, arrays.get("class_names"))
+    classes = None
+    if by_class:
+        classes, paired = _class_texts(arrays["text_classes"], names, "class_names" in arrays), labels >= 0
+        if unpaired == "refuse":
+            _refuse_unlabelled(labels)
     if need_text and not paired.any():
         raise DataError("'text_train' has no row with text (all are NaN)")
-    names = _named(labels, arrays.get("class_names"))
     ids = np.arange(len(visual), dtype=np.int64)
     if any(key in arrays for key in ("visual_test", "label_test", "text_test")):
         test = _evaluation_rows(arrays, source, unpaired, names)
@@ -322,14 +344,18 @@ def _build(
         if test.text is not None and text.shape[1]:
             _check_width("text_test", test.text, text.shape[1], "'text_train'")
         _check_known_classes(labels, test.labels)
-        made = FeatureSet(visual, text, labels, test.visual, test.labels, test.text, names, ids, test.ids, source)
+        made = FeatureSet(
+            visual, text, labels, test.visual, test.labels, test.text, names, ids, test.ids, source, classes
+        )
     else:
         train, held_out = _split(labels, test_fraction, seed)
         refuse_too_large(4 * (visual.size + text.size))
         made = FeatureSet(
             rows(visual, train), rows(text, train), labels[train],
-            rows(visual, held_out), labels[held_out], rows(text, held_out) if text.shape[1] else None,
-            names, train, held_out, source,
+            rows(visual, held_out), labels[held_out],
+            class_text_rows(classes, labels[held_out]) if classes is not None
+            else rows(text, held_out) if text.shape[1] else None,
+            names, train, held_out, source, classes,
         )  # fmt: skip
         paired = paired[train]
         if need_text and not paired.any():
@@ -351,7 +377,53 @@ def _evaluation_rows(
         _check_length("text_test", text, "visual_test", len(visual))
     if names is not None:
         _check_named("label_test", labels, names, "'class_names'")
-    return EvaluationRows(visual, labels, text, names, np.arange(len(visual), dtype=np.int64), source)
+    classes = None
+    if "text_classes" in arrays:
+        classes = _class_texts(arrays["text_classes"], names, named=True)
+        if text is not None:
+            _check_width("text_test", text, classes.shape[1], "'text_classes'")
+        else:
+            _check_named("label_test", labels, classes, "'text_classes'")
+            text = class_text_rows(classes, labels)
+    return EvaluationRows(visual, labels, text, names, np.arange(len(visual), dtype=np.int64), source, classes)
+
+
+def _class_texts(value: Any, names: Sequence[str] | None, named: bool) -> Features:
+    """Checked class texts (K, Dt) float32 in memory, a row for each of ``names``."""
+    texts = check_visual("text_classes", value)
+    if names is not None and len(texts) != len(names):
+        where = "'class_names'" if named else "'label_train' (give 'class_names' where some have no row)"
+        raise DataError(f"'text_classes' has {len(texts)} rows but there are {len(names)} classes in {where}")
+    return rows(texts, slice(None))
+
+
+def class_text_rows(classes: Features, labels: Labels) -> Features:
+    """The text (M, Dt) float32 of each row's class, NaN where a row is unlabelled."""
+    text = rows(classes, np.maximum(labels, 0))
+    text[labels < 0] = np.nan
+    return text
+
+
+def _refuse_unlabelled(labels: Labels) -> None:
+    """A row without a label has no class's text, and would train nothing."""
+    unlabelled = labels < 0
+    if unlabelled.any():
+        raise DataError(
+            f"'label_train' holds -1 in {unlabelled.sum()} of {len(labels)} rows (first in row "
+            f"{int(np.argmax(unlabelled))}), which thus have no class's text; unpaired='keep' (--unpaired keep) "
+            "admits them"
+        )
+
+
+def _check_same_texts(found: Features, model: Features) -> None:
+    if found.shape != model.shape:
+        raise DataError(f"'text_classes' has shape {found.shape} but the model's class texts have {model.shape}")
+    spread = np.maximum(model.std(axis=0), np.abs(model).max() * 1e-3)
+    other = (np.abs(found - model) > 1e-3 * spread).any(axis=1)
+    if other.any():
+        raise DataError(
+            f"'text_classes' are not those that the model was trained with: row {int(np.argmax(other))} is another"
+        )
 
 
 def _check_known_classes(train: Labels, test: Labels) -> None:
@@ -362,9 +434,9 @@ def _check_known_classes(train: Labels, test: Labels) -> None:
 
 
 def _load_test_file(path: str | Path, unpaired: Unpaired, test_fraction: float, seed: int) -> EvaluationRows:
-    wanted = ("visual_test", "label_test", "text_test", "class_names")
+    wanted = ("visual_test", "label_test", "text_test", "class_names", "text_classes")
     arrays = read_arrays(Path(path), wanted=wanted, known=KEYS, layout=check_layout)
-    if not set(arrays) - {"class_names"}:
+    if not set(arrays) - {"class_names", "text_classes"}:
         whole = read_arrays(Path(path), wanted=KEYS, known=KEYS, layout=check_layout)
         with naming(path):
             if "visual_train" not in whole:

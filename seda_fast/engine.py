@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import ConfigError, TrainConfig
 from .nn import Losses, SeDA, Shard
+from .ops import AttentionChoice, attention_choice
 from .ranks import ALONE, Ranks
 
 EngineName = Literal["auto", "eager", "compile", "graph"]
@@ -177,6 +178,8 @@ class Objective(nn.Module):
             return self.losses(batch, seed, step, shard)  # type: ignore[no-any-return]
         model = self.losses.model
         tensors = {**dict(model.named_parameters()), "centres": model.centres}
+        if model.text_classes is not None:
+            tensors["text_classes"] = model.text_classes
         cast = {f"model.{name}": tensor.to(self.dtype) for name, tensor in tensors.items()}
         visual, text, *rest = batch
         half = (visual.to(self.dtype), text.to(self.dtype), *rest)
@@ -252,11 +255,23 @@ class Stepper:
             }  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.objective = Objective(model, settings, precision)
+        # Settled here: a measurement has no place in a compilation or a capture.
+        self.attention = self._attention(self.objective.dtype or self.average.values[0].dtype)
         if self.plan.used == "compile":
             self.objective.compiled = torch.compile(self.objective.eager, fullgraph=True, dynamic=False)
         self._losses: nn.Module = self.objective if ranks.alone else _parallel(self.objective)
         self._graph: Graph | None = None
         self._rehearsed = False
+
+    def _attention(self, dtype: torch.dtype) -> AttentionChoice | None:
+        """The attention to a memory of class texts; None without one."""
+        config = self.model.config
+        if not config.has_memory:
+            return None
+        if self.plan.used == "compile":
+            return AttentionChoice("torch", "the step is compiled")
+        sizes = {"classes": config.n_classes, "width": config.width, "heads": config.memory_heads}
+        return attention_choice(self.data.device, dtype, **sizes)
 
     # ---- state ---------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
-from .arrays import Labels, Mask, check_text
+from .arrays import Labels, Mask, check_text, check_visual
 from .command import choose_device
 from .config import ConfigError, SeDAConfig, TrainConfig
 from .data import FeatureSet
@@ -34,7 +34,7 @@ __all__ = ["SeDAClassifier"]
 ESTIMATOR_FILE = "estimator.json"
 UNLABELLED = -1
 # Sizes come from the data, the seed from random_state.
-_ELSEWHERE = {"visual_dim", "text_dim", "n_classes", "seed"}
+_ELSEWHERE = {"visual_dim", "text_dim", "n_classes", "class_text", "seed"}
 _OWN: dict[str, Any] = {"device": "auto", "unlabelled": None, "random_state": None}
 # Settings of a model that was trained without text: the textual head has learnt nothing and is not asked.
 _WITHOUT_TEXT = {"textual_weight": 0.0}
@@ -96,7 +96,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
 
     # ---- fitting -------------------------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: Any, text: Any = None) -> SeDAClassifier:
+    def fit(self, X: Any, y: Any, text: Any = None, text_classes: Any = None) -> SeDAClassifier:
         """Train on features, labels and texts.
 
         Args:
@@ -104,6 +104,9 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             y: (N,) class labels of any type that sorts; the value `unlabelled` marks rows without.
             text: (N, Dt) textual features; a row that is all NaN has no text. None: no row has any, and only the
                 semantic stage is trained and asked.
+            text_classes: instead of ``text``, one textual feature a class: (K, Dt), finite, in the order of
+                ``classes_`` (the sorted classes). The networks keep them as a memory that they attend to, in
+                prediction too.
 
         Raises:
             ValueError: data or a setting cannot be used; one sentence that names it.
@@ -113,18 +116,21 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             raise ConfigError(f"device must be one of auto, cpu, cuda, not {self.device!r}")
         X, y = validate_data(self, X, y, dtype=np.float32)
         labels = self._encode(y)
+        classes = _checked_class_texts(text_classes, text, self.classes_)
         text, paired = _checked_text(text, X)
-        self.has_text_ = bool(paired.any())
+        self.has_text_ = bool(paired.any()) or classes is not None
         self.seed_ = self._seed()
         chosen = {name: _plain(getattr(self, name)) for name in (*_MODEL, *_TRAIN)}
         if not self.has_text_:
             chosen.update(_WITHOUT_TEXT)
-        sizes = {"visual_dim": X.shape[1], "text_dim": text.shape[1], "n_classes": len(self.classes_)}
-        config = SeDAConfig(**{name: chosen[name] for name in _MODEL}, **sizes)
+        text_dim = (text if classes is None else classes).shape[1]
+        sizes = {"visual_dim": X.shape[1], "text_dim": text_dim, "n_classes": len(self.classes_)}
+        config = SeDAConfig(**{name: chosen[name] for name in _MODEL}, **sizes, class_text=classes is not None)
         settings = TrainConfig(**{name: chosen[name] for name in _TRAIN}, seed=self.seed_)
         names = tuple(str(name) for name in self.classes_)
         ids = np.arange(len(X), dtype=np.int64)
-        data = FeatureSet(X, text, labels, X[:0], labels[:0], None, names, ids, ids[:0], "SeDAClassifier.fit")
+        parts = (X, text if classes is None else text[:, :0], labels, X[:0], labels[:0], None, names, ids, ids[:0])
+        data = FeatureSet(*parts, "SeDAClassifier.fit", classes)
         model, rows = prepare(data, config, self.seed_, choose_device(self.device))
         self.model_, history = train(model, rows, settings)
         self.history_ = [epoch.row() for epoch in history]
@@ -252,6 +258,18 @@ def _checked_text(text: Any, visual: NDArray[Any]) -> tuple[NDArray[Any], Mask]:
         return np.full((len(visual), 1), np.nan, dtype=np.float32), np.zeros(len(visual), dtype=bool)
     check_consistent_length(visual, text)
     return check_text("text", text, "keep")
+
+
+def _checked_class_texts(value: Any, text: Any, classes: NDArray[Any]) -> NDArray[np.float32] | None:
+    """Textual features of the classes (K, Dt), None where none are given."""
+    if value is None:
+        return None
+    if text is not None:
+        raise ValueError("text and text_classes are both given; give one text of each row or one of each class")
+    texts = check_visual("text_classes", value)
+    if len(texts) != len(classes):
+        raise ValueError(f"text_classes has {len(texts)} rows but y has {len(classes)} classes")
+    return texts
 
 
 def _ids_of(visual: NDArray[np.float32]) -> Labels:

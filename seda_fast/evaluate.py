@@ -13,7 +13,7 @@ from . import _eval_extra  # noqa: F401 - checks first that what measuring needs
 from .command import choose_device, progress, run, settings_of, split_settings
 from .config import check_given, check_range, check_types, setting
 from .data import FeatureSet
-from .measure import outputs_metrics, table
+from .measure import outputs_metrics, raw_class_texts, table
 from .nn import SeDA
 from .outputs import PREDICTION_SEED
 from .ranks import Ranks, joined
@@ -48,6 +48,7 @@ def measure(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any] | None:
         visual_dim=model.config.visual_dim,
         text_dim=model.config.text_dim,
         class_names=model.class_names,
+        text_classes=raw_class_texts(model),
         unpaired="keep",
         test_fraction=fraction,
         seed=split_seed,

@@ -16,11 +16,16 @@ import torch
 
 from . import __version__
 from .command import run, settings_of
-from .config import check_types, setting
-from .ops import BACKENDS, choose, cpp_status, cuda_status, operations, refusal
+from .config import SeDAConfig, check_types, setting
+from .nn import STEPWISE
+from .ops import BACKENDS, attention_choice, choose, cpp_status, cuda_status, operations, refusal
 
 PROGRAM = "seda_fast.info"
 PACKAGES = ("torch", "triton", "xformers", "numpy", "safetensors", "scikit-learn", "matplotlib")
+
+
+# Classes that the attention to class texts is measured with.
+_CLASSES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,16 @@ def operation_lines(dtype: torch.dtype) -> list[str]:
     return [f"{op:<28} {', '.join(by_device)}" for op, by_device in served.items()]
 
 
+def memory_lines(dtype: torch.dtype) -> list[str]:
+    """Which attention a model with class texts would use on each device, measured now, and how it predicts."""
+    default = SeDAConfig(visual_dim=1, text_dim=1, n_classes=_CLASSES)
+    sizes = {"classes": _CLASSES, "width": default.width, "heads": default.memory_heads}
+    chosen = ((device, attention_choice(device, dtype, **sizes)) for device in _device_types())
+    lines = [f"attention, {device}: {choice.used} ({choice.reason})" for device, choice in chosen]
+    lines.append(f"reverse chain: step by step ({STEPWISE})")
+    return [part for line in lines for part in textwrap.wrap(line, width=110, subsequent_indent="  ")]
+
+
 def unavailable_lines() -> list[str]:
     """Which backends cannot run here, and why; a reason shared by several operations is told once."""
     reasons: dict[str, list[str]] = {}
@@ -102,6 +117,7 @@ def report(config: InfoConfig) -> dict[str, list[str]]:
         "devices": devices(),
         "compiled extension": extension_lines(),
         f"operations ({config.dtype})": operation_lines(getattr(torch, config.dtype)),
+        f"models with class texts ({config.dtype}, {_CLASSES} classes)": memory_lines(getattr(torch, config.dtype)),
         "not available here": unavailable_lines(),
     }
 

@@ -35,7 +35,8 @@ class TrainingSet:
     """Standardised training triples on the training device.
 
     ``visual`` (N, Dv) and ``text`` (N, Dt) float32, finite; ``labels`` (N,) int64, -1 unlabelled; ``paired`` (N,) bool,
-    whether the row has a text; ``sample_ids`` (N,) int64.
+    whether the row has a text; ``sample_ids`` (N,) int64. With ``text_classes`` (K, Dt) a row's text is its class's,
+    and ``text`` is (N, 0).
     """
 
     visual: Tensor
@@ -43,6 +44,7 @@ class TrainingSet:
     labels: Tensor
     paired: Tensor
     sample_ids: Tensor
+    text_classes: Tensor | None = None
 
     def __len__(self) -> int:
         return self.visual.shape[0]
@@ -59,10 +61,11 @@ class TrainingSet:
 
     def rows(self, index: Tensor) -> Batch:
         """The rows ``index`` (B,) of every field, in the order of `SeDA.losses`."""
+        labels = self.labels[index]
         return (
             self.visual[index],
-            self.text[index],
-            self.labels[index],
+            self.text[index] if self.text_classes is None else self.text_classes[labels.clamp(min=0)],
+            labels,
             self.paired[index],
             self.sample_ids[index],
         )
@@ -103,6 +106,20 @@ class Keeping:
     interrupts: Interrupts | None = None
 
 
+@dataclass(frozen=True)
+class Telling:
+    """Whom a run tells its losses while it trains.
+
+    Attributes:
+        every: steps between two times. All ranks have the same.
+        write: called with the step, the mean of each loss term over the rows since the last time, and the step's
+            learning rate.
+    """
+
+    every: int
+    write: Callable[[int, Mapping[str, float], float], None]
+
+
 def batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """One epoch's shuffled index batches, int64; every row once, the last batch may be smaller."""
     yield from torch.randperm(rows, generator=generator).split(batch_size)
@@ -115,6 +132,7 @@ class Trainer:
         engine, precision: see `engine.plan`; the parameters stay in their own dtype.
         keeping: None keeps nothing. Either all ranks have one or none has.
         ranks: those that train together; each batch is shared among them.
+        telling: None tells nobody.
         say: called with a sentence on what a user should know (a fallback of the engine, where a resumed run starts).
     """
 
@@ -128,10 +146,12 @@ class Trainer:
         precision: PrecisionName = "fp32",
         keeping: Keeping | None = None,
         ranks: Ranks = ALONE,
+        telling: Telling | None = None,
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         settings = settings.for_rows(len(data))
         self.model, self.data, self.settings, self._keeping, self._say = model, data, settings, keeping, say
+        self._telling = telling
         self.steps_per_epoch = -(-len(data) // settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.stepper = Stepper(
@@ -144,6 +164,9 @@ class Trainer:
         self._batch, self._seconds = 0, 0.0
         self._order_state = self._order.get_state()
         self._last_checkpoint: Path | None = None
+        # The epoch's sums when losses were last told, what earlier epochs added since then, and the rows since then.
+        self._told, self._carried = torch.zeros_like(self.stepper.sums), torch.zeros_like(self.stepper.sums)
+        self._untold_rows = 0
 
     @property
     def seconds(self) -> float:
@@ -179,6 +202,7 @@ class Trainer:
         parts = list(batches(len(self.data), self.settings.batch_size, self._order))
         rate = stepper.rate()
         for _ in stepper.steps(parts[self._batch :]):
+            self._tell(len(parts[self._batch]), rate)
             self._batch += 1
             on_step(stepper.done, self.total_steps)
             if self._batch < len(parts):
@@ -186,11 +210,29 @@ class Trainer:
                 self._keep()
                 rate = stepper.rate()
         self._refuse_non_finite()
+        self._carried += stepper.sums - self._told
+        self._told.zero_()
         means = dict(zip(TERMS, (stepper.gather_sums() / len(self.data)).tolist(), strict=True))
         self.history.append(Epoch(len(self.history) + 1, means, rate, time.perf_counter() - started))
         stepper.sums.zero_()
         self._batch, self._seconds, self._order_state = 0, 0.0, self._order.get_state()
         self._keep()
+
+    def _tell(self, rows: int, rate: float) -> None:
+        """Count the ``rows`` of the step just done, and tell the losses where it is time."""
+        if self._telling is None:
+            return
+        self._untold_rows += rows
+        done = self.stepper.done
+        if done % self._telling.every and done != self.total_steps:
+            return
+        # Ranks may have handed their sums to the first since then; what all of them added stays the same.
+        added = self._ranks.add(self._carried + self.stepper.sums - self._told)
+        means = dict(zip(TERMS, (added / self._untold_rows).tolist(), strict=True))
+        self._carried.zero_()
+        self._told.copy_(self.stepper.sums)
+        self._untold_rows = 0
+        self._telling.write(done, means, rate)
 
     def _refuse_non_finite(self) -> int:
         """Raises TrainingError where a loss on any rank is not finite; returns the signal that any rank got, or 0."""
@@ -256,6 +298,7 @@ class Trainer:
             "device": self.data.device.type,
             "ranks": self._ranks.world,
             "torch": torch.__version__,
+            **({"attention": self.stepper.attention.used} if self.stepper.attention is not None else {}),
         }
 
     def resume(self) -> bool:
@@ -284,6 +327,7 @@ class Trainer:
         self.stepper.scaler.load_state_dict(state["scaler"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self._batch, self._seconds = int(state["batch"]), float(state["seconds"])
+        self._told.copy_(self.stepper.sums)
         self._say(f"continuing after step {self.stepper.done} of {self.total_steps}, from {self._last_checkpoint}")
         return True
 
@@ -292,7 +336,8 @@ class Trainer:
         own = self._state()
         for section, settings in own["settings"].items():
             _refuse_difference(settings, state.get("settings", {}).get(section, {}), found.path)
-        statistics = ("visual_mean", "visual_scale", "text_mean", "text_scale", "centres")
+        statistics = ["visual_mean", "visual_scale", "text_mean", "text_scale", "centres"]
+        statistics += ["text_classes"] if self.model.config.class_text else []
         same = state.get("rows") == len(self.data) and all(
             # Ranks in another number add up in another order.
             torch.allclose(found.tensors[f"model.{name}"].to(value.device), value, rtol=1e-4, atol=1e-5)

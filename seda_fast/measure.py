@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from .arrays import rows as float_rows
-from .data import EvaluationRows
+from .data import EvaluationRows, class_text_rows
 from .metrics import alignment_metrics, classification_metrics
-from .nn import SeDA
+from .nn import STEPWISE, SeDA
 from .outputs import Outputs
 
 Float = NDArray[np.float32]
@@ -37,16 +37,29 @@ def outputs_metrics(outputs: Outputs, model: SeDA, rows: EvaluationRows) -> dict
         },
         "alignment": alignment(outputs.aligned, text),
         "alignment_point": alignment(outputs.aligned_point, text),
+        **({"chain": {"used": "step by step", "reason": STEPWISE}} if model.config.has_memory else {}),
     }
 
 
 def standardised_text(model: SeDA, rows: EvaluationRows) -> Float | None:
-    """The rows' text (M, Dt), standardised as the model does, NaN where it is missing; None with fewer than 4 texts."""
+    """The rows' text (M, Dt), standardised as the model does, NaN where it is missing; None with fewer than 4 texts.
+
+    Where the rows bring no text at all, a model that was trained with class texts knows those of their classes.
+    """
+    if rows.text is None and model.text_classes is not None and rows.labelled.sum() >= 4:
+        return class_text_rows(model.text_classes.cpu().numpy(), rows.labels)
     if rows.text is None or rows.paired.sum() < 4:
         return None
     text = float_rows(rows.text, np.arange(len(rows.text)))
     with torch.inference_mode():
         return model.standardise_text(torch.from_numpy(text).to(model.centres.device)).cpu().numpy()
+
+
+def raw_class_texts(model: SeDA) -> Float | None:
+    """The texts (K, Dt) that a model was trained with one a class, before standardisation; None for other models."""
+    if model.text_classes is None:
+        return None
+    return (model.text_classes * model.text_scale + model.text_mean).cpu().numpy()
 
 
 def alignment(aligned: Float, text: Float | None) -> dict[str, float] | None:

@@ -48,14 +48,23 @@ def prepare(
         model = SeDA(config, data.class_names)
     visual_mean, visual_scale = (torch.from_numpy(m).float() for m in mean_and_scale(data.visual_train))
     text_mean, text_scale = torch.zeros(data.text_dim), torch.ones(data.text_dim)
-    if data.paired_train.any():
+    if data.text_classes is not None:
+        # Those of the rows' texts: a class counts as often as it has rows.
+        text_moments = mean_and_scale(data.text_classes, data.label_train[data.labelled_train])
+        text_mean, text_scale = (torch.from_numpy(m).float() for m in text_moments)
+    elif data.paired_train.any():
         text_moments = mean_and_scale(data.text_train, np.flatnonzero(data.paired_train))
         text_mean, text_scale = (torch.from_numpy(m).float() for m in text_moments)
     about = (torch.from_numpy(np.asarray(a)) for a in (data.label_train, data.paired_train, data.ids_train))
     moments = (visual_mean, visual_scale, text_mean, text_scale)
-    streamed = StreamedSet(RowReader(data.visual_train), RowReader(data.text_train), *moments, *about)
+    texts = None if data.text_classes is None else torch.from_numpy(data.text_classes)
+    standardised = None if texts is None else (texts - text_mean) / text_scale
+    readers = (RowReader(data.visual_train), RowReader(data.text_train))
+    streamed = dataclasses.replace(StreamedSet(*readers, *moments, *about), text_classes=standardised)
     rows = streamed if _too_large(data, device, memory_share) else _loaded(data, streamed)
     _fit(model, rows, seed, ranks, moments)
+    if texts is not None:
+        model.set_class_texts(texts)
     return model.to(device), _to(rows, device)
 
 
@@ -70,9 +79,12 @@ def _loaded(data: FeatureSet, rows: StreamedSet) -> TrainingSet:
     everything = np.arange(len(data.visual_train))
     visual = (torch.from_numpy(float_rows(data.visual_train, everything)) - rows.visual_mean) / rows.visual_scale
     release(data.visual_train)
+    rest = (rows.labels, rows.paired, rows.sample_ids, rows.text_classes)
+    if rows.text_classes is not None:
+        return TrainingSet(visual, visual.new_zeros(len(visual), 0), *rest)
     text = (torch.from_numpy(float_rows(data.text_train, everything)) - rows.text_mean) / rows.text_scale
     release(data.text_train)
-    return TrainingSet(visual, text.nan_to_num(nan=0.0), rows.labels, rows.paired, rows.sample_ids)
+    return TrainingSet(visual, text.nan_to_num(nan=0.0), *rest)
 
 
 def _fit(

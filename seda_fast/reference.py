@@ -445,6 +445,28 @@ def semantic_projection_backward(
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def memory_read(
+    h: Tensor, keys: Tensor, values: Tensor, w_q: Tensor, b_q: Tensor, w_r: Tensor, b_r: Tensor, heads: int
+) -> Tensor:
+    """The state with what it reads from a memory: multi-head cross-attention (Vaswani et al. 2017, sec. 3.2).
+
+    ``h`` (B, d), ``keys`` and ``values`` (K, d), ``w_q`` and ``w_r`` (d, d), ``b_q`` and ``b_r`` (d,); ``heads``
+    H divides d. With q, k, v split into H parts of d / H columns::
+
+        q  = linear(n(h), w_q, b_q)
+        h' = h + linear(softmax(q k^T / sqrt(d / H)) v, w_r, b_r)
+
+    Returns (B, d).
+    """
+    q, k, v = (x.unflatten(1, (heads, -1)).transpose(0, 1) for x in (F.linear(layer_norm(h), w_q, b_q), keys, values))
+    weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[2]), dim=2)
+    return h + F.linear((weights @ v).transpose(0, 1).flatten(1), w_r, b_r)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Reverse chain
 
 

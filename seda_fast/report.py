@@ -224,6 +224,11 @@ def training_section(run: Run) -> str:
     told = run.metrics["train"]
     speed = f"{told['samples_per_second']:.0f} rows a second on {run.metrics['device']}"
     parts = [paragraph(f"{told['epochs']} epochs in {told['seconds']:.1f} s, {speed}.")]
+    if "attention" in told:
+        attention = told["attention"]
+        parts.append(paragraph("Both networks attend to the class texts at every step; the attention is that of "
+                               f"{attention['used']} ({attention['reason']}). Prediction goes step by step: "
+                               f"{run.metrics['chain']['reason']}."))  # fmt: skip
     if (run.folder / "report" / "loss.png").is_file():
         parts.append(picture(run.folder / "report" / "loss.png", "loss terms by epoch"))
     return section("Training", *parts)
@@ -248,6 +253,8 @@ def data_section(run: Run, data: FeatureSet) -> str:
         ["rows of the largest class", int(counts.max()), int(test.max())],
     ]
     sizes = f"{data.visual_dim} visual and {data.text_dim} textual dimensions, {data.n_classes} classes, {data.source}."
+    if data.text_classes is not None:
+        sizes += " There is one text a class, and a row's text is its class's."
     named = zip(data.class_names, counts.tolist(), test.tolist(), strict=True)
     return section(
         "Data",
@@ -284,12 +291,13 @@ def alignment_section(run: Run, data: FeatureSet, model: SeDA, rows: int) -> str
     distance = Line("SeDA", steps, [found["frechet"] for found in measured])
     cosine = Line("SeDA", steps, [found["cosine"] for found in measured])
     level = Line("two halves of the true texts", [steps[0], steps[-1]], [floor, floor])
+    own = "own text" if data.text_classes is None else "class's text"
     return section(
         "Alignment by step",
         paragraph(f"After each step of the textual stage, on {len(some)} test rows: distance of the mapped features' "
-                  "distribution from that of the true texts (lower is nearer), and cosine to a row's own text."),
+                  f"distribution from that of the true texts (lower is nearer), and cosine to a row's {own}."),
         line_chart([distance], "step", "Frechet distance", level=level),
-        line_chart([cosine], "step", "cosine to own text"),
+        line_chart([cosine], "step", f"cosine to {own}"),
         *pictures,
     )  # fmt: skip
 

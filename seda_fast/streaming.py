@@ -93,7 +93,8 @@ class StreamedSet:
     """Training triples whose features stay in their files; otherwise as `loop.TrainingSet`.
 
     ``visual`` (N, Dv) and ``text`` (N, Dt), NaN where missing, are raw; the ``mean`` and ``scale`` (D,) of each, the
-    labels and all else lie on the device, where rows are standardised.
+    labels and all else lie on the device, where rows are standardised. With ``text_classes`` (K, Dt), standardised, a
+    row's text is its class's, and ``text`` is (N, 0).
     """
 
     visual: RowReader
@@ -105,6 +106,7 @@ class StreamedSet:
     labels: Tensor
     paired: Tensor
     sample_ids: Tensor
+    text_classes: Tensor | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -178,12 +180,9 @@ class StreamedSet:
 
     def _standardised(self, slot: _Slot, part: Tensor) -> Batch:
         index = part.to(self.device)
-        visual, text = (
-            (host[: len(part)].to(self.device, non_blocking=True) - mean) / scale
-            for host, mean, scale in (
-                (slot.visual, self.visual_mean, self.visual_scale),
-                (slot.text, self.text_mean, self.text_scale),
-            )
-        )
+        visual = (slot.visual[: len(part)].to(self.device, non_blocking=True) - self.visual_mean) / self.visual_scale
         rest: Any = (self.labels[index], self.paired[index], self.sample_ids[index])
+        if self.text_classes is not None:
+            return (visual, self.text_classes[rest[0].clamp(min=0)], *rest)
+        text = (slot.text[: len(part)].to(self.device, non_blocking=True) - self.text_mean) / self.text_scale
         return (visual, text.nan_to_num(nan=0.0), *rest)

@@ -30,10 +30,11 @@ from .command import choose_device, progress, report, run, settings_of
 from .config import ConfigError, SeDAConfig, TrainConfig, check_range, check_types, setting
 from .data import EvaluationRows, FeatureSet
 from .engine import EngineName, PrecisionName, Rows
+from .events import EventLog, event_log, require_tensorboard
 from .figures import write_figures
 from .files import atomic_path
 from .interrupt import Interrupts
-from .loop import Epoch, Keeping, Trainer, TrainingSet
+from .loop import Epoch, Keeping, Telling, Trainer, TrainingSet
 from .measure import alignment, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
 from .metrics import classification_metrics
 from .nn import SeDA
@@ -56,7 +57,7 @@ PROGRAM = "seda_fast.train"
 TRACE_FILE = "trace.json"
 # Samples whose way through the steps is drawn.
 _PATH_SAMPLES = 12
-_FROM_DATA = ("visual_dim", "text_dim", "n_classes")
+_FROM_DATA = ("visual_dim", "text_dim", "n_classes", "class_text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +77,16 @@ class RunConfig:
     memory_share: float = setting(0.5, "share of the device's free memory beyond which features stay in their files")
     profile: bool = setting(False, "write trace.json of some steps, and print the share of time of each operation")
     resume: bool = setting(False, "continue the unfinished run to that folder")
+    tensorboard: str = setting(
+        "", "folder for TensorBoard's event files, in a folder named as the results; none without"
+    )
+    log_every: int = setting(10, "steps between two entries of the losses for TensorBoard")
 
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "test_fraction", 0 < self.test_fraction < 1, "between 0 and 1")
         check_range(self, "memory_share", 0 <= self.memory_share <= 1, "in 0 .. 1")
+        check_range(self, "log_every", self.log_every >= 1, "at least 1")
         check_range(self, "checkpoint_every", 0 < self.checkpoint_every < float("inf"), "positive")
 
 
@@ -101,7 +107,8 @@ class Settings:
         Raises:
             ConfigError: a size was given and the data has another.
         """
-        sizes = {"visual_dim": data.visual_dim, "text_dim": data.text_dim, "n_classes": data.n_classes}
+        sizes: dict[str, Any] = {"visual_dim": data.visual_dim, "text_dim": data.text_dim, "n_classes": data.n_classes}
+        sizes["class_text"] = data.text_classes is not None
         for name, size in sizes.items():
             if self.model.get(name, size) != size:
                 raise ConfigError(f"{name} is set to {self.model[name]!r} but {data.source} has {size}")
@@ -116,8 +123,9 @@ def parse(argv: Sequence[str] | None) -> Settings:
 
 def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) -> dict[str, Baseline]:
     """All baselines on the same standardised rows, with the settings they were tuned for."""
-    text = rows.text.masked_fill(~rows.paired[:, None], float("nan"))
-    arrays = (rows.visual.cpu().numpy(), text.cpu().numpy(), rows.labels.cpu().numpy())
+    visual, text, labels, paired, _ = rows.rows(torch.arange(len(rows), device=rows.device))
+    text = text.masked_fill(~paired[:, None], float("nan"))
+    arrays = (visual.cpu().numpy(), text.cpu().numpy(), labels.cpu().numpy())
     found = {}
     with progress(len(BASELINES), "baselines") as bar:
         for name in BASELINES:
@@ -181,11 +189,17 @@ def write_report(folder: Path, model: SeDA, part: EvaluationRows, outputs: Outpu
 
 
 def fit(
-    model: SeDA, rows: Rows, settings: Settings, keeping: Keeping, ranks: Ranks = ALONE, trace: Path | None = None
+    model: SeDA,
+    rows: Rows,
+    settings: Settings,
+    keeping: Keeping,
+    ranks: Ranks = ALONE,
+    trace: Path | None = None,
+    events: EventLog | None = None,
 ) -> tuple[SeDA, list[Epoch], dict[str, Any]]:
     """Train, or continue training; returns the model, its history, and what ``metrics.json`` says of it.
 
-    ``trace`` is where the trace of a profiled training goes, None without.
+    ``trace`` is where the trace of a profiled training goes, None without; ``events`` is told the losses.
     """
 
     def say(sentence: str) -> None:
@@ -200,11 +214,14 @@ def fit(
         precision=settings.run.precision,
         keeping=keeping,
         ranks=ranks,
+        telling=None if events is None else Telling(settings.run.log_every, events.losses),
         say=say,
     )
     if (settings.run.resume or restarted()) and not trainer.resume():
         say(f"there is no unfinished run to {settings.run.out}; starting at the beginning")
     resumed_after, before = trainer.stepper.done, trainer.seconds
+    if events is not None:
+        events.start(resumed_after)
     started = time.perf_counter()
     assert keeping.interrupts is not None
     found = Profile({})
@@ -233,11 +250,14 @@ def fit(
         "data": "on the device" if rows.on_device else "in its files",
         "precision": settings.run.precision,
         "resumed_after_step": resumed_after,
+        **({"attention": trainer.stepper.attention._asdict()} if trainer.stepper.attention is not None else {}),
         **({"profile": found} if found.shares else {}),
     }  # fmt: skip
 
 
-def train_and_evaluate(settings: Settings, draft: Path | None, keeping: Keeping, ranks: Ranks = ALONE) -> str:
+def train_and_evaluate(
+    settings: Settings, draft: Path | None, keeping: Keeping, ranks: Ranks = ALONE, events: EventLog | None = None
+) -> str:
     """The whole run into ``draft``; returns the table to print. Without a draft only this rank's share of the work."""
     device = choose_device(settings.run.device)
     data = FeatureSet.load(
@@ -256,7 +276,7 @@ def train_and_evaluate(settings: Settings, draft: Path | None, keeping: Keeping,
             "load it whole; give --no-baselines"
         )
     trace = draft / TRACE_FILE if draft is not None and settings.run.profile else None
-    model, history, training = fit(model, rows, settings, keeping, ranks, trace)
+    model, history, training = fit(model, rows, settings, keeping, ranks, trace, events)
     profile = training.pop("profile", None)
     part = data.test_part
     with progress(len(part.visual), "predicting") as bar:
@@ -271,6 +291,8 @@ def train_and_evaluate(settings: Settings, draft: Path | None, keeping: Keeping,
         found = fit_baselines(rows, config, settings.train)
         metrics["baselines"], more = baseline_results(found, model, part)
         arrays.update(more)
+    if events is not None:
+        events.metrics(settings.train.epochs * -(-len(rows) // settings.train.batch_size), metrics)
     metrics.update(data=data.source, seed=settings.train.seed, device=str(device), versions=versions())
     model.save_pretrained(draft)
     sections = {
@@ -304,15 +326,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_on(settings: Settings, ranks: Ranks, interrupts: Interrupts) -> None:
     """One rank's whole run; the first one's has the results folder, and prints."""
     out, options = Path(settings.run.out), settings.run
+    if options.tensorboard:
+        require_tensorboard()
     if not ranks.first:
-        train_and_evaluate(settings, None, Keeping(None, options.checkpoint_every, interrupts), ranks)
+        silent = EventLog(None) if options.tensorboard else None
+        train_and_evaluate(settings, None, Keeping(None, options.checkpoint_every, interrupts), ranks, silent)
         return
     # What torchrun starts anew has the arguments that it had, and must not drop what it did.
     resume = options.resume or restarted()
     overwrite, say = options.overwrite and not restarted(), partial(report, PROGRAM)
-    with results_folder(out, overwrite=overwrite, resume=resume, report=say) as (draft, checkpoints):
+    told = Path(options.tensorboard) / out.absolute().name if options.tensorboard else None
+    with (
+        results_folder(out, overwrite=overwrite, resume=resume, report=say) as (draft, checkpoints),
+        event_log(told, overwrite=overwrite, resume=resume) as events,
+    ):
         keeping = Keeping(checkpoints, options.checkpoint_every, interrupts)
-        shown = train_and_evaluate(settings, draft, keeping, ranks)
+        shown = train_and_evaluate(settings, draft, keeping, ranks, events if told is not None else None)
     print(shown)
     print(f"\nresults: {out}")
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from seda_fast import evaluate, predict, train
 from seda_fast.ranks import Ranks
@@ -174,7 +175,7 @@ SMALL = ["--width", "16", "--blocks", "1", "--diffusion-steps", "50", "--no-base
 def test_commands_of_two_ranks_write_what_one_writes(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--data", str(data), *SMALL, "--epochs", "3"]
+    options = ["--data", str(data), *SMALL, "--epochs", "3", "--tensorboard", str(tmp_path / "events")]
     assert train.main([*options, "--out", str(tmp_path / "one")]) == 0
     capfd.readouterr()
     module = [sys.executable, "-m"]
@@ -187,6 +188,9 @@ def test_commands_of_two_ranks_write_what_one_writes(
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-4)
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["train"]["ranks"] == 2
     assert not unfinished_folder(tmp_path / "two").exists()
+    told = [EventAccumulator(str(tmp_path / "events" / name)).Reload().Scalars("loss/total") for name in ("one", "two")]
+    assert [event.step for event in told[0]] == [event.step for event in told[1]] == [10, 18]
+    assert [event.value for event in told[1]] == pytest.approx([event.value for event in told[0]], rel=1e-4)
 
     arguments = ["--model", str(tmp_path / "one"), "--data", str(data)]
     assert evaluate.main([*arguments, "--json"]) == 0

@@ -8,8 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import ChainWeights, chained_interaction_block, embed_condition, interaction_block, layer_norm, reverse_chain
+from ..ops import (
+    ChainWeights,
+    chained_interaction_block,
+    embed_condition,
+    interaction_block,
+    layer_norm,
+    memory_read,
+    q_sample,
+    reverse_chain,
+)
 from .schedule import Sampler
+
+# Why a network that reads a memory predicts otherwise than one that does not; shown by `info` and in metrics.
+STEPWISE = "the fused reverse chain does not know a memory of class texts"
 
 
 class Dropout(NamedTuple):
@@ -85,6 +97,32 @@ class TimestepModulation(nn.Module):
         return tables.permute(1, 2, 0, 3)
 
 
+class MemoryRead(nn.Module):
+    """Cross-attention of the state to class prototypes. See `ops.memory_read`.
+
+    Its last layer starts at 0: a new network does as if it had no memory.
+    """
+
+    def __init__(self, width: int, memory_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.keys = nn.Linear(memory_dim, width)
+        self.values = nn.Linear(memory_dim, width)
+        self.output = nn.Linear(width, width)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Prototypes (K, Dt) -> keys and values, (K, d) each, which no step changes."""
+        return self.keys(memory), self.values(memory)
+
+    def forward(self, h: Tensor, projected: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, d) -> (B, d)."""
+        query, output = self.query, self.output
+        return memory_read(h, *projected, query.weight, query.bias, output.weight, output.bias, heads=self.heads)
+
+
 class PFIN(nn.Module):
     """``PFIN(x, c, tau)``: predicts the clean target from a noised state and a condition (SeDA, PFIN).
 
@@ -94,6 +132,8 @@ class PFIN(nn.Module):
         width, expansion, blocks: d, m, L.
         time_embedding: size of the timestep embedding.
         steps: T.
+        memory_dim: size Dt of the prototypes that the state attends to at every step; 0: there are none.
+        memory_heads: heads of that attention.
     """
 
     def __init__(
@@ -106,6 +146,8 @@ class PFIN(nn.Module):
         blocks: int,
         time_embedding: int,
         steps: int,
+        memory_dim: int = 0,
+        memory_heads: int = 1,
     ) -> None:
         super().__init__()
         self.steps = steps
@@ -117,9 +159,20 @@ class PFIN(nn.Module):
         self.output = nn.Linear(width, dim)
         nn.init.zeros_(self.gates.weight)
         nn.init.zeros_(self.gates.bias)
+        self.memory = MemoryRead(width, memory_dim, memory_heads) if memory_dim else None
 
-    def forward(self, x: Tensor, condition: Tensor, timesteps: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """``x`` (B, D) noised state times its gain, ``condition`` (B, Dc), ``timesteps`` (B,) int64 -> (B, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        timesteps: Tensor,
+        dropout: Dropout | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
+        """``x`` (B, D) noised state times its gain, ``condition`` (B, Dc), ``timesteps`` (B,) int64 -> (B, D).
+
+        ``memory`` (K, Dt) where the network has one.
+        """
         if x.shape[0] < self.steps:
             # Fewer rows than timesteps: a table of the rows' own timesteps is the smaller one with the same entries.
             modulation = self.modulation(timesteps)
@@ -129,14 +182,39 @@ class PFIN(nn.Module):
         normed, gates = embed_condition(
             condition, self.condition.weight, self.condition.bias, self.gates.weight, self.gates.bias
         )
+        return self._denoise(x, normed, gates, timesteps, modulation, dropout, self._projected(memory))
+
+    def _projected(self, memory: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if (memory is None) != (self.memory is None):
+            raise ValueError("memory must be given to a network that has one, and to no other")
+        return self.memory.project(memory) if self.memory is not None and memory is not None else None
+
+    def _denoise(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        gates: Tensor,
+        timesteps: Tensor,
+        modulation: Tensor,
+        dropout: Dropout | None,
+        projected: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """The prediction from an embedded condition ``normed`` (B, d), its ``gates`` and the (L, 3, T, d) tables."""
         h = self.input(x) + normed
         statistics = None
         # unbind, not an index a layer: the gradient of an index is the whole table again, in zeros.
         parts = zip(self.blocks, gates.chunk(len(self.blocks), dim=1), modulation.unbind(0), strict=True)
         for layer, (block, gate, tables) in enumerate(parts):
+            if self.memory is not None and layer == self.read_before:
+                h, statistics = self.memory(h, projected), None
             h, statistics = block(h, gate, timesteps, tables, dropout, layer, statistics)
         prediction: Tensor = self.output(layer_norm(h))
         return prediction
+
+    @property
+    def read_before(self) -> int:
+        """The block before which the memory is read: the second, or the only one."""
+        return min(1, len(self.blocks) - 1)
 
     def chain(
         self,
@@ -149,8 +227,15 @@ class PFIN(nn.Module):
         step: Tensor,
         sample_ids: Tensor,
         stream: int,
+        memory: Tensor | None = None,
     ) -> Tensor:
-        """The reverse chain of this network; see `ops.reverse_chain`. (B, D) -> (B, D)."""
+        """The reverse chain of this network; see `ops.reverse_chain`. (B, D) -> (B, D).
+
+        A network with a memory (K, Dt) goes step by step.
+        """
+        if self.memory is not None:
+            keys = {"seed": seed, "step": step, "sample_ids": sample_ids, "stream": stream}
+            return self._stepwise(initial, source, condition, sampler, self._projected(memory), keys)
         weights = ChainWeights(
             self.input.weight,
             self.input.bias,
@@ -178,3 +263,31 @@ class PFIN(nn.Module):
             stream=stream,
             noisy=sampler.noisy,
         )
+
+    def _stepwise(
+        self,
+        initial: Tensor,
+        source: Tensor,
+        condition: Tensor,
+        sampler: Sampler,
+        projected: tuple[Tensor, Tensor] | None,
+        keys: dict[str, Any],
+    ) -> Tensor:
+        """What `ops.reverse_chain` computes, with the memory read at every step; an operation a layer and step."""
+        rows = initial.shape[0]
+        normed, gates = embed_condition(
+            condition, self.condition.weight, self.condition.bias, self.gates.weight, self.gates.bias
+        )
+        modulation = self.modulation(sampler.timesteps)
+        a, b, c, e, w = sampler.coefficients.to(initial.dtype).unbind(1)
+        first = torch.zeros(rows, dtype=torch.int64, device=initial.device)
+        step, steps = keys.pop("step"), len(sampler.timesteps)
+        x, result = initial, torch.zeros_like(initial)
+        for i in range(steps):
+            estimate = self._denoise(x, normed, gates, first + i, modulation, None, projected)
+            result = result + w[i] * estimate
+            if i + 1 < steps:
+                x = a[i] * estimate + b[i] * x + c[i] * source
+                if sampler.noisy:
+                    x = q_sample(x, first, torch.ones_like(e[i : i + 1]), e[i : i + 1], step=step + 1 + i, **keys)
+        return result

@@ -77,9 +77,16 @@ class SemanticLearner(nn.Module):
         self.network = _network(config, config.visual_dim, config.visual_dim)
         self.head = nn.Linear(config.visual_dim, config.n_classes)
 
-    def forward(self, x: Tensor, visual: Tensor, timesteps: Tensor, dropout: Dropout | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        visual: Tensor,
+        timesteps: Tensor,
+        dropout: Dropout | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
         """``x`` (B, Dv) noised, ``visual`` (B, Dv) the condition, ``timesteps`` (B,) -> s (B, Dv)."""
-        return self.network(x, visual, timesteps, dropout)  # type: ignore[no-any-return]
+        return self.network(x, visual, timesteps, dropout, memory)  # type: ignore[no-any-return]
 
 
 class SemanticTranslator(nn.Module):
@@ -90,9 +97,16 @@ class SemanticTranslator(nn.Module):
         self.network = _network(config, config.text_dim, 2 * config.visual_dim)
         self.head = nn.Linear(config.text_dim, config.n_classes)
 
-    def forward(self, x: Tensor, condition: Tensor, timesteps: Tensor, dropout: Dropout | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        timesteps: Tensor,
+        dropout: Dropout | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
         """``x`` (B, Dt) noised, ``condition`` (B, 2 Dv), ``timesteps`` (B,) -> t_ (B, Dt)."""
-        return self.network(x, condition, timesteps, dropout)  # type: ignore[no-any-return]
+        return self.network(x, condition, timesteps, dropout, memory)  # type: ignore[no-any-return]
 
 
 def _class_terms(
@@ -121,6 +135,8 @@ def _network(config: SeDAConfig, dim: int, condition_dim: int) -> PFIN:
         blocks=config.blocks,
         time_embedding=config.time_embedding,
         steps=config.diffusion_steps,
+        memory_dim=config.text_dim if config.has_memory else 0,
+        memory_heads=config.memory_heads,
     )
 
 
@@ -132,7 +148,9 @@ class SeDA(nn.Module):
         class_names: K names, kept with the checkpoint; "0", "1", ... by default.
 
     Buffers ``visual_mean, visual_scale, text_mean, text_scale`` standardise raw features; ``centres`` (K, Dv) are the
-    category centres of standardised visual features. All are set by `fit_statistics` and travel with the checkpoint.
+    category centres of standardised visual features. All are set by `fit_statistics` and travel with the checkpoint, as
+    do the class texts of data that have one text a class: ``text_classes`` (K, Dt), standardised, set by
+    `set_class_texts`, None for other data. Both networks read them as their memory.
     """
 
     visual_mean: Tensor
@@ -140,6 +158,7 @@ class SeDA(nn.Module):
     text_mean: Tensor
     text_scale: Tensor
     centres: Tensor
+    text_classes: Tensor | None
     signal: Tensor
     noise: Tensor
 
@@ -159,6 +178,8 @@ class SeDA(nn.Module):
         self.register_buffer("text_mean", torch.zeros(config.text_dim))
         self.register_buffer("text_scale", torch.ones(config.text_dim))
         self.register_buffer("centres", torch.zeros(config.n_classes, config.visual_dim))
+        texts = torch.zeros(config.n_classes, config.text_dim) if config.class_text else None
+        self.register_buffer("text_classes", texts)
         self.schedule = NoiseSchedule(config.diffusion_steps)
         signal, noise = self.schedule.training_tables()
         self.register_buffer("signal", signal, persistent=False)
@@ -190,6 +211,23 @@ class SeDA(nn.Module):
         self.text_mean.copy_(text_mean)
         self.text_scale.copy_(text_scale)
         self.centres.copy_(centres)
+
+    @torch.no_grad()
+    def set_class_texts(self, texts: Tensor) -> None:
+        """Set ``text_classes`` from raw ``texts`` (K, Dt), which the textual statistics then standardise.
+
+        Raises:
+            ValueError: the model was not made for class texts, or their shape is another.
+        """
+        if self.text_classes is None or texts.shape != self.text_classes.shape:
+            needed = None if self.text_classes is None else tuple(self.text_classes.shape)
+            raise ValueError(f"class texts of shape {tuple(texts.shape)} for a model that has {needed}")
+        self.text_classes.copy_(self.standardise_text(texts.to(self.text_mean.dtype)))
+
+    @property
+    def memory(self) -> Tensor | None:
+        """What both networks attend to, (K, Dt); None where they have no memory."""
+        return self.text_classes if self.config.has_memory else None
 
     def fit_teacher(self, visual: Tensor, text: Tensor, labels: Tensor, paired: Tensor, seed: int) -> None:
         """Set ``teacher`` from standardised training triples where some pairs are unlabelled, else remove it.
@@ -248,9 +286,9 @@ class SeDA(nn.Module):
         hidden = self.visual.hidden(visual, GaussianDropout(*rates, seed, step, sample_ids, layers[2]))
         tables, key = (self.signal, self.noise), {"seed": seed, "step": step, "sample_ids": sample_ids}
         x_v = q_sample(visual, tau_s, *tables, **key, stream=VISUAL_NOISE)
-        s = self.learner(x_v, visual, tau_s, dropout)
+        s = self.learner(x_v, visual, tau_s, dropout, self.memory)
         x_t = q_sample(text, tau_t, *tables, **key, stream=TEXTUAL_NOISE)
-        t = self.translator(x_t, self._condition(s, visual), tau_t, dropout._replace(stream=layers[1]))
+        t = self.translator(x_t, self._condition(s, visual), tau_t, dropout._replace(stream=layers[1]), self.memory)
         mapped = t.detach()
 
         soft = self._soft_labels(visual, text, labels, paired)
@@ -461,9 +499,8 @@ class SeDA(nn.Module):
             sample_ids=sample_ids,
             stream=stream,
         )
-        return network.chain(
-            initial, source, condition, sampler, seed=seeds, step=step, sample_ids=sample_ids, stream=stream
-        )
+        keys = {"seed": seeds, "step": step, "sample_ids": sample_ids}
+        return network.chain(initial, source, condition, sampler, **keys, stream=stream, memory=self.memory)
 
     def _in_blocks(
         self,

@@ -9,13 +9,16 @@ from ._cpp import status as cpp_status
 from ._cuda import status as cuda_status
 from ._dispatch import BACKENDS, choose, operations, references, refusal, use_backend
 from .interaction import chained_interaction_block, interaction_block
+from .memory import AttentionChoice, attention_choice, memory_read
 from .noising import q_sample
 from .projection import semantic_projection
 from .reverse_chain import ChainWeights, reverse_chain
 
 __all__ = [
     "BACKENDS",
+    "AttentionChoice",
     "ChainWeights",
+    "attention_choice",
     "chained_interaction_block",
     "choose",
     "cpp",
@@ -25,6 +28,7 @@ __all__ = [
     "embed_condition",
     "interaction_block",
     "layer_norm",
+    "memory_read",
     "operations",
     "q_sample",
     "references",
