@@ -1,6 +1,8 @@
 """The quality harness: its regimes, its folds, its statistics, and that a stopped command goes on."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,24 +157,63 @@ def test_selection_tries_equally_many_settings_and_reads_no_test_part(folder: Pa
     counts = {m: len(selection.candidates(m, 7)) for m in selection.SPACES}
     assert set(counts.values()) == {7}
     assert selection.candidates("mlp", 7)[0] == {}
-    wanted = selection.jobs([data], ["linear", "mlp"], 2, 2)
     poisoned = DataSet("cub10", Task(data.task.train, Rows(*(np.full((1, 1), np.nan),) * 3), K), data.groups)  # type: ignore[arg-type]
-    runs = Runs(folder / "runs.jsonl")
-    for job in wanted:
-        runs.get(job, selection.task_of(job, poisoned))
-    chosen = selection.choose(runs, wanted)
-    assert set(chosen) == {"linear on cub10", "mlp on cub10"}
-    totals: dict[str, float] = {}
-    for job in wanted:
-        if job.method == "mlp":
-            name = repr(sorted(job.settings.items()))
-            totals[name] = totals.get(name, 0) + runs.records[job.key].metrics["top1"]
-    assert repr(sorted(chosen["mlp on cub10"].items())) == max(totals, key=lambda n: totals[n])
+    runs, made = Runs(folder / "runs.jsonl"), []
+
+    def ready(wanted: Sequence[Job]) -> Runs:
+        for job in wanted:
+            score = int(job.key, 16) % 997 / 10  # in the place of a training: any number that the job fixes
+            task = selection.task_of(job, poisoned)
+            right = np.zeros(len(task.test.labels), dtype=bool)
+            runs.records[job.key] = Record(job, {"top1": score}, None, None, right, 0.0)
+            made.append(job)
+        return runs
+
+    found = selection.select([data], 7, 2, 2, ready)
+    assert set(found) == {"seda", "linear on cub10", "mlp on cub10", "one_step on cub10"}
+    assert {name: f["tried"] for name, f in found.items()} == {
+        "seda": 7, "linear on cub10": 1, "mlp on cub10": 7, "one_step on cub10": 7,
+    }  # fmt: skip
+    mlp = [j for j in made if j.method == "mlp"]
+    first = [j for j in mlp if j.part == "cv 0/2"]
+    assert len({json.dumps(dict(j.settings), sort_keys=True) for j in first}) == 7
+    last = [j for j in mlp if j.part == "cv 3/2"]
+    totals: dict[str, list[float]] = {}
+    for k in range(4):
+        for j in last:
+            same = Job(j.set, j.regime, "mlp", f"cv {k}/2", k, j.settings)
+            name = json.dumps(dict(j.settings), sort_keys=True)
+            totals.setdefault(name, []).append(runs.records[same.key].metrics["top1"])
+    assert 2 <= len(totals) <= 3  # the best two, and the defaults
+    assert "{}" in totals
+    best = max(totals, key=lambda n: np.mean(totals[n]))
+    assert json.loads(best) == found["mlp on cub10"]["settings"]
+    assert found["mlp on cub10"]["default_top1"] == pytest.approx(np.mean(totals["{}"]))
+
+
+def test_repeated_folds_are_different_partitions(folder: Path) -> None:
+    data = load("cub10", folder)
+    parts = [selection.task_of(Job("cub10", "full", "mlp", f"cv {k}/2", k), data).test.visual for k in range(4)]
+    assert not np.array_equal(parts[0], parts[2])
+    assert len(parts[0]) + len(parts[1]) == len(parts[2]) + len(parts[3]) == len(data.task.train.labels)
+
+
+def test_selected_settings_are_used_by_baselines_and_not_by_seda(folder: Path) -> None:
+    selected = {"mlp on cub10": {"settings": {"epochs": 3}}, "seda": {"settings": {"epochs": 3}}}
+    chosen = command.arguments(["--sets", "cub10", "--regimes", "full", "--seeds", "1"])
+    settings = {job.method: dict(job.settings) for job in command.jobs(chosen, selected)}
+    assert settings["mlp"] == {"epochs": 3}
+    assert settings["seda"] == settings["linear"] == {}
+    record = Record(Job("cub10", "full", "seda", "test", 0), {"top1": 50.0}, None, None, np.ones(4, bool), 1.0)
+    mlps = [replace(record, job=Job("cub10", "full", "mlp", "test", 0, s)) for s in ({}, {"epochs": 3})]
+    row = summary.summarise([record, replace(mlps[0], metrics={"top1": 90.0}), mlps[1]], selected)[0]
+    assert row["methods"]["mlp"]["top1"] == 50
 
 
 def test_command_writes_tables_and_pictures_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "out"
     paths = ["--runs", str(out / "runs.jsonl"), "--out", str(out / "quality.json"), "--docs", str(out / "docs")]
+    paths += ["--selected", str(out / "selected.json")]
     chosen = ["--data", str(folder), "--sets", "cub10", "--regimes", "full", "--seeds", "2", *paths]
     assert command.main([*chosen, "--methods", "seda", "linear"]) == 0
     lines = (out / "runs.jsonl").read_text().splitlines()

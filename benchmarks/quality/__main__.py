@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from . import selection, summary
 from .methods import ABLATIONS, METHODS, SEDA
 from .regimes import REGIMES, SETS, DataSet, apply, load
 from .runs import TEST, Job, Runs
+from .selection import Selected
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"sets": ["wikipedia", "cub10"], "regimes": ["full", "labels-4"], "methods": ["seda", "linear", "mlp"]}
@@ -33,6 +35,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two small sets, two regimes, three methods, one seed")
     parser.add_argument("--select", type=int, default=0, metavar="N", help="first choose settings among N by folds")
     parser.add_argument("--folds", type=int, default=3, help="folds of that choice")
+    parser.add_argument("--repeats", type=int, default=2, help="partitions into folds of that choice's last round")
+    parser.add_argument("--selected", type=Path, default=ROOT / "benchmarks/results/quality_selected.json")
     parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks/results/quality_runs.jsonl")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quality.json")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where quality.md and its pictures go")
@@ -45,10 +49,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
-def jobs(chosen: argparse.Namespace, settings: dict[str, dict[str, object]]) -> list[Job]:
+def jobs(chosen: argparse.Namespace, selected: Selected) -> list[Job]:
     """Every training on a test part's set, seeds outermost, so that a stopped command leaves a whole table.
 
-    Ablations are measured on the full set and with few labels, where the parts that they remove matter.
+    Baselines have the settings that selection chose for the set; SeDA always has its defaults, the same for all sets:
+    where selection finds better ones, it is the defaults that must change. Ablations are measured on the full set and
+    with few labels, where the parts that they remove matter.
     """
     found = []
     for seed in range(chosen.seeds):
@@ -59,16 +65,35 @@ def jobs(chosen: argparse.Namespace, settings: dict[str, dict[str, object]]) -> 
                         continue
                     if method == "mlp_pseudo" and not regime.startswith("labels"):
                         continue  # nothing is unlabelled, so it is the MLP itself
-                    key = SEDA if method.startswith(SEDA) else f"{method} on {name}"
-                    found.append(Job(name, regime, method, TEST, seed, settings.get(key, {})))
+                    settings = {} if method.startswith(SEDA) else selection.settings_of(selected, method, name)
+                    found.append(Job(name, regime, method, TEST, seed, settings))
     return found
+
+
+def select(chosen: argparse.Namespace, runs: Runs, data: dict[str, DataSet]) -> Selected:
+    """Choose settings by cross-validation and write them down beside those of other sets."""
+
+    def ready(wanted: Sequence[Job]) -> Runs:
+        for job in tqdm(wanted, "selection", disable=None):
+            runs.get(job, selection.task_of(job, data[job.set]))
+        return runs
+
+    found = selection.select(list(data.values()), chosen.select, chosen.folds, chosen.repeats, ready)
+    selected = {**read_selected(chosen.selected), **found}
+    chosen.selected.parent.mkdir(parents=True, exist_ok=True)
+    chosen.selected.write_text(json.dumps(selected, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return selected
+
+
+def read_selected(file: Path) -> Selected:
+    """What earlier selections chose; nothing where there was none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; 2 with one sentence where the data is missing."""
     chosen = arguments(argv)
-    runs = Runs(chosen.runs)
-    settings: dict[str, dict[str, object]] = {}
+    runs, selected = Runs(chosen.runs), read_selected(chosen.selected)
     if not chosen.report_only:
         missing = [name for name in chosen.sets if not (chosen.data / f"{SETS[name]}.npz").is_file()]
         if missing:
@@ -76,17 +101,14 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         data: dict[str, DataSet] = {name: load(name, chosen.data) for name in chosen.sets}
         if chosen.select:
-            wanted = selection.jobs(list(data.values()), selection.SELECTED, chosen.select, chosen.folds)
-            for job in tqdm(wanted, "selection", disable=None):
-                runs.get(job, selection.task_of(job, data[job.set]))
-            settings = {group: dict(best) for group, best in selection.choose(runs, wanted).items()}
-        for job in tqdm(jobs(chosen, settings), "test parts", disable=None):
+            selected = select(chosen, runs, data)
+        for job in tqdm(jobs(chosen, selected), "test parts", disable=None):
             runs.get(job, apply(job.regime, data[job.set].task, job.seed))
-    rows = summary.summarise(list(runs))
+    rows = summary.summarise(list(runs), selected)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps({"selected": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    chosen.out.write_text(json.dumps({"selected": selected, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     chosen.docs.mkdir(parents=True, exist_ok=True)
-    text = summary.markdown(rows, "python -m benchmarks.quality")
+    text = summary.markdown(rows, selected, "python -m benchmarks.quality")
     (chosen.docs / "quality.md").write_text(text, encoding="utf-8")
     summary.plot(rows, chosen.docs / "quality")
     print(text)
