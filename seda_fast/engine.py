@@ -442,6 +442,18 @@ class Stepper:
         self._say(f"{what} runs on {used}: {reason}")
 
 
+@contextmanager
+def _unchanged(tensors: list[Tensor]) -> Iterator[None]:
+    """Puts the values of ``tensors`` back after the block, also where it fails."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
 class Graph:
     """A whole step as one CUDA graph: gather, noising, networks, losses, backward, clipping, AdamW, average, counters.
 
@@ -453,24 +465,23 @@ class Graph:
         data, size = stepper.data, stepper.settings.batch_size
         self._cursor = torch.zeros((), dtype=torch.int64, device=data.device)
         self._order = torch.zeros(len(data), dtype=torch.int64, device=data.device)
-        within = torch.arange(size, device=data.device)
+        # A graph holds addresses, not tensors: what it reads must live as long as it does.
+        self._within = torch.arange(size, device=data.device)
 
         def whole_step() -> None:
-            stepper.device_step(data.rows(self._order.index_select(0, self._cursor + within)))
+            stepper.device_step(data.rows(self._order.index_select(0, self._cursor + self._within)))
             self._cursor += size
 
-        state = [*stepper.tensors().values(), stepper._first_bad, self._cursor]
-        before = [tensor.detach().clone() for tensor in state]
-        side = torch.cuda.Stream(data.device)
-        side.wait_stream(torch.cuda.current_stream(data.device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP_STEPS):
-                self._cursor.zero_()
-                whole_step()
-        torch.cuda.current_stream(data.device).wait_stream(side)
-        with torch.no_grad():
-            for tensor, value in zip(state, before, strict=True):
-                tensor.copy_(value)
+        with _unchanged([*stepper.tensors().values(), stepper._first_bad, self._cursor]):
+            side = torch.cuda.Stream(data.device)
+            side.wait_stream(torch.cuda.current_stream(data.device))
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP_STEPS):
+                    # From the start each time: near the end of a run there are not as many steps, and rates, left.
+                    stepper.step.zero_()
+                    self._cursor.zero_()
+                    whole_step()
+            torch.cuda.current_stream(data.device).wait_stream(side)
         stepper.optimiser.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
