@@ -139,28 +139,16 @@ class MovingAverage:
         torch._foreach_copy_(self._current, self.values)
 
 
-class _Losses(nn.Module):
-    """`SeDA.losses` as the forward of a module, which is what `torch.func.functional_call` calls."""
-
-    def __init__(self, model: SeDA, settings: TrainConfig) -> None:
-        super().__init__()
-        self.model, self.settings = model, settings
-
-    def forward(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
-        return self.model.losses(*batch, seed=seed, step=step, settings=self.settings, shard=shard)
-
-
 class Objective(nn.Module):
     """`SeDA.losses` in the run's precision, as the forward of a module.
 
-    With a half precision, weights and features are cast and the gradients arrive at the float32 masters through the
-    cast. This rather than `torch.autocast`, which does not see into the package's own operations; those accumulate
-    in float32.
+    A half precision is a `torch.autocast` region: parameters stay float32 masters, and each operation, the package's
+    own too, casts what it multiplies.
     """
 
     def __init__(self, model: SeDA, settings: TrainConfig, precision: PrecisionName) -> None:
         super().__init__()
-        self.losses = _Losses(model, settings)
+        self.model, self.settings = model, settings
         self.dtype = _HALF.get(precision)
 
         # What `forward` calls for whole batches, where the engine compiles.
@@ -173,16 +161,8 @@ class Objective(nn.Module):
 
     def eager(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
         """`forward` in eager PyTorch."""
-        if self.dtype is None:
-            return self.losses(batch, seed, step, shard)  # type: ignore[no-any-return]
-        model = self.losses.model
-        tensors = {**dict(model.named_parameters()), "centres": model.centres}
-        cast = {f"model.{name}": tensor.to(self.dtype) for name, tensor in tensors.items()}
-        visual, text, *rest = batch
-        half = (visual.to(self.dtype), text.to(self.dtype), *rest)
-        return torch.func.functional_call(  # type: ignore[no-any-return]
-            self.losses, cast, (half, seed, step, shard)
-        )
+        with torch.autocast(seed.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.model.losses(*batch, seed=seed, step=step, settings=self.settings, shard=shard)
 
 
 def _parallel(objective: Objective) -> nn.Module:

@@ -380,7 +380,7 @@ def test_a_step_needs_nothing_of_the_host() -> None:
     data = TrainingSet(*(field.to("meta") for field in training_set(60, False).__dict__.values()))
     stepper = Stepper(SeDA(CONFIG), training_set(60, False), SETTINGS, 50)
     device: Any = {"device": "meta"}
-    stepper.model, stepper.data, stepper.objective.losses.model = model, data, model
+    stepper.model, stepper.data, stepper.objective.model = model, data, model
     stepper.seed, stepper.step = (torch.zeros((), dtype=torch.int64, **device) for _ in range(2))
     stepper.sums, stepper._first_bad = stepper.sums.to("meta"), stepper._first_bad.to("meta")
     stepper._rates = torch.zeros(50, **device)
