@@ -8,13 +8,14 @@ STAMP := $(VENV)/.seda_fast_installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
-.PHONY: help train test lint bench clean
+.PHONY: help train test lint bench api clean
 
 help:
 	@echo "make train   set up, then train on the embedded digits; results in runs/digits"
 	@echo "make test    set up, then ruff, mypy and the tests"
 	@echo "make lint    set up, then ruff and mypy"
 	@echo "make bench   set up, then the benchmarks that this machine can run"
+	@echo "make api     set up, then write docs/api.md from the docstrings"
 	@echo "make clean   remove .venv, caches and what builds leave behind; runs/ stays"
 	@echo "PYTHON=/path/to/python3 chooses the interpreter, VENV=folder the environment."
 
@@ -30,6 +31,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m pytest benchmarks --benchmark-only
+
+api: $(STAMP)
+	$(PY) docs/make_api.py
 
 # The lock file goes first: with its torch in place pip has no reason to fetch another.
 $(STAMP): requirements.lock pyproject.toml setup.py

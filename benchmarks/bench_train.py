@@ -208,7 +208,8 @@ def bench_training_step(contest: Any, device: torch.device, quick: bool, workloa
 
 
 GROWTH = {
-    "rows of a batch, B": ("batch", {"cpu": [64, 256, 1024], "cuda": [1, 16, 256, 4096, 16384, 65536]}),
+    "rows of a batch, B": ("batch", dict.fromkeys(("cpu", "cuda"), [1, 16, 256, 1024, 4096, 16384, 65536])),
+    "rows of a chain": ("chain", dict.fromkeys(("cpu", "cuda"), [1, 16, 256, 1024, 4096, 16384, 65536])),
     "classes, K": ("n_classes", {"cpu": [128, 512, 2048], "cuda": [128, 1024, 8192, 32768]}),
     "width, d": ("width", {"cpu": [128, 256, 512], "cuda": [128, 256, 512, 1024]}),
     "training rows, N": ("rows", {"cpu": [256, 512, 1024], "cuda": [4096, 16384, 65536, 262144]}),
@@ -222,9 +223,10 @@ def point(name: str, value: int, device: torch.device, quick: bool) -> Callable[
     sizes = {**SIZES, **(SMALL if quick else {}), **({name: value} if name in ("n_classes", "width") else {})}
     config = SeDAConfig(**sizes)
     model = SeDA(config).to(device)
-    if name == "steps":
-        visual = torch.randn(64, config.visual_dim, device=device)
-        return torch.inference_mode()(lambda: model.align(visual, steps=value, semantic_steps=1))
+    if name in ("steps", "chain"):
+        visual = torch.randn(64 if name == "steps" else value, config.visual_dim, device=device)
+        sampling = {"steps": value, "semantic_steps": 1} if name == "steps" else {}
+        return torch.inference_mode()(lambda: model.align(visual, **sampling))
     step = ours(model, training_set(config, value if name == "rows" else 2 * rows, device), rows, TrainConfig())
     return (lambda: [step() for _ in range(value // rows)]) if name == "rows" else step
 
@@ -234,7 +236,7 @@ def bench_growth(contest: Any, device: torch.device, quick: bool, growth: Any, w
     """How time grows with one size while the others stay."""
     name, values = GROWTH[what]
     points = {value: point(name, value, device, quick) for value in values[device.type][: 2 if quick else None]}
-    kind = {"rows": "an epoch", "steps": "a reverse chain"}.get(name, "a training step")
+    kind = {"rows": "an epoch", "steps": "a reverse chain", "chain": "both reverse chains"}.get(name, "a training step")
     growth(contest, f"{kind} over {what}", points)
 
 

@@ -30,6 +30,8 @@ from seda_fast.ops import _dispatch, use_backend
 
 REPEATS = 30
 QUICK_REPEATS = 3
+# Seconds that the largest point of a growth may take beyond its warm-up before it is left out of further rounds.
+GROWTH_BUDGET = 20.0
 # A CPU timing shorter than this is noise; the call is repeated inside it.
 SHORTEST = 2e-3
 PACKAGES = ("torch", "triton", "numpy", "xformers", "liger_kernel", "diffusers")
@@ -248,13 +250,18 @@ def as_table(rows: list[Row]) -> str:
 def measure_growth(contest: Contest, name: str, points: dict[int, Callable[[], object]]) -> None:
     """Time ``points``, interleaved, and fit the slope of log time over log size.
 
-    Times are kept from GPUs; on a CPU they count in that of the first point.
+    Times are kept from GPUs; on a CPU they count in that of the first point. A point that has taken `GROWTH_BUDGET`
+    seconds is not measured again, but once at least after its warm-up.
     """
     calls = {size: contest.clock.calls_for(call) for size, call in points.items() if call() is not None}
     times: dict[int, list[float]] = {size: [] for size in points}
+    spent = dict.fromkeys(points, 0.0)
     for _ in range(min(contest.repeats, 10)):
         for size, call in points.items():
-            times[size].append(contest.clock(call, calls[size]))
+            if spent[size] < GROWTH_BUDGET:
+                begin = time.perf_counter()
+                times[size].append(contest.clock(call, calls[size]))
+                spent[size] += time.perf_counter() - begin
     medians = [statistics.median(taken) for taken in times.values()]
     unit = 1.0 if contest.device.type == "cuda" else medians[0]
     slope, _ = statistics.linear_regression([math.log(n) for n in points], [math.log(t) for t in medians])

@@ -140,28 +140,16 @@ class MovingAverage:
         torch._foreach_copy_(self._current, self.values)
 
 
-class _Losses(nn.Module):
-    """`SeDA.losses` as the forward of a module, which is what `torch.func.functional_call` calls."""
-
-    def __init__(self, model: SeDA, settings: TrainConfig) -> None:
-        super().__init__()
-        self.model, self.settings = model, settings
-
-    def forward(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
-        return self.model.losses(*batch, seed=seed, step=step, settings=self.settings, shard=shard)
-
-
 class Objective(nn.Module):
     """`SeDA.losses` in the run's precision, as the forward of a module.
 
-    With a half precision, weights and features are cast and the gradients arrive at the float32 masters through the
-    cast. This rather than `torch.autocast`, which does not see into the package's own operations; those accumulate
-    in float32.
+    A half precision is a `torch.autocast` region: parameters stay float32 masters, and each operation, the package's
+    own too, casts what it multiplies.
     """
 
     def __init__(self, model: SeDA, settings: TrainConfig, precision: PrecisionName) -> None:
         super().__init__()
-        self.losses = _Losses(model, settings)
+        self.model, self.settings = model, settings
         self.dtype = _HALF.get(precision)
 
         # What `forward` calls for whole batches, where the engine compiles.
@@ -174,18 +162,8 @@ class Objective(nn.Module):
 
     def eager(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
         """`forward` in eager PyTorch."""
-        if self.dtype is None:
-            return self.losses(batch, seed, step, shard)  # type: ignore[no-any-return]
-        model = self.losses.model
-        tensors = {**dict(model.named_parameters()), "centres": model.centres}
-        if model.text_classes is not None:
-            tensors["text_classes"] = model.text_classes
-        cast = {f"model.{name}": tensor.to(self.dtype) for name, tensor in tensors.items()}
-        visual, text, *rest = batch
-        half = (visual.to(self.dtype), text.to(self.dtype), *rest)
-        return torch.func.functional_call(  # type: ignore[no-any-return]
-            self.losses, cast, (half, seed, step, shard)
-        )
+        with torch.autocast(seed.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.model.losses(*batch, seed=seed, step=step, settings=self.settings, shard=shard)
 
 
 def _parallel(objective: Objective) -> nn.Module:
@@ -458,6 +436,18 @@ class Stepper:
         self._say(f"{what} runs on {used}: {reason}")
 
 
+@contextmanager
+def _unchanged(tensors: list[Tensor]) -> Iterator[None]:
+    """Puts the values of ``tensors`` back after the block, also where it fails."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
 class Graph:
     """A whole step as one CUDA graph: gather, noising, networks, losses, backward, clipping, AdamW, average, counters.
 
@@ -469,24 +459,23 @@ class Graph:
         data, size = stepper.data, stepper.settings.batch_size
         self._cursor = torch.zeros((), dtype=torch.int64, device=data.device)
         self._order = torch.zeros(len(data), dtype=torch.int64, device=data.device)
-        within = torch.arange(size, device=data.device)
+        # A graph holds addresses, not tensors: what it reads must live as long as it does.
+        self._within = torch.arange(size, device=data.device)
 
         def whole_step() -> None:
-            stepper.device_step(data.rows(self._order.index_select(0, self._cursor + within)))
+            stepper.device_step(data.rows(self._order.index_select(0, self._cursor + self._within)))
             self._cursor += size
 
-        state = [*stepper.tensors().values(), stepper._first_bad, self._cursor]
-        before = [tensor.detach().clone() for tensor in state]
-        side = torch.cuda.Stream(data.device)
-        side.wait_stream(torch.cuda.current_stream(data.device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP_STEPS):
-                self._cursor.zero_()
-                whole_step()
-        torch.cuda.current_stream(data.device).wait_stream(side)
-        with torch.no_grad():
-            for tensor, value in zip(state, before, strict=True):
-                tensor.copy_(value)
+        with _unchanged([*stepper.tensors().values(), stepper._first_bad, self._cursor]):
+            side = torch.cuda.Stream(data.device)
+            side.wait_stream(torch.cuda.current_stream(data.device))
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP_STEPS):
+                    # From the start each time: near the end of a run there are not as many steps, and rates, left.
+                    stepper.step.zero_()
+                    self._cursor.zero_()
+                    whole_step()
+            torch.cuda.current_stream(data.device).wait_stream(side)
         stepper.optimiser.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,14 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             known = {"--" + field.name.replace("_", "-") for kind in sections for field in dataclasses.fields(kind)}
             unknown = {word for word in words[3:] if word.startswith("--")} - known
             assert not unknown, f"{page.name}: {line}"
+
+
+def test_the_api_page_is_what_the_docstrings_say(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("griffe2md", reason=f"{request.node.nodeid} needs griffe2md")
+    command = [sys.executable, str(ROOT / "docs" / "make_api.py"), str(tmp_path / "api.md")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    written, kept = ((folder / "api.md").read_text(encoding="utf-8") for folder in (tmp_path, ROOT / "docs"))
+    assert written == kept, "the docstrings have changed: make api"
 
 
 def test_every_page_is_in_the_index() -> None:

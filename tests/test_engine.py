@@ -237,6 +237,17 @@ def test_half_precisions_keep_float32_masters_and_stay_near(precision: Any) -> N
     assert half.history[-1].losses != exact.history[-1].losses
 
 
+@pytest.mark.slow
+def test_a_compiled_half_precision_agrees_with_eager() -> None:
+    settings = dataclasses.replace(SETTINGS, epochs=2, batch_size=20)
+    eager, compiled = (trainer(settings=settings, engine=name, precision="bf16") for name in ("eager", "compile"))
+    eager.run()
+    compiled.run()
+    assert compiled.stepper.report()["used"] == "compile"
+    for a, b in zip(eager.history, compiled.history, strict=True):
+        assert b.losses == pytest.approx(a.losses, rel=0.02)
+
+
 # ------------------------------------------------------------------------------------------------- losses gone bad
 
 

@@ -101,6 +101,7 @@ FAULTS = [
         "logits = logits + 0.0",
     ),
     Fault("chunks not added up", "projection", "if not FIRST:", "if FIRST and not LAST:"),
+    Fault("only the last rows' classes", "projection", "[a + b for a, b in", "[b for _, b in"),
     Fault("smoothing left out of the gradient", "projection", " + smoothing / classes", ""),
     Fault(
         "ignored rows counted",

@@ -141,6 +141,14 @@ def test_one_two_and_four_ranks_have_the_same_loss_curve_and_resume_to_the_bit(t
     assert (one["resumed"], two["resumed"], four["resumed"]) == (True, True, True)
 
 
+@pytest.mark.slow
+def test_two_ranks_that_compile_have_the_eager_curve(tmp_path: Path) -> None:
+    two = curves(2, tmp_path / "two", "compile")
+    assert two["engine"] == "compile"
+    assert differ(two["float32"], two["compiled"]) < 1e-4
+    assert two["float32"] != two["compiled"], "nothing was compiled"
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """As the ranks have: the vendor's matrix product adds in another order with another number of threads."""

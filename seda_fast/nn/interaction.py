@@ -64,7 +64,7 @@ class InteractionBlock(nn.Module):
         if dropout is not None and dropout.rate > 0:
             keys = {**dropout._asdict(), "dropout": dropout.rate, "stream": dropout.stream + layer}
             del keys["rate"]
-        if h.is_cuda:
+        if h.device.type != "cpu":
             return chained_interaction_block(*operands, *weights, statistics=statistics, **keys)
         return interaction_block(*operands, *weights, **keys), None
 

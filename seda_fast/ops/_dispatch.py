@@ -7,7 +7,7 @@ thread-local because autograd runs a GPU's backward in threads of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -139,13 +139,20 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced = before
 
 
-def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    autocast: Collection[int] = (),
+) -> Callable[..., Any]:
     """Define the opaque op ``seda_fast::name`` with its reference implementation and its fake.
 
     Args:
         schema: arguments and results in PyTorch's schema language, as in ``"(Tensor x) -> Tensor"``.
         reference: takes the op's arguments, runs on every device.
         fake: result shapes and dtypes without data, for `torch.compile`.
+        autocast: places of the arguments that a `torch.autocast` region casts to its dtype.
 
     Returns:
         The op's only overload, ``torch.ops.seda_fast.NAME.default``.
@@ -163,7 +170,35 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
     for device_type in ("cpu", "cuda"):
         torch.library.impl(qualified, device_type, kernel(device_type))
     torch.library.register_fake(qualified, fake)
-    return getattr(torch.ops.seda_fast, name).default  # type: ignore[no-any-return]
+    op = getattr(torch.ops.seda_fast, name).default
+    if autocast:
+        for device_type in ("cpu", "cuda"):
+            rule = _autocasting(op, device_type, frozenset(autocast))
+            torch.library.impl(qualified, f"Autocast{device_type.upper()}", rule)
+    return op  # type: ignore[no-any-return]
+
+
+def _autocasting(op: Callable[..., Any], device_type: str, places: Collection[int]) -> Callable[..., Any]:
+    """What a call of ``op`` means inside a `torch.autocast` region.
+
+    `torch.library.register_autocast` would cast every floating argument, the schedule's tables and the row statistics
+    too, and to one dtype fixed beforehand.
+    """
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [cast(one, dtype) for one in value]
+        # As PyTorch's own rule has it: float64 is left alone.
+        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if eligible else value
+
+    def run(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        given = [cast(value, dtype) if place in places else value for place, value in enumerate(args)]
+        with torch.autocast(device_type, enabled=False):
+            return op(*given)
+
+    return run
 
 
 def as_counter(value: int | Tensor, name: str, device: torch.device) -> Tensor:

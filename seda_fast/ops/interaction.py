@@ -113,6 +113,7 @@ _op = define(
     "-> (Tensor h_next, Tensor residual, Tensor pre, Tensor hidden, Tensor statistics_next)",
     _reference,
     _fake,
+    autocast={*range(10)} - {2},
 )
 _backward_op = define(
     "interaction_block_backward",

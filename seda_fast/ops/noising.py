@@ -39,6 +39,7 @@ _op = define(
     "int stream) -> Tensor",
     _reference,
     _fake,
+    autocast={0},
 )
 _backward_op = define(
     "q_sample_backward",

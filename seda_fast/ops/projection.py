@@ -101,6 +101,7 @@ _op = define(
     "-> (Tensor centre_loss, Tensor cross_entropy, Tensor log_normaliser)",
     _reference,
     _fake,
+    autocast={0, 2, 3, 4},
 )
 _backward_op = define(
     "semantic_projection_backward",

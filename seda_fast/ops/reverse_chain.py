@@ -56,7 +56,8 @@ def _fake(initial: Tensor, *rest: Any) -> Tensor:
     return initial.new_empty(initial.shape)
 
 
-_op = define("reverse_chain", _SCHEMA + " -> Tensor", _reference, _fake)
+# All operands but the coefficients.
+_op = define("reverse_chain", _SCHEMA + " -> Tensor", _reference, _fake, autocast={*range(17)} - {3})
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,485 @@
+"""Whole-step graphs without a GPU: a machine that captures and replays on the CPU as a CUDA graph does.
+
+A capture runs the host's code once and keeps what it asked the device for: each PyTorch operation down to those inside
+our own operations, each Triton kernel. A replay asks for the same again, on the same memory, with the same host
+values; nothing of Python runs. As on a GPU, what a capture asks for has no effect yet, memory made in it belongs to
+the graph, and memory from before is only pointed at: if its owner lets go of it, a replay reads what is not there.
+"""
+
+import dataclasses
+import gc
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from seda_fast import SeDA, SeDAConfig, TrainConfig, engine, use_backend
+from seda_fast.engine import Plan, Stepper
+from seda_fast.loop import Trainer, TrainingSet
+from seda_fast.ops import _dispatch
+
+# Read by Triton when a kernel is defined: without a GPU its interpreter runs the kernels on the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+CONFIG = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=2, time_embedding=8, diffusion_steps=12)
+# 4 batches of 14 rows and one of 4 an epoch: 50 steps.
+SETTINGS = TrainConfig(epochs=10, batch_size=14, learning_rate=3e-3)
+
+
+class CaptureError(RuntimeError):
+    """What a capture, or a replay, cannot do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A tensor as a graph knows it: where its memory is and how it is read."""
+
+    memory: "Memory"
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class Memory:
+    """A storage that a graph points to. ``own``: made in the capture, by the operation ``origin``."""
+
+    def __init__(self, storage: torch.UntypedStorage, own: bool, origin: str) -> None:
+        self.weak, self.own, self.origin, self.size = StorageWeakRef(storage), own, origin, storage.nbytes()
+        self.pool: torch.UntypedStorage | None = None
+        self.before = None if own else storage.clone()
+
+    def live(self) -> torch.UntypedStorage | None:
+        found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
+        return found
+
+    def storage(self) -> torch.UntypedStorage:
+        found = self.pool if self.pool is not None else self.live()
+        if found is None:
+            raise CaptureError(f"the graph reads memory that its owner let go of, first in {self.origin}")
+        return found
+
+    def at(self, place: Place) -> Tensor:
+        return torch.empty(0, dtype=place.dtype).set_(self.storage(), place.offset, place.shape, place.stride)
+
+
+def poison(storage: torch.UntypedStorage) -> None:
+    """All bits set: NaN in every floating dtype, -1 in integers."""
+    torch.empty(0, dtype=torch.uint8).set_(storage).fill_(255)
+
+
+def obstacle(func: Any, args: tuple[Any, ...]) -> str | None:
+    """Why CUDA would not capture an operation, or would bake in what changes."""
+    tags, name = func.tags, func._schema.name
+    if torch.Tag.nondeterministic_seeded in tags:
+        return "draws from PyTorch's own generator"
+    if torch.Tag.data_dependent_output in tags or name == "aten::item":
+        return "makes the host wait for a value"
+    if name in ("aten::lift", "aten::lift_fresh"):
+        return "copies a value of the host"
+    if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index"):
+        masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        return "makes a shape that depends on values" if masks else None
+    return "makes a shape that depends on values" if torch.Tag.dynamic_output_shape in tags else None
+
+
+class Tape(TorchDispatchMode):
+    """Stands for `torch.cuda.CUDAGraph`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memories: dict[int, Memory] = {}
+        self.calls: list[tuple[Callable[..., Any], Any, Any]] = []
+        self.outliving: list[Memory] = []
+        self.replays = 0
+
+    # ---- capture
+
+    def place(self, tensor: Tensor, own: bool, origin: str) -> Place:
+        storage = tensor.untyped_storage()
+        memory = self.memories.get(storage._cdata)
+        if memory is None:
+            memory = self.memories[storage._cdata] = Memory(storage, own, origin)
+        return Place(memory, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        space, name = func._schema.name.split("::")
+        if space == "seda_fast":
+            backend, implementation = _dispatch.choose(name, "cpu", args[0].dtype)
+            if backend != "cpp":  # which never runs on a GPU
+                with self:
+                    return implementation.function(*args, **kwargs)
+        why = obstacle(func, args)
+        if why is not None:
+            raise CaptureError(f"{func} {why}")
+        return self.record(func, args, kwargs, str(func))
+
+    def record(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: str) -> Any:
+        given = tree_map_only(Tensor, lambda t: self.place(t, False, origin), (args, kwargs))
+        result = func(*args, **kwargs)
+        self.calls.append((func, given, tree_map_only(Tensor, lambda t: self.place(t, True, origin), result)))
+        return result
+
+    def end(self) -> None:
+        """What was run only to see what it asks for is undone; what the graph alone needs becomes its pool."""
+        gc.collect()
+        for memory in self.memories.values():
+            alive = memory.live()
+            if memory.own:
+                self.outliving += [memory] if alive is not None else []
+                memory.pool = alive if alive is not None else torch.UntypedStorage(memory.size)
+                poison(memory.pool)
+            elif alive is not None and memory.before is not None:
+                alive.copy_(memory.before)
+                memory.before = None
+
+    # ---- replay
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replays += 1
+        for func, given, results in self.calls:
+            args, kwargs = tree_map_only(Place, lambda place: place.memory.at(place), given)
+            taken = {id(place.memory) for place in tree_leaves(given) if isinstance(place, Place)}
+            # What an operation only reserves holds whatever was there before.
+            reserved = func in EMPTY
+            found = None if reserved else func(*args, **kwargs)
+            places = [place for place in tree_leaves(results) if isinstance(place, Place)]
+            for i, place in enumerate(places):
+                if id(place.memory) in taken:
+                    continue  # written in place, or a view
+                if reserved:
+                    poison(place.memory.storage())
+                else:
+                    place.memory.at(place).copy_([t for t in tree_leaves(found) if isinstance(t, Tensor)][i])
+
+
+_ATEN = torch.ops.aten
+EMPTY = {
+    _ATEN.empty.memory_format,
+    _ATEN.empty_like.default,
+    _ATEN.empty_strided.default,
+    _ATEN.new_empty.default,
+    _ATEN.new_empty_strided.default,
+}
+
+
+@contextmanager
+def capturing(tape: Tape, **options: Any) -> Iterator[None]:
+    """Stands for `torch.cuda.graph`."""
+    with launches_on(tape), tape:
+        yield
+    tape.end()
+
+
+@contextmanager
+def launches_on(tape: Tape) -> Iterator[None]:
+    """Triton's launches, as its interpreter runs them, are recorded too."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    plain = interpreter.InterpretedFunction.run
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            plain(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+
+        with _disable_current_modes():
+            tape.record(launch, args, kwargs, f"the kernel {kernel.fn.__name__}")
+
+    interpreter.InterpretedFunction.run = run
+    try:
+        yield
+    finally:
+        interpreter.InterpretedFunction.run = plain
+
+
+class Stream:
+    """Stands for `torch.cuda.Stream`: a CPU does one thing after the other."""
+
+    def __init__(self, *unused: Any) -> None: ...
+    def wait_stream(self, other: "Stream") -> None: ...
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """The loop's own `engine.Graph` on the machine, and every tape that it makes."""
+    made: list[Tape] = []
+
+    def tape() -> Tape:
+        made.append(Tape())
+        return made[-1]
+
+    monkeypatch.setattr(engine, "plan", lambda asked, *unused: Plan(asked, asked, "a test"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", tape)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    return made
+
+
+def training_set(rows: int, odd: bool) -> TrainingSet:
+    """``odd``: with rows that have no label or no text."""
+    generator = torch.Generator().manual_seed(9)
+    labels, paired = torch.arange(rows) % 3, torch.ones(rows, dtype=torch.bool)
+    class_text, class_visual = torch.randn(3, 5, generator=generator), torch.randn(3, 8, generator=generator)
+    visual = class_visual[labels] + 0.5 * torch.randn(rows, 8, generator=generator)
+    text = class_text[labels] + 0.5 * torch.randn(rows, 5, generator=generator)
+    if odd:
+        labels[5:20], paired[rows // 2 : rows // 2 + 7] = -1, False
+    return TrainingSet(visual, text, labels, paired, torch.arange(rows) * 3)
+
+
+def trainer(asked: Any, settings: TrainConfig = SETTINGS, rows: int = 60, odd: bool = False, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    model, data = SeDA(CONFIG), training_set(rows, odd)
+    model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), data.visual, data.labels)
+    model.fit_teacher(data.visual, data.text, data.labels, data.paired, 0)
+    assert (model.teacher is not None) == odd
+    return Trainer(model, data, settings, engine=asked, **options)
+
+
+def step_by_step(**options: Any) -> Trainer:
+    """The step that a graph captures, run without one."""
+
+    class Direct:
+        def __init__(self, stepper: Stepper) -> None:
+            self.stepper = stepper
+
+        def order(self, rows: Tensor) -> None:
+            self.parts = iter(rows.split(self.stepper.settings.batch_size))
+
+        def replay(self) -> None:
+            self.stepper.device_step(self.stepper.data.rows(next(self.parts)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "Graph", Direct)
+        done = trainer("graph", **options)
+        done.run()
+    return done
+
+
+def same_bits(one: Trainer, other: Trainer) -> None:
+    assert one.stepper.done == other.stepper.done == int(one.stepper.step) == int(other.stepper.step)
+    for (name, a), b in zip(one.stepper.tensors().items(), other.stepper.tensors().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert [epoch.losses for epoch in one.history] == [epoch.losses for epoch in other.history]
+
+
+# --------------------------------------------------------------------------------------------------- the loop's graph
+
+
+@pytest.mark.parametrize(
+    ("backend", "odd"),
+    [
+        pytest.param("auto", False, id="auto"),
+        pytest.param("auto", True, id="auto, some without label or text"),
+        # Inside our operations too; thousands of calls a step.
+        pytest.param("reference", True, id="reference, some without label or text", marks=pytest.mark.slow),
+    ],
+)
+def test_fifty_replays_train_as_the_eager_engine_does(tapes: list[Tape], backend: str, odd: bool) -> None:
+    with use_backend(backend):
+        graphed, eager = trainer("graph", odd=odd), trainer("eager", odd=odd)
+        graphed.run()
+        eager.run()
+        direct = step_by_step(odd=odd)
+    (tape,) = tapes
+    assert (tape.replays, graphed.stepper.done) == (40, 50)
+    same_bits(graphed, direct)
+    # The eager engine's learning rate and averaging come from the host, in float64.
+    for a, b in zip(graphed.history, eager.history, strict=True):
+        assert a.losses == pytest.approx(b.losses, rel=1e-5)
+    for a, b in zip(graphed.model.parameters(), eager.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=5e-4, atol=5e-4)
+    assert graphed.stepper.report()["fallbacks"] == [
+        {"what": "a batch of 4 rows", "used": "eager", "reason": "a graph has one shape", "steps": 10}
+    ]
+
+
+@pytest.mark.slow
+def test_the_kernels_launches_are_captured_too(tapes: list[Tape]) -> None:
+    if _dispatch.refusal("q_sample", "triton", "cpu") is not None:
+        pytest.skip("Triton was imported to compile, so it does not interpret in this process")
+    options: Any = {"settings": dataclasses.replace(SETTINGS, epochs=2, batch_size=20)}
+    with use_backend("triton"):
+        graphed = trainer("graph", **options)
+        graphed.run()
+        direct = step_by_step(**options)
+    with use_backend("reference"):
+        reference = trainer("eager", **options)
+        reference.run()
+    (tape,) = tapes
+    origins = {memory.origin for memory in tape.memories.values()}
+    assert {"the kernel noising_kernel", "the kernel normaliser_kernel"} <= origins
+    same_bits(graphed, direct)
+    for a, b in zip(graphed.history, reference.history, strict=True):
+        assert a.losses == pytest.approx(b.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_a_half_precision_is_captured(tapes: list[Tape], precision: Any) -> None:
+    graphed = trainer("graph", precision=precision)
+    graphed.run()
+    same_bits(graphed, step_by_step(precision=precision))
+
+
+@pytest.mark.parametrize(("epochs", "batch_size"), [(1, 60), (1, 30), (2, 60)])
+def test_a_run_shorter_than_the_warm_up(tapes: list[Tape], epochs: int, batch_size: int) -> None:
+    settings = dataclasses.replace(SETTINGS, epochs=epochs, batch_size=batch_size)
+    graphed = trainer("graph", settings)
+    graphed.run()
+    assert "engine graph" not in graphed.stepper.fallbacks
+    same_bits(graphed, step_by_step(settings=settings))
+
+
+def test_only_gradients_outlive_the_capture(tapes: list[Tape]) -> None:
+    graphed = trainer("graph")
+    next(graphed.stepper.steps([torch.arange(14)]))
+    gradients = {p.grad.untyped_storage()._cdata for p in graphed.model.parameters() if p.grad is not None}
+    (tape,) = tapes
+    living = [memory.live() for memory in tape.outliving]
+    assert gradients == {storage._cdata for storage in living if storage is not None}
+
+
+def test_a_warm_up_that_fails_leaves_the_state_alone(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    graphed, steps = trainer("graph"), []
+    before = {name: value.clone() for name, value in graphed.stepper.tensors().items()}
+    plain = Stepper.device_step
+
+    def second_fails(self: Stepper, batch: Any) -> None:
+        steps.append(len(batch[0]))
+        plain(self, batch)
+        if len(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Stepper, "device_step", second_fails)
+    walk = graphed.stepper.steps([torch.arange(14)])
+    monkeypatch.setattr(graphed.stepper.data.__class__, "rows", lambda *unused: pytest.fail("a step was made"))
+    with pytest.raises(pytest.fail.Exception):
+        # Falls back before it asks for its first own batch.
+        next(walk)
+    assert all(torch.equal(before[name], value) for name, value in graphed.stepper.tensors().items())
+
+
+# ------------------------------------------------------------------------------------------------ nothing on the host
+
+
+def test_a_step_needs_nothing_of_the_host() -> None:
+    """On tensors without data whatever reads a value, or crosses from the host's memory to the device's, fails."""
+    model = SeDA(CONFIG).to("meta")
+    data = TrainingSet(*(field.to("meta") for field in training_set(60, False).__dict__.values()))
+    stepper = Stepper(SeDA(CONFIG), training_set(60, False), SETTINGS, 50)
+    device: Any = {"device": "meta"}
+    stepper.model, stepper.data, stepper.objective.model = model, data, model
+    stepper.seed, stepper.step = (torch.zeros((), dtype=torch.int64, **device) for _ in range(2))
+    stepper.sums, stepper._first_bad = stepper.sums.to("meta"), stepper._first_bad.to("meta")
+    stepper._rates = torch.zeros(50, **device)
+    stepper.average = engine.MovingAverage(model.parameters(), 0.99)
+    # PyTorch's own fused AdamW has no kernel without data; the gradients and their clipping are ours.
+    stepper.optimiser = torch.optim.SGD(model.parameters(), lr=0.0)
+    for group in stepper.optimiser.param_groups:
+        group["lr"] = torch.zeros((), **device)
+    stepper.optimiser.step = lambda: None  # type: ignore[method-assign, assignment]
+    stepper.device_step(data.rows(torch.zeros(14, dtype=torch.int64, **device)))
+    assert all(p.grad is not None for p in model.visual.parameters())
+
+
+# --------------------------------------------------------------------------------------------------- the machine itself
+
+
+def faulty_read(x: Tensor) -> None:
+    x.add_(float(x.sum()))
+
+
+def faulty_mask(x: Tensor) -> None:
+    x.index_put_((x > 0,), x.new_zeros(()))
+
+
+def faulty_selection(x: Tensor) -> None:
+    x.copy_(x[x > -1e9])
+
+
+def faulty_constant(x: Tensor) -> None:
+    x.add_(torch.tensor(2.0))
+
+
+def faulty_random(x: Tensor) -> None:
+    x.add_(torch.randn(3))
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        (faulty_read, "_local_scalar_dense.default makes the host wait"),
+        (faulty_mask, "index_put_.default makes a shape that depends on values"),
+        (faulty_selection, "index.Tensor makes a shape that depends on values"),
+        (faulty_constant, "lift_fresh.default copies a value of the host"),
+        (faulty_random, "randn.default draws from PyTorch's own generator"),
+    ],
+)
+def test_the_machine_refuses(fault: Callable[[Tensor], None], why: str) -> None:
+    with pytest.raises(CaptureError, match=why), capturing(Tape()):
+        fault(torch.ones(3))
+
+
+def test_the_machine_bakes_in_what_the_host_knew() -> None:
+    tape, x, seen = Tape(), torch.zeros(3), [0]
+    with capturing(tape):
+        x.add_(seen[0] + 1)
+    assert x.tolist() == [0, 0, 0], "a capture has no effect"
+    for seen[0] in range(4):
+        tape.replay()
+    assert x.tolist() == [4, 4, 4], "not 1 + 2 + 3 + 4"
+
+
+def test_the_machine_replays_views_gradients_and_lists() -> None:
+    tape, x, weight = Tape(), torch.ones(4, 2), nn.Parameter(torch.full((3, 2), 0.5))
+    total = torch.zeros(())
+    with capturing(tape):
+        loss = (x[1:] @ weight.t()).square().sum()
+        loss.backward()
+        with torch.no_grad():
+            torch._foreach_add_([weight], [weight.grad], alpha=-0.01)
+            total += loss.detach()
+    expected, summed = torch.full((3, 2), 0.5), 0.0
+    for factor in (1.0, 2.0, 3.0):
+        x.fill_(factor)
+        tape.replay()
+        logits = x[1:] @ expected.t()
+        summed += float(logits.square().sum())
+        expected -= 0.01 * 2 * logits.t() @ x[1:]
+    torch.testing.assert_close(weight.detach(), expected)
+    assert float(total) == pytest.approx(summed)
+
+
+def test_the_machine_sees_memory_that_was_let_go() -> None:
+    tape, x, temporary = Tape(), torch.zeros(3), torch.ones(3)
+    with capturing(tape):
+        x.add_(temporary)
+    tape.replay()
+    del temporary
+    with pytest.raises(CaptureError, match=r"memory that its owner let go of, first in aten\.add_"):
+        tape.replay()
+
+
+def test_the_machine_sees_what_outlives_and_what_was_never_written() -> None:
+    tape, x, kept = Tape(), torch.zeros(3), []
+    with capturing(tape):
+        kept.append(x + 1)
+        x.add_(torch.empty(3))
+    assert len(tape.outliving) == 1
+    assert kept[0].isnan().all(), "what a capture made holds nothing before a replay"
+    tape.replay()
+    assert kept[0].tolist() == [1, 1, 1]
+    assert x.isnan().all()
+    assert math.isnan(float(x[0]))
