@@ -377,7 +377,7 @@ def test_a_warm_up_that_fails_leaves_the_state_alone(tapes: list[Tape], monkeypa
 def test_a_step_needs_nothing_of_the_host() -> None:
     """On tensors without data whatever reads a value, or crosses from the host's memory to the device's, fails."""
     model = SeDA(CONFIG).to("meta")
-    data = TrainingSet(*(field.to("meta") for field in training_set(60, False).__dict__.values()))
+    data = TrainingSet(*(None if f is None else f.to("meta") for f in training_set(60, False).__dict__.values()))
     stepper = Stepper(SeDA(CONFIG), training_set(60, False), SETTINGS, 50)
     device: Any = {"device": "meta"}
     stepper.model, stepper.data, stepper.objective.model = model, data, model
