@@ -207,10 +207,10 @@ def bench_training_step(contest: Any, device: torch.device, quick: bool, workloa
     contest(workload(title, "interaction_block", moved, 6 * rows * products(model), dtype), steps, check)
 
 
-ROWS = (1, 16, 256, 1024, 4096, 16384, 65536)
+GROWING_ROWS = (1, 16, 256, 1024, 4096, 16384, 65536)
 GROWTH: dict[str, tuple[str, dict[str, Sequence[int]]]] = {
-    "rows of a batch, B": ("batch", dict.fromkeys(("cpu", "cuda"), ROWS)),
-    "rows of a chain": ("chain", dict.fromkeys(("cpu", "cuda"), ROWS)),
+    "rows of a batch, B": ("batch", dict.fromkeys(("cpu", "cuda"), GROWING_ROWS)),
+    "rows of a chain": ("chain", dict.fromkeys(("cpu", "cuda"), GROWING_ROWS)),
     "classes, K": ("n_classes", {"cpu": [128, 512, 2048], "cuda": [128, 1024, 8192, 32768]}),
     "width, d": ("width", {"cpu": [128, 256, 512], "cuda": [128, 256, 512, 1024]}),
     "training rows, N": ("rows", {"cpu": [256, 512, 1024], "cuda": [4096, 16384, 65536, 262144]}),

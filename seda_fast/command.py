@@ -136,11 +136,27 @@ def run(command: Callable[[], None], program: str) -> int:
     except Interrupted as stop:
         report(program, str(stop))
         return stop.exit_code
+    except (MemoryError, RuntimeError) as error:
+        lacking = out_of_memory(error)
+        if lacking is None:
+            raise
+        report(program, f"{lacking}; give a smaller --batch-size or a smaller model, or --precision bf16 on a GPU")
+        return BAD_INPUT
     except BrokenPipeError:
         # The reader of our output (head, less) has closed it; nothing is wrong and nobody is left to tell.
         sys.stderr.close()
         return 0
     return 0
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What memory was missing, where that is what went wrong. PyTorch has a class of error for a GPU's alone."""
+    said = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+        return said
+    # All that PyTorch's stable C interface passes on from an allocation in one of our C++ operations.
+    inside = said.startswith('torch_call_dispatcher( "aten::empty"') and "API call failed" in said
+    return said or "memory ran out" if isinstance(error, MemoryError) else "memory ran out" if inside else None
 
 
 def report(program: str, sentence: str) -> None:

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from scipy.linalg import sqrtm
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from seda_fast import SeDA, evaluate, info, predict, train
+from seda_fast.command import run as run_command
 
 SMALL = ["--width", "32", "--blocks", "2", "--epochs", "4", "--batch-size", "64", "--diffusion-steps", "100"]
 RESULTS = {"config.toml", "model.safetensors", "history.csv", "metrics.json", "outputs.safetensors", "report"}
@@ -577,6 +579,32 @@ def test_fashion_products_with_defaults(fashion: tuple[Path, Path, int]) -> None
     assert metrics["train"]["seconds"] < 240
     assert peak_memory < 1.5e9
     assert len(recompute(out, data)) == 12
+
+
+def test_memory_that_runs_out_is_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    def too_large() -> None:
+        torch.empty(1 << 50)
+
+    def on_a_gpu() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    def in_an_operation() -> None:
+        raise RuntimeError(
+            'torch_call_dispatcher( "aten::empty", "memory_format", stack.data(), 0) API call failed at ops.h'
+        )
+
+    def another() -> None:
+        raise RuntimeError("a fault of ours")
+
+    bodies = (too_large, on_a_gpu, in_an_operation)
+    assert [run_command(body, "seda_fast.train") for body in bodies] == [2, 2, 2]
+    host, device, inside = capfd.readouterr().err.splitlines()
+    assert "can't allocate memory: you tried to allocate 4503599627370496 bytes" in host
+    assert host.endswith("; give a smaller --batch-size or a smaller model, or --precision bf16 on a GPU")
+    assert device.startswith("seda_fast.train: CUDA out of memory. Tried to allocate 2.00 GiB.; give a smaller")
+    assert inside.startswith("seda_fast.train: memory ran out; give a smaller")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run_command(another, "seda_fast.train")
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
