@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -162,7 +162,7 @@ class Objective(nn.Module):
 
     def eager(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
         """`forward` in eager PyTorch."""
-        with torch.autocast(seed.device.type, self.dtype, enabled=self.dtype is not None):
+        with nullcontext() if self.dtype is None else torch.autocast(seed.device.type, self.dtype):
             return self.model.losses(*batch, seed=seed, step=step, settings=self.settings, shard=shard)
 
 
