@@ -149,11 +149,21 @@ def test_a_set_without_a_test_part_is_split_and_found_again(tmp_path: Path) -> N
     assert (found.label_train[found.labelled_train] > 0).any(0).all()
     again = FeatureSet.load_test(path, test_fraction=0.25, seed=3)
     np.testing.assert_array_equal(again.ids, found.ids_test)
-    with pytest.raises(DataError, match=r"a test_fraction of 0\.9999 of 130 labelled rows leaves too few rows"):
-        FeatureSet.load(path, test_fraction=0.9999)
+    with pytest.raises(DataError, match=r"a test_fraction of 0\.2 of 3 labelled rows leaves too few rows in a part"):
+        held_out_rows(np.eye(3, dtype=np.int8), 0.2, 0)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_class_texts_are_refused(tmp_path: Path) -> None:
+    content = {name: value for name, value in arrays().items() if not name.startswith("text")}
+    path = write(tmp_path / "set.npz", {**content, "text_classes": np.ones((K, 6), np.float32)})
+    with pytest.raises(DataError, match=r"holds multi-label rows, but class texts \('text_classes'\) need"):
+        FeatureSet.load(path)
+    labels, visual, _ = part(20, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="text_classes need one class a row"):
+        SeDAClassifier(**TINY).fit(visual, labels, text_classes=np.ones((K, 6), np.float32))
 
 
 def test_metrics_are_scikit_learns() -> None:
