@@ -231,7 +231,14 @@ def test_the_linear_baseline_is_a_logistic_regression_of_each_class() -> None:
 def test_the_networks_learn_with_unlabelled_rows(name: str) -> None:
     content = arrays()
     fitted = fit_baseline(
-        name, content["visual_train"], content["text_train"], content["label_train"], n_classes=K, seed=0, epochs=20
+        name,
+        content["visual_train"],
+        content["text_train"],
+        content["label_train"],
+        n_classes=K,
+        seed=0,
+        batch_size=32,
+        epochs=30,
     )
     assert fitted.multi_label
     found = multi_label_metrics(fitted.log_proba(content["visual_test"]), content["label_test"])
