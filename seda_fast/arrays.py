@@ -19,7 +19,7 @@ from .files import DataError
 
 Unpaired = Literal["refuse", "keep"]
 Features = NDArray[Any]  # (N, D) float32, or a memory map of float16, float32 or float64
-Labels = NDArray[np.int64]
+Labels = NDArray[Any]  # (N,) int64; multi-label (N, K) int8
 Mask = NDArray[np.bool_]
 Moments = NDArray[np.float64]
 Index = slice | NDArray[np.integer[Any]] | NDArray[np.bool_]
@@ -97,18 +97,18 @@ def check_layout(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Non
     if dtype.hasobject:
         raise DataError(f"'{name}' holds Python objects, which are never used")
     if name == "class_names":
-        rank, fits, needed = 1, dtype.kind == "U" and dtype.itemsize > 0, "strings are"
+        ranks, fits, needed = "1", dtype.kind == "U" and dtype.itemsize > 0, "strings are"
     elif name.startswith("label"):
-        rank, fits, needed = 1, dtype.kind in "iu", "integers are"
+        ranks, fits, needed = "1 or 2", dtype.kind in "iu", "integers are"
     else:
-        rank, fits, needed = 2, dtype.newbyteorder("=") in _FLOATS, "float16, float32 or float64 is"
-    if len(shape) != rank:
-        raise DataError(f"'{name}' has {len(shape)} dimensions, {rank} needed")
+        ranks, fits, needed = "2", dtype.newbyteorder("=") in _FLOATS, "float16, float32 or float64 is"
+    if str(len(shape)) not in ranks.split(" or "):
+        raise DataError(f"'{name}' has {len(shape)} dimensions, {ranks} needed")
     if not fits:
         raise DataError(f"'{name}' has dtype {dtype}, {needed} needed")
     if shape[0] == 0:
         raise DataError(f"'{name}' is empty")
-    if rank == 2 and shape[1] == 0:
+    if len(shape) == 2 and shape[1] == 0:
         raise DataError(f"'{name}' has no columns")
 
 
@@ -174,8 +174,14 @@ def check_text(name: str, value: Any, unpaired: Unpaired) -> tuple[Features, Mas
 
 
 def check_labels(name: str, value: Any, *, need_one: bool = True) -> Labels:
-    """Checked labels, copied to memory: -1 or a class number; with need_one, not all of them -1."""
+    """Checked labels, copied to memory: -1 or a class number; with need_one, not all of them -1.
+
+    Multi-label (N, K): 1 where a row carries a class and 0 where not, a row of -1 unlabelled; with need_one, at least
+    one 1. A labelled row may carry no class.
+    """
     array = _as_array(name, value)
+    if array.ndim == 2:
+        return _check_indicators(name, array, need_one)
     bad = array < -1 if array.dtype.kind == "i" else array > np.iinfo(np.int64).max
     if bad.any():
         row = int(np.argmax(bad))
@@ -185,6 +191,34 @@ def check_labels(name: str, value: Any, *, need_one: bool = True) -> Labels:
     if need_one and (labels < 0).all():
         raise DataError(f"'{name}' has no labelled row (all are -1)")
     return labels
+
+
+def _check_indicators(name: str, array: NDArray[Any], need_one: bool) -> Labels:
+    bad = (array != 0) & (array != 1)
+    if array.dtype.kind == "i":
+        bad &= array != -1
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise DataError(
+            f"'{name}' holds {array[row, column]} in row {row}, column {column}; labels of 2 dimensions are "
+            "multi-label: 1 where a row carries a class and 0 where not, or a row of -1 for unlabelled"
+        )
+    labels = np.array(array, dtype=np.int8)
+    unknown = labels < 0
+    mixed = unknown.any(axis=1) & ~unknown.all(axis=1)
+    if mixed.any():
+        row = int(np.argmax(mixed))
+        raise DataError(f"'{name}' holds -1 beside other values in row {row}; an unlabelled row is -1 throughout")
+    if need_one and unknown.all():
+        raise DataError(f"'{name}' has no labelled row (all are -1)")
+    if need_one and not (labels > 0).any():
+        raise DataError(f"'{name}' has no row that carries a class (no entry is 1)")
+    return labels
+
+
+def labelled_rows(labels: Labels) -> Mask:
+    """Which rows are labelled, (N,) bool."""
+    return np.asarray((labels if labels.ndim == 1 else labels[:, 0]) >= 0)
 
 
 def check_class_names(value: Any) -> tuple[str, ...]:

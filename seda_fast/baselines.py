@@ -7,6 +7,9 @@
 `one_step_mse`: the same mapping trained with the mean squared error alone; its classifier is a linear probe
     of the true t, applied to the mapped t.
 
+With multi-label rows (N, K) each has a yes or no of each class in place of the softmax; the linear probe is one
+logistic regression a class, with one penalty for all.
+
 The networks train with AdamW, a tenth of warm-up and a cosine to zero. Defaults were picked on held-out
 fifths of the training parts of three sets (5 216 x 768, 2 173 x 128, 420 x 1 024), on which width, depth,
 norm and learning rate differed by less than the spread between splits.
@@ -23,9 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional
+
+from .arrays import Labels, labelled_rows
+from .nn.multi_label import binary_cross_entropy, rate_logits, smoothed
 
 __all__ = ["BASELINES", "Baseline", "LinearSettings", "NetworkSettings", "fit_baseline"]
 
@@ -117,13 +125,20 @@ class Baseline:
     hyperparameters: dict[str, Any]
     visual_dim: int
     network: _Network = field(repr=False)
+    multi_label: bool = False
 
     def log_proba(self, visual: Float) -> Float:
-        """Natural log-probabilities (M, K) of visual features (M, Dv), standardised.
+        """Natural log-probabilities (M, K) of visual features (M, Dv), standardised; multi-label, of carrying a class.
 
         Minus infinity for a class that `linear` or the probe of `one_step_mse` never saw.
         """
-        return self._blocks(visual, lambda v: self.network.head(self.network.trunk(v)).log_softmax(dim=1))
+
+
+        def log_proba(v: Tensor) -> Tensor:
+            logits: Tensor = self.network.head(self.network.trunk(v))
+            return functional.logsigmoid(logits) if self.multi_label else logits.log_softmax(dim=1)
+
+        return self._blocks(visual, log_proba)
 
     def aligned(self, visual: Float) -> Float | None:
         """Mapped features (M, Dt) in the standardised textual space; None for `linear` and `mlp`."""
@@ -147,7 +162,7 @@ def fit_baseline(
     name: str,
     visual: Float,
     text: Float,
-    labels: Int,
+    labels: Labels,
     *,
     n_classes: int,
     seed: int,
@@ -162,7 +177,8 @@ def fit_baseline(
     Args:
         visual: (N, Dv) float32, standardised.
         text: (N, Dt) float32, standardised; a row that is NaN throughout has no text.
-        labels: (N,) integers in [-1, n_classes), -1 for an unlabelled row. `linear` and `mlp` use the
+        labels: (N,) integers in [-1, n_classes), -1 for an unlabelled row; or multi-label (N, n_classes), 1 where a row
+            carries a class and 0 where not, a row of -1 unlabelled. `linear` and `mlp` use the
             labelled rows; `one_step` uses rows with text for its squared error and labelled rows for its
             cross entropy; `one_step_mse` uses rows with text, and of these the labelled ones for its probe.
         epochs, batch_size: of the networks; `linear` has neither.
@@ -183,7 +199,7 @@ def fit_baseline(
         raise ValueError(f"epochs, batch_size: expected 1 or more, got {epochs} and {batch_size}")
     linear, settings = _settings(name, hyperparameters)
     visual, text, labels, paired = _checked(visual, text, labels, n_classes)
-    labelled = labels != UNLABELLED
+    labelled = labelled_rows(labels)
     begin = time.perf_counter()
     used: dict[str, Any] = {}
     network: _Network
@@ -200,7 +216,7 @@ def fit_baseline(
             network.head, used["l2"] = _fit_linear(text[rows], labels[rows], n_classes, seed, linear, None)
             used |= asdict(linear)
     network.to(device).eval()
-    return Baseline(name, time.perf_counter() - begin, used, visual.shape[1], network)
+    return Baseline(name, time.perf_counter() - begin, used, visual.shape[1], network, labels.ndim == 2)
 
 
 def _settings(name: str, given: dict[str, Any]) -> tuple[LinearSettings, NetworkSettings]:
@@ -216,11 +232,14 @@ def _settings(name: str, given: dict[str, Any]) -> tuple[LinearSettings, Network
     )
 
 
-def _checked(visual: Float, text: Float, labels: Int, n_classes: int) -> tuple[Float, Float, Int, NDArray[np.bool_]]:
+def _checked(
+    visual: Float, text: Float, labels: Labels, n_classes: int
+) -> tuple[Float, Float, Labels, NDArray[np.bool_]]:
     """The arrays as float32 and int64, missing text as zeros, and which rows have text."""
     visual, text, labels = np.asarray(visual, np.float32), np.asarray(text, np.float32), np.asarray(labels)
     n_rows = len(visual)
-    if visual.ndim != 2 or text.ndim != 2 or len(text) != n_rows or labels.shape != (n_rows,):
+    fitting = ((n_rows,), (n_rows, n_classes))
+    if visual.ndim != 2 or text.ndim != 2 or len(text) != n_rows or labels.shape not in fitting:
         raise ValueError(
             f"visual, text, labels: expected (N, Dv), (N, Dt), (N,), got {visual.shape}, {text.shape}, {labels.shape}"
         )
@@ -232,6 +251,11 @@ def _checked(visual: Float, text: Float, labels: Int, n_classes: int) -> tuple[F
         bad = ~np.isfinite(array).all(axis=1)
         if bad.any():
             raise ValueError(f"{name}: row {int(bad.argmax())} holds NaN or infinity")
+    if labels.ndim == 2:
+        bad = ((labels != 0) & (labels != 1)).any(axis=1) & (labels != UNLABELLED).any(axis=1)
+        if bad.any():
+            raise ValueError(f"labels: row {int(bad.argmax())} is neither of 0 and 1 nor -1 throughout")
+        return visual, text, labels.astype(np.int8), paired[:, 0]
     outside = (labels < UNLABELLED) | (labels >= n_classes)
     if outside.any():
         row = int(outside.argmax())
@@ -276,12 +300,14 @@ def _choose_l2(x: NDArray[np.float64], y: Int, seed: int, settings: LinearSettin
 
 
 def _fit_linear(
-    x: Float, y: Int, n_classes: int, seed: int, settings: LinearSettings, progress: Progress | None
+    x: Float, y: Labels, n_classes: int, seed: int, settings: LinearSettings, progress: Progress | None
 ) -> tuple[nn.Linear, float]:
     """A linear layer (D -> n_classes) with scikit-learn's weights, and the chosen L2 penalty.
 
     Where no class has two rows nothing can be held out, and the middle of the grid is taken.
     """
+    if y.ndim == 2:
+        return _fit_one_vs_rest(x.astype(np.float64), y > 0, seed, settings, progress)
     seen = np.unique(y)
     if len(seen) < 2:
         raise ValueError(f"labels: a linear probe needs labelled rows of 2 classes, got {len(seen)}")
@@ -302,6 +328,69 @@ def _fit_linear(
     return layer, l2
 
 
+def _fit_one_vs_rest(
+    x: NDArray[np.float64], y: NDArray[np.bool_], seed: int, settings: LinearSettings, progress: Progress | None
+) -> tuple[nn.Linear, float]:
+    """A logistic regression of each column of ``y`` (N, K), all with the penalty that is best on a random holdout.
+
+    A class that all rows or none carry has no weights and the bias of its rate, by the rule of succession.
+    """
+    differ = y.any(axis=0) & ~y.all(axis=0)
+    if not differ.any():
+        raise ValueError("labels: a linear probe needs a class that some labelled rows carry and some do not")
+    rows, grid = np.random.default_rng(seed).permutation(len(x)), sorted(settings.l2_grid, reverse=True)
+    held = rows[: round(settings.holdout * len(x))]
+    kept = rows[len(held) :]
+    losses: list[float] = []
+    found = None
+    for step, l2 in enumerate(grid if len(held) else [], start=1):
+        found = _logistic(x[kept], y[kept][:, differ], l2, settings.max_iter, found)
+        losses.append(_entropy(x[held] @ found[:-1] + found[-1], y[held][:, differ]))
+        if progress is not None:
+            progress(step, len(grid) + 1)
+        if len(losses) - int(np.argmin(losses)) > 2:
+            break  # as in _choose_l2
+    l2 = grid[int(np.argmin(losses))] if losses else grid[len(grid) // 2]
+    found = _logistic(x, y[:, differ], l2, settings.max_iter, None)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, x.shape[1], y.shape[1]).requires_grad_(False)
+    layer.weight.zero_()
+    layer.bias.copy_(torch.from_numpy(np.log((y.sum(axis=0) + 1.0) / ((~y).sum(axis=0) + 1.0))))
+    layer.weight[torch.from_numpy(differ)] = torch.tensor(found[:-1].T, dtype=torch.float32)
+    layer.bias[torch.from_numpy(differ)] = torch.tensor(found[-1], dtype=torch.float32)
+    if progress is not None:
+        progress(len(grid) + 1, len(grid) + 1)
+    return layer, l2
+
+
+def _entropy(logits: NDArray[np.float64], y: NDArray[np.bool_]) -> float:
+    """Mean over rows of the cross entropies of yes and no, summed over the classes."""
+    return float((np.logaddexp(0.0, logits) - y * logits).sum() / len(y))
+
+
+def _logistic(
+    x: NDArray[np.float64], y: NDArray[np.bool_], l2: float, max_iter: int, start: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
+    """Weights (D + 1, K), the last row the biases, of independent logistic regressions by one run of L-BFGS.
+
+    scikit-learn's `LogisticRegression` has the same objective, one class at a time.
+    """
+    shape = (x.shape[1] + 1, y.shape[1])
+
+    def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        w = flat.reshape(shape)
+        logits = x @ w[:-1] + w[-1]
+        residual = (expit(logits) - y) / len(x)
+        gradient = np.vstack((x.T @ residual + l2 * w[:-1], residual.sum(axis=0)))
+        return _entropy(logits, y) + 0.5 * l2 * float(np.square(w[:-1]).sum()), gradient.ravel()
+
+    # The tolerances of scikit-learn's LogisticRegression.
+    options = {"maxiter": max_iter, "gtol": 1e-4, "ftol": 64 * np.finfo(float).eps, "maxls": 50}
+    first = np.zeros(shape) if start is None else start
+    found = minimize(objective, first.ravel(), jac=True, method="L-BFGS-B", options=options)
+    result: NDArray[np.float64] = found.x.reshape(shape)
+    return result
+
+
 # --------------------------------------------------------------------------------------------------- networks
 
 
@@ -309,7 +398,7 @@ def _fit_linear(
 class _Targets:
     visual: Float
     text: Float
-    labels: Int
+    labels: Labels
     paired: NDArray[np.bool_]
 
 
@@ -357,14 +446,17 @@ def _fit_network(
     settings: NetworkSettings,
     progress: Progress | None,
 ) -> _Network:
-    rows = _rows_used(name, data.labels != UNLABELLED, data.paired)
+    rows = _rows_used(name, labelled_rows(data.labels), data.paired)
     visual, text = (torch.from_numpy(array[rows]).to(device) for array in (data.visual, data.text))
     labels, paired = (torch.from_numpy(array[rows]).to(device) for array in (data.labels, data.paired))
-    loss = _Loss(name, settings, float((labels != UNLABELLED).float().mean()), float(paired.float().mean()))
+    known = torch.from_numpy(labelled_rows(data.labels)[rows])
+    loss = _Loss(name, settings, float(known.float().mean()), float(paired.float().mean()))
     forked = [torch.device(device)] if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=forked):
         torch.manual_seed(seed)
         network = _build(name, visual.shape[1], text.shape[1], n_classes, settings).to(device).train()
+        if labels.ndim == 2 and isinstance(network.head, nn.Linear):
+            nn.init.zeros_(network.head.bias).data += rate_logits(labels)
         parameters = list((network.trunk if name == "one_step_mse" else network).parameters())
         optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         n_batches = -(-len(visual) // batch_size)
@@ -401,13 +493,20 @@ class _Loss:
             error = (out - text).square().mean(dim=1)
             total = total + (error * paired).sum() / (len(visual) * self.paired_share)
         if self.name != "one_step_mse":
-            entropy = functional.cross_entropy(
-                network.head(out),
-                labels,
-                ignore_index=UNLABELLED,
-                label_smoothing=self.settings.label_smoothing,
-                reduction="sum",
-            )
+            entropy = self._entropy(network.head(out), labels)
             weight = self.settings.ce_weight if self.name == "one_step" else 1.0
             total = total + weight * entropy / (len(visual) * self.labelled_share)
         return total
+
+    def _entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of the labelled rows, their sum."""
+        if labels.ndim == 2:
+            targets = smoothed(labels, self.settings.label_smoothing, logits.dtype)
+            return torch.where(labels[:, 0] >= 0, binary_cross_entropy(logits, targets), 0).sum()
+        return functional.cross_entropy(
+            logits,
+            labels,
+            ignore_index=UNLABELLED,
+            label_smoothing=self.settings.label_smoothing,
+            reduction="sum",
+        )

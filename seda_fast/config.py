@@ -31,6 +31,7 @@ class SeDAConfig:
     text_dim: int = setting(0, "size of a textual feature, Dt (taken from the data)")
     n_classes: int = setting(0, "number of classes, K (taken from the data)")
     class_text: bool = setting(False, "whether there is one text a class instead of one a row (taken from the data)")
+    multi_label: bool = setting(False, "whether a row carries any number of the classes (taken from the data)")
     width: int = setting(512, "width of the networks, d")
     expansion: int = setting(2, "hidden size of a block over its width, m")
     blocks: int = setting(3, "interaction blocks in each network, L")
@@ -76,6 +77,8 @@ class SeDAConfig:
         check_range(
             self, "visual_weight", 0 <= self.visual_weight <= 1 - self.textual_weight, "in 0 .. 1 - textual_weight"
         )
+        if self.multi_label and self.class_text:
+            raise ConfigError("class_text needs one class a row, so it does not go with multi_label")
         check_range(self, "noise_draws", 1 <= self.noise_draws <= 65535, "in 1 .. 65535")
 
     @property

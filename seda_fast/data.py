@@ -2,6 +2,7 @@
 
 A set is a `.npz` or `.safetensors` file or a folder of `.npy` files with the arrays of `KEYS`, or "digits",
 the embedded set. Everything is checked on reading; what cannot be used raises DataError with one sentence.
+Labels are class numbers (N,), or multi-label (N, K): 1 where a row carries a class, 0 where not, or a row of -1.
 
 Features are float16, float32 or float64 (bfloat16 in safetensors). Those read into memory are cast to float32
 on reading; the arrays of a folder stay read-only memory maps in their own dtype, never loaded whole, and
@@ -32,10 +33,12 @@ from .arrays import (
     check_text,
     check_visual,
     has_text,
+    labelled_rows,
     mean_and_scale,
     rows,
 )
 from .files import DataError, naming, read_arrays, read_npy, refuse_too_large
+from .stratify import held_out_rows
 
 __all__ = [
     "KEYS",
@@ -58,9 +61,9 @@ KEYS = (
 class EvaluationRows:
     """Rows to measure a model on.
 
-    visual (M, Dv); labels (M,) int64, -1 = unlabelled; text (M, Dt) or None, a row all NaN where text is
-    missing; class_names or None where the source names none; ids (M,) int64. Where the source has class texts and no
-    text of rows, text is each row's class's, and text_classes (K, Dt) are they.
+    visual (M, Dv); labels (M,) int64, -1 = unlabelled, or (M, K) int8; text (M, Dt) or None, a row all NaN
+    where text is missing; class_names or None where the source names none; ids (M,) int64. Where the source has
+    class texts and no text of rows, text is each row's class's, and text_classes (K, Dt) are they.
     """
 
     visual: Features
@@ -74,7 +77,7 @@ class EvaluationRows:
     @property
     def labelled(self) -> Mask:
         """(M,) bool, true where the label is known."""
-        return np.asarray(self.labels >= 0)
+        return labelled_rows(self.labels)
 
     @cached_property
     def paired(self) -> Mask:
@@ -86,8 +89,7 @@ class EvaluationRows:
 class VisualRows:
     """Rows to predict.
 
-    visual (M, Dv); ids (M,) int64; where the source has them, labels (M,) int64, -1 = unlabelled, and
-    class_names.
+    visual (M, Dv); ids (M,) int64; where the source has them, labels as in `EvaluationRows`, and class_names.
     """
 
     visual: Features
@@ -103,10 +105,11 @@ class FeatureSet:
 
     visual_train (N, Dv) and text_train (N, Dt): a text row is all NaN where text is missing, which happens
     only with unpaired="keep"; Dt = 0 where there is no text at all, only with need_text=False. label_train
-    (N,) int64, -1 = unlabelled. visual_test (M, Dv), label_test (M,), text_test (M, Dt) or None; the text of
-    the test part is there to measure alignment. ids_train (N,) and ids_test (M,) int64: the row number within
-    the part, or within the whole set where it was split here. text_classes (K, Dt): one text a class instead
-    of one a row; text_train is then (N, 0), and every labelled row has its class's text.
+    (N,) int64, -1 = unlabelled; multi-label (N, K) int8. visual_test (M, Dv), label_test (M,) or (M, K),
+    text_test (M, Dt) or None; the text of the test part is there to measure alignment. ids_train (N,) and
+    ids_test (M,) int64: the row number within the part, or within the whole set where it was split here.
+    text_classes (K, Dt): one text a class instead of one a row; text_train is then (N, 0), and every labelled
+    row has its class's text.
     """
 
     visual_train: Features
@@ -141,7 +144,12 @@ class FeatureSet:
     @property
     def labelled_train(self) -> Mask:
         """(N,) bool, true where the label is known."""
-        return np.asarray(self.label_train >= 0)
+        return labelled_rows(self.label_train)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row carries any number of the classes."""
+        return self.label_train.ndim == 2
 
     @property
     def test_part(self) -> EvaluationRows:
@@ -165,7 +173,8 @@ class FeatureSet:
 
         unpaired: "refuse" rows whose text is missing (all NaN), or "keep" them.
         test_fraction, seed: where the source has no test part, this share of the labelled rows becomes one,
-            stratified by class; unlabelled rows stay in training. Both parts are then float32 in memory.
+            stratified by class (multi-label: iteratively, see `stratify`); unlabelled rows stay in training.
+            Both parts are then float32 in memory.
         need_text: False lets `text_train` be absent.
         """
         if str(path) == "digits":
@@ -210,13 +219,15 @@ class FeatureSet:
         text_dim: int | None = None,
         class_names: Sequence[str] | None = None,
         text_classes: Features | None = None,
+        multi_label: bool | None = None,
         unpaired: Unpaired = "refuse",
         test_fraction: float = 0.2,
         seed: int = 0,
     ) -> EvaluationRows:
         """Reads the test part alone: `visual_test` and `label_test`, and `text_test` or `text_classes` where there.
 
-        visual_dim, text_dim, class_names, text_classes: the model's, where known; what does not fit is refused.
+        visual_dim, text_dim, class_names, text_classes, multi_label: the model's, where known; what does not fit is
+            refused.
         A source with a training part only is split as `load` splits it, so the same fraction and seed give
         the rows that training did not see. At least one row must be labelled. Raises DataError.
         """
@@ -228,6 +239,8 @@ class FeatureSet:
             _check_width("visual_test", part.visual, visual_dim, "the model")
             if part.text is not None:
                 _check_width("text_test", part.text, text_dim, "the model")
+            if multi_label is not None:
+                _check_kind("label_test", part.labels, multi_label, "the model")
             _check_against_model(part.labels, part.class_names, class_names)
             if part.text_classes is not None and text_classes is not None:
                 _check_same_texts(part.text_classes, text_classes)
@@ -276,9 +289,20 @@ def _check_width(name: str, array: Features, width: int | None, other: str) -> N
 
 
 def _check_named(name: str, labels: Labels, class_names: Sized, owner: str = "'class_names'") -> None:
+    if labels.ndim == 2:
+        if labels.shape[1] != len(class_names):
+            raise DataError(f"'{name}' has {labels.shape[1]} columns but {owner} has {len(class_names)} entries")
+        return
     row = int(np.argmax(labels))
     if labels[row] >= len(class_names):
         raise DataError(f"'{name}' holds {labels[row]} in row {row} but {owner} has {len(class_names)} entries")
+
+
+def _check_kind(name: str, labels: Labels, multi_label: bool, owner: str) -> None:
+    if (labels.ndim == 2) != multi_label:
+        kinds = ("class numbers, of 1 dimension", "multi-label rows, of 2 dimensions")
+        found, needed = kinds[labels.ndim == 2], kinds[multi_label]
+        raise DataError(f"'{name}' holds {found}, but {owner} has {needed}")
 
 
 def _named(labels: Labels, class_names: Any) -> tuple[str, ...]:
@@ -287,6 +311,8 @@ def _named(labels: Labels, class_names: Any) -> tuple[str, ...]:
         names = check_class_names(class_names)
         _check_named("label_train", labels, names)
         return names
+    if labels.ndim == 2:
+        return tuple(str(column) for column in range(labels.shape[1]))
     present = np.unique(labels[labels >= 0])
     gap = np.flatnonzero(present != np.arange(len(present)))
     if len(gap):
@@ -332,6 +358,7 @@ def _build(
     names = _named(labels, arrays.get("class_names"))
     classes = None
     if by_class:
+        _refuse_multi_label("label_train", labels)
         classes, paired = _class_texts(arrays["text_classes"], names, "class_names" in arrays), labels >= 0
         if unpaired == "refuse":
             _refuse_unlabelled(labels)
@@ -339,7 +366,7 @@ def _build(
         raise DataError("'text_train' has no row with text (all are NaN)")
     ids = np.arange(len(visual), dtype=np.int64)
     if any(key in arrays for key in ("visual_test", "label_test", "text_test")):
-        test = _evaluation_rows(arrays, source, unpaired, names)
+        test = _evaluation_rows(arrays, source, unpaired, names, labels.ndim == 2)
         _check_width("visual_test", test.visual, visual.shape[1], "'visual_train'")
         if test.text is not None and text.shape[1]:
             _check_width("text_test", test.text, text.shape[1], "'text_train'")
@@ -365,7 +392,11 @@ def _build(
 
 
 def _evaluation_rows(
-    arrays: Mapping[str, Any], source: str, unpaired: Unpaired, names: tuple[str, ...] | None
+    arrays: Mapping[str, Any],
+    source: str,
+    unpaired: Unpaired,
+    names: tuple[str, ...] | None,
+    multi_label: bool | None = None,
 ) -> EvaluationRows:
     _require(arrays, "visual_test", "label_test")
     visual = check_visual("visual_test", arrays["visual_test"])
@@ -375,10 +406,13 @@ def _evaluation_rows(
     if "text_test" in arrays:
         text = check_text("text_test", arrays["text_test"], unpaired)[0]
         _check_length("text_test", text, "visual_test", len(visual))
+    if multi_label is not None:
+        _check_kind("label_test", labels, multi_label, "'label_train'")
     if names is not None:
         _check_named("label_test", labels, names, "'class_names'")
     classes = None
     if "text_classes" in arrays:
+        _refuse_multi_label("label_test", labels)
         classes = _class_texts(arrays["text_classes"], names, named=True)
         if text is not None:
             _check_width("text_test", text, classes.shape[1], "'text_classes'")
@@ -386,6 +420,11 @@ def _evaluation_rows(
             _check_named("label_test", labels, classes, "'text_classes'")
             text = class_text_rows(classes, labels)
     return EvaluationRows(visual, labels, text, names, np.arange(len(visual), dtype=np.int64), source, classes)
+
+
+def _refuse_multi_label(name: str, labels: Labels) -> None:
+    if labels.ndim == 2:
+        raise DataError(f"'{name}' holds multi-label rows, but class texts ('text_classes') need one class a row")
 
 
 def _class_texts(value: Any, names: Sequence[str] | None, named: bool) -> Features:
@@ -427,6 +466,8 @@ def _check_same_texts(found: Features, model: Features) -> None:
 
 
 def _check_known_classes(train: Labels, test: Labels) -> None:
+    if train.ndim == 2:
+        return  # that no training row carries a class is something to learn too
     unknown = (test >= 0) & ~np.isin(test, train)
     if unknown.any():
         row = int(np.argmax(unknown))
@@ -483,7 +524,10 @@ def _visual_rows(arrays: Mapping[str, Any], source: str) -> VisualRows:
 
 def _split(labels: Labels, test_fraction: float, seed: int) -> tuple[Labels, Labels]:
     """Ascending row numbers of the training and of the test part: stratified, unlabelled rows in training."""
-    labelled = np.flatnonzero(labels >= 0)
+    labelled = np.flatnonzero(labelled_rows(labels))
+    if labels.ndim == 2:
+        held_out = labelled[held_out_rows(labels[labelled], test_fraction, seed)]
+        return np.setdiff1d(np.arange(len(labels)), held_out), held_out
     classes, counts = np.unique(labels[labelled], return_counts=True)
     if counts.min() < 2:
         raise DataError(

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.preprocessing import LabelEncoder
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
 from .arrays import Labels, Mask, check_text, check_visual
@@ -27,6 +28,7 @@ from .data import FeatureSet
 from .files import DataError, atomic_path, check_writable, naming
 from .loop import train
 from .nn import SeDA
+from .nn.multi_label import THRESHOLD
 from .prepare import prepare
 
 __all__ = ["SeDAClassifier"]
@@ -34,7 +36,7 @@ __all__ = ["SeDAClassifier"]
 ESTIMATOR_FILE = "estimator.json"
 UNLABELLED = -1
 # Sizes come from the data, the seed from random_state.
-_ELSEWHERE = {"visual_dim", "text_dim", "n_classes", "class_text", "seed"}
+_ELSEWHERE = {"visual_dim", "text_dim", "n_classes", "class_text", "multi_label", "seed"}
 _OWN: dict[str, Any] = {"device": "auto", "unlabelled": None, "random_state": None}
 # Settings of a model that was trained without text: the textual head has learnt nothing and is not asked.
 _WITHOUT_TEXT = {"textual_weight": 0.0}
@@ -69,13 +71,14 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
     Args:
         device: "auto" (CUDA where there is a device), "cpu" or "cuda".
         unlabelled: the value in ``y`` of rows whose class is not known, which train the translation to text only;
-            None: every row is labelled.
+            None: every row is labelled. Multi-label: such a row holds it throughout.
         random_state: int, None or a `numpy.random.RandomState`; an int is what ``seda_fast.train`` calls the seed.
         settings: every setting of `SeDAConfig` and `TrainConfig` but the sizes and the seed, with their defaults;
             ``SeDAClassifier().get_params()`` lists them.
 
     Attributes:
-        model_: the trained `SeDA`. classes_: (K,) the classes, sorted. n_features_in_: Dv. seed_: the seed used.
+        model_: the trained `SeDA`. classes_: (K,) the classes, sorted; multi-label 0 .. K-1, the columns of ``y``.
+            multi_label_: whether ``y`` had columns. n_features_in_: Dv. seed_: the seed used.
         has_text_: whether there were texts. history_: a dict of losses an epoch; empty after `from_pretrained`.
 
     A row's result depends on its features alone: the sample id that keys its noise is a hash of them.
@@ -92,6 +95,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float32"]
+        tags.classifier_tags.multi_label = True
         return tags
 
     # ---- fitting -------------------------------------------------------------------------------------------------
@@ -101,7 +105,8 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
 
         Args:
             X: (N, Dv) visual features, finite.
-            y: (N,) class labels of any type that sorts; the value `unlabelled` marks rows without.
+            y: (N,) class labels of any type that sorts; the value `unlabelled` marks rows without. Multi-label: an
+                indicator matrix (N, K), dense or sparse, 1 where a row carries a class and 0 where not.
             text: (N, Dt) textual features; a row that is all NaN has no text. None: no row has any, and only the
                 semantic stage is trained and asked.
             text_classes: instead of ``text``, one textual feature a class: (K, Dt), finite, in the order of
@@ -114,8 +119,10 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         """
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be one of auto, cpu, cuda, not {self.device!r}")
-        X, y = validate_data(self, X, y, dtype=np.float32)
+        X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True)
         labels = self._encode(y)
+        if self.multi_label_ and text_classes is not None:
+            raise ValueError("text_classes need one class a row, but y is a multi-label indicator; give text")
         classes = _checked_class_texts(text_classes, text, self.classes_)
         text, paired = _checked_text(text, X)
         self.has_text_ = bool(paired.any()) or classes is not None
@@ -123,9 +130,14 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         chosen = {name: _plain(getattr(self, name)) for name in (*_MODEL, *_TRAIN)}
         if not self.has_text_:
             chosen.update(_WITHOUT_TEXT)
-        text_dim = (text if classes is None else classes).shape[1]
-        sizes = {"visual_dim": X.shape[1], "text_dim": text_dim, "n_classes": len(self.classes_)}
-        config = SeDAConfig(**{name: chosen[name] for name in _MODEL}, **sizes, class_text=classes is not None)
+        sizes = {
+            "visual_dim": X.shape[1],
+            "text_dim": (text if classes is None else classes).shape[1],
+            "n_classes": len(self.classes_),
+            "multi_label": self.multi_label_,
+            "class_text": classes is not None,
+        }
+        config = SeDAConfig(**{name: chosen[name] for name in _MODEL}, **sizes)
         settings = TrainConfig(**{name: chosen[name] for name in _TRAIN}, seed=self.seed_)
         names = tuple(str(name) for name in self.classes_)
         ids = np.arange(len(X), dtype=np.int64)
@@ -136,8 +148,13 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         self.history_ = [epoch.row() for epoch in history]
         return self
 
-    def _encode(self, y: NDArray[Any]) -> Labels:
-        """Sets ``classes_``; the rows' class numbers, -1 where ``y`` holds `unlabelled`."""
+    def _encode(self, y: Any) -> Labels:
+        """Sets ``classes_`` and ``multi_label_``; the rows' class numbers, -1 where ``y`` holds `unlabelled`."""
+        y = y.toarray() if issparse(y) else np.asarray(y)
+        self.multi_label_ = y.ndim == 2 and y.shape[1] > 1
+        if self.multi_label_:
+            return self._encode_indicators(y)
+        y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         labelled = np.ones(len(y), dtype=bool) if self.unlabelled is None else np.asarray(y != self.unlabelled)
         if not labelled.any():
@@ -148,6 +165,19 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         labels[labelled] = encoder.transform(y[labelled])
         return labels
 
+    def _encode_indicators(self, y: NDArray[Any]) -> Labels:
+        """The same of an indicator matrix (N, K): (N, K) int8, rows of -1 where ``y`` holds `unlabelled` throughout."""
+        marked = np.zeros(y.shape, dtype=bool) if self.unlabelled is None else np.asarray(y == self.unlabelled)
+        unlabelled = np.asarray(marked.all(axis=1))
+        if unlabelled.all():
+            raise ValueError(f"y has no labelled row: every value is {self.unlabelled!r}, which marks unlabelled rows")
+        if not np.isin(y[~unlabelled], (0, 1)).all():
+            raise ValueError("y of 2 dimensions must hold 1 where a row carries a class and 0 where not")
+        self.classes_ = np.arange(y.shape[1])
+        labels = np.full(y.shape, UNLABELLED, dtype=np.int8)
+        labels[~unlabelled] = y[~unlabelled]
+        return labels
+
     def _seed(self) -> int:
         state = _plain(self.random_state)
         return state if isinstance(state, int) else int(check_random_state(state).randint(2**31 - 1))
@@ -155,10 +185,13 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
     # ---- what is fitted ------------------------------------------------------------------------------------------
 
     def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
-        """Log-probabilities of the classes, (M, Dv) -> (M, K), columns in the order of ``classes_``."""
+        """Log-probabilities of the classes, (M, Dv) -> (M, K), columns in the order of ``classes_``; multi-label, of
+        carrying each."""
         visual, ids = self._rows(X)
         with torch.inference_mode():
             found = self.model_(visual, ids).double()
+        if self.multi_label_:
+            return np.asarray(found.cpu().numpy())
         # Rounding to float32 leaves sums that differ from 1 by some 1e-7.
         result: NDArray[np.float64] = (found - found.logsumexp(dim=1, keepdim=True)).cpu().numpy()
         return result
@@ -168,7 +201,11 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         return np.exp(self.predict_log_proba(X))
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """The most probable class of each row, (M, Dv) -> (M,) in the type of ``y``."""
+        """The most probable class of each row, (M, Dv) -> (M,) in the type of ``y``; multi-label (M, K) integers, 1 for
+        each class of probability 0.5 or more."""
+        check_is_fitted(self, "model_")
+        if self.multi_label_:
+            return (self.predict_proba(X) >= THRESHOLD).astype(np.int64)
         best = self.predict_log_proba(X).argmax(axis=1)
         result: NDArray[Any] = self.classes_[best]
         return result
@@ -300,7 +337,7 @@ def _restored(cls: type[SeDAClassifier], model: SeDA, about: dict[str, Any]) -> 
         raise DataError(f"is damaged: {error}") from error
     if restored.classes_.shape != (model.config.n_classes,):
         raise DataError(f"names {restored.classes_.size} classes but the model has {model.config.n_classes}")
-    restored.model_, restored.history_ = model, []
+    restored.model_, restored.history_, restored.multi_label_ = model, [], model.config.multi_label
     restored.seed_, restored.has_text_ = int(about["seed"]), bool(about["has_text"])
     restored.n_features_in_ = model.config.visual_dim
     if names:

@@ -49,6 +49,7 @@ def measure(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any] | None:
         text_dim=model.config.text_dim,
         class_names=model.class_names,
         text_classes=raw_class_texts(model),
+        multi_label=model.config.multi_label,
         unpaired="keep",
         test_fraction=fraction,
         seed=split_seed,

@@ -1,7 +1,8 @@
 """``python -m seda_fast.export``: the whole prediction of a model as one graph that runs without this library.
 
 Its inputs are ``visual`` (rows, Dv) float32 and ``sample_ids`` (rows,) int64, its outputs ``log_proba`` (rows, K) and
-``label`` (rows,), with ``--features`` also ``semantic``, ``aligned`` and ``aligned_point``. The noise is drawn inside,
+``label`` (rows,) (of a multi-label model (rows, K), 1 where the probability reaches a half, else 0), with
+``--features`` also ``semantic``, ``aligned`` and ``aligned_point``. The noise is drawn inside,
 from the same counters. What is written is compared with the model first.
 """
 
@@ -12,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,6 +32,7 @@ from .command import run, settings_of
 from .config import check_given, check_range, check_types, setting
 from .files import DataError, atomic_path, output_file
 from .nn import PFIN, Sampler, SeDA
+from .nn.multi_label import THRESHOLD
 from .ops import references
 from .outputs import PREDICTION_SEED
 
@@ -120,12 +123,17 @@ class WholePrediction(SeDA):
     def _outputs(self, visual: Tensor, sample_ids: Tensor) -> tuple[Tensor, ...]:
         log_proba = self.predict_log_proba(visual, sample_ids, seed=self.seed)
         assert isinstance(log_proba, Tensor)
-        found = (log_proba, log_proba.argmax(dim=1))
+        found = (log_proba, labels_of(self, log_proba))
         if not self.features:
             return found
         semantic, aligned = self.align(visual, sample_ids, seed=self.seed)
         _, point = self.align(visual, sample_ids, steps=self.config.classification_steps, seed=self.seed)
         return (*found, semantic, aligned, point)
+
+
+def labels_of(model: SeDA, log_proba: Tensor) -> Tensor:
+    """The output ``label``, int64, from (B, K) log-probabilities."""
+    return (log_proba >= math.log(THRESHOLD)).long() if model.config.multi_label else log_proba.argmax(dim=1)
 
 
 def program_of(model: SeDA, seed: int, features: bool) -> ExportedProgram:
@@ -218,13 +226,11 @@ def check(model: SeDA, seed: int, found: Sequence[NDArray[Any]], inputs: Arrays)
         semantic, aligned = model.align(visual, ids, seed=seed)
         _, point = model.align(visual, ids, steps=model.config.classification_steps, seed=seed)
     assert isinstance(log_proba, Tensor)
-    expected = [log_proba, log_proba.argmax(dim=1), semantic, aligned, point]
+    expected = [log_proba, labels_of(model, log_proba), semantic, aligned, point]
     worst = 0.0
     for name, ours, theirs in zip(OUTPUTS, expected, found, strict=False):
         if name == "label":
-            # Where two classes are as good as equal, rounding may decide.
-            best = log_proba.topk(min(2, log_proba.shape[1]), dim=1).values
-            clear = (best[:, 0] - best[:, -1] > 2 * TOLERANCE).numpy() | (best.shape[1] == 1)
+            clear = _clear(model, log_proba)
             if (ours.numpy() != theirs)[clear].any():
                 raise DataError("the written graph predicts other classes than the model")
             continue
@@ -233,6 +239,18 @@ def check(model: SeDA, seed: int, found: Sequence[NDArray[Any]], inputs: Arrays)
             raise DataError(f"the written graph's {name} differs from the model's by {difference:.3g}")
         worst = max(worst, difference)
     return worst
+
+
+def _clear(model: SeDA, log_proba: Tensor) -> NDArray[np.bool_]:
+    """Which entries of the output ``label`` rounding cannot decide."""
+    if model.config.multi_label:
+        distance = (log_proba - math.log(THRESHOLD)).abs()
+    elif log_proba.shape[1] > 1:
+        best = log_proba.topk(2, dim=1).values
+        distance = best[:, 0] - best[:, 1]
+    else:
+        return np.ones(len(log_proba), dtype=bool)
+    return np.asarray((distance > 2 * TOLERANCE).numpy())
 
 
 def example_inputs(model: SeDA) -> Arrays:

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 
+from .arrays import labelled_rows
 from .files import atomic_path
+from .metrics import average_precisions
 
 __all__ = ["write_figures"]
 
@@ -46,7 +48,7 @@ def write_figures(
     *,
     history: Sequence[Mapping[str, Any]],
     labels: NDArray[np.integer],
-    predicted: NDArray[np.integer],
+    predicted: NDArray[Any],
     class_names: Sequence[str],
     visual: Array,
     semantic: Array,
@@ -58,10 +60,13 @@ def write_figures(
 ) -> list[Path]:
     """Write `loss.png`, `confusion.png` and `paths.png` into `directory`, which is made if need be.
 
+    Multi-label rows have `average_precision.png` in place of `confusion.png`.
+
     Args:
         history: a row an epoch; columns whose name begins with "loss" are drawn against "epoch" where there is
             such a column, else against the row's number. No row: no `loss.png`.
         labels, predicted: (N,) classes; rows labelled -1 are left out. No labelled row: no `confusion.png`.
+            Multi-label: (N, K) labels and log-probabilities. No class that a row carries: no `average_precision.png`.
         class_names: K names.
         visual, semantic: (N, Dv) v and s. centres: (K, Dv). All standardised.
         aligned: (N, Dt) t_. text: (N, Dt) t, rows of NaN for missing texts, or None.
@@ -77,7 +82,11 @@ def write_figures(
     figures: dict[str, Figure] = {}
     if history:
         figures["loss.png"] = _loss_figure(history)
-    if np.any(labels != UNLABELLED):
+    if labels.ndim == 2:
+        if np.any(labels > 0):
+            known = labelled_rows(labels)
+            figures["average_precision.png"] = _average_precision_figure(labels[known], predicted[known], class_names)
+    elif np.any(labels != UNLABELLED):
         known = labels != UNLABELLED
         figures["confusion.png"] = _confusion_figure(labels[known], predicted[known], class_names)
     figures["paths.png"] = _paths_figure(
@@ -89,7 +98,7 @@ def write_figures(
 
 def _check(
     labels: NDArray[np.integer],
-    predicted: NDArray[np.integer],
+    predicted: NDArray[Any],
     class_names: Sequence[str],
     visual: Array,
     semantic: Array,
@@ -100,9 +109,10 @@ def _check(
     centres: Array,
 ) -> None:
     n_rows, n_classes = len(visual), len(class_names)
+    of_labels = (n_rows, n_classes) if labels.ndim == 2 else (n_rows,)
     expected: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = [
-        ("labels", labels.shape, (n_rows,)),
-        ("predicted", predicted.shape, (n_rows,)),
+        ("labels", labels.shape, of_labels),
+        ("predicted", predicted.shape, of_labels),
         ("semantic", semantic.shape, visual.shape),
         ("aligned", aligned.shape, (n_rows, aligned.shape[-1])),
         ("text", aligned.shape if text is None else text.shape, aligned.shape),
@@ -113,6 +123,8 @@ def _check(
     for name, got, want in expected:
         if got != want:
             raise ValueError(f"{name}: expected shape {want}, got {got}")
+    if labels.ndim == 2:
+        return
     for name, classes, low in (("labels", labels, UNLABELLED), ("predicted", predicted, 0)):
         if n_rows and not low <= classes.min() <= classes.max() < n_classes:
             raise ValueError(f"{name}: expected classes in [{low}, {n_classes})")
@@ -227,6 +239,36 @@ def _confusion_figure(
     axes.set(xlabel="predicted class", ylabel="true class (samples)")
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7, label="% of the true class")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------- average precision
+
+
+def _average_precision_figure(
+    labels: NDArray[np.integer], log_proba: NDArray[Any], class_names: Sequence[str]
+) -> Figure:
+    """A bar a class, the best at the top, with a mark at what chance would give; of many classes the lowest ones."""
+    found = average_precisions(log_proba, labels)
+    carried = np.flatnonzero(~np.isnan(found))
+    order = carried[np.argsort(found[carried], kind="stable")]
+    title = f"mean average precision {np.mean(found[carried]):.1%} of {len(carried)} classes"
+    if len(order) > FULL_MATRIX:
+        order = order[:FULL_MATRIX]
+        title += f", the {FULL_MATRIX} lowest"
+    rates = (labels > 0).mean(axis=0)
+    figure = Figure(figsize=(8.0, 1.6 + 0.24 * len(order)), layout="constrained")
+    axes = figure.add_subplot()
+    where = np.arange(len(order))
+    axes.barh(where, 100.0 * found[order], color=BLUE, height=0.72)
+    axes.plot(100.0 * rates[order], where, "|", color=BLACK, markersize=11, markeredgewidth=2, label="chance")
+    counts = (labels > 0).sum(axis=0)
+    axes.set_yticks(where, [f"{_short(str(class_names[k]))} ({counts[k]})" for k in order.tolist()], fontsize=8)
+    axes.set(xlim=(0, 100), xlabel="average precision, %", ylabel="class (rows that carry it)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="x", alpha=0.25)
+    axes.legend(loc="lower right", fontsize=8)
+    _despine(axes)
     return figure
 
 

@@ -18,22 +18,38 @@ from numpy.typing import NDArray
 
 from .arrays import rows as float_rows
 from .data import EvaluationRows, class_text_rows
-from .metrics import alignment_metrics, classification_metrics
+from .metrics import alignment_metrics, classification_metrics, multi_label_metrics
 from .nn import STEPWISE, SeDA
 from .outputs import Outputs
 
 Float = NDArray[np.float32]
+
+# What a table shows of the class metrics: heading and key.
+COLUMNS = (("top-1", "top1"), ("top-5", "top5"), ("balanced", "balanced_accuracy"), ("ECE", "ece"))
+MULTI_LABEL_COLUMNS = (
+    ("mAP", "map"),
+    ("micro AP", "map_micro"),
+    ("macro F1", "f1_macro"),
+    ("micro F1", "f1_micro"),
+    ("exact", "exact_match"),
+    ("ECE", "ece"),
+)
+
+
+def class_metrics(log_proba: Float, labels: NDArray[Any]) -> dict[str, float]:
+    """`classification_metrics` of class numbers (M,), `multi_label_metrics` of rows (M, K)."""
+    return multi_label_metrics(log_proba, labels) if labels.ndim == 2 else classification_metrics(log_proba, labels)
 
 
 def outputs_metrics(outputs: Outputs, model: SeDA, rows: EvaluationRows) -> dict[str, Any]:
     """The metrics of `Outputs`: the combined prediction's keys, ``heads`` and ``alignment`` of both settings."""
     text = standardised_text(model, rows)
     return {
-        **classification_metrics(outputs.log_proba, rows.labels),
+        **class_metrics(outputs.log_proba, rows.labels),
         "heads": {
-            "semantic": classification_metrics(outputs.semantic_log_proba, rows.labels),
-            "textual": classification_metrics(outputs.textual_log_proba, rows.labels),
-            "visual": classification_metrics(outputs.visual_log_proba, rows.labels),
+            "semantic": class_metrics(outputs.semantic_log_proba, rows.labels),
+            "textual": class_metrics(outputs.textual_log_proba, rows.labels),
+            "visual": class_metrics(outputs.visual_log_proba, rows.labels),
         },
         "alignment": alignment(outputs.aligned, text),
         "alignment_point": alignment(outputs.aligned_point, text),
@@ -74,18 +90,13 @@ def alignment(aligned: Float, text: Float | None) -> dict[str, float] | None:
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A plain table of methods, in percent; ``rows`` maps a method to its metrics with an ``alignment`` or None."""
-    columns = (
-        ("top-1", "top1", 1),
-        ("top-5", "top5", 1),
-        ("balanced", "balanced_accuracy", 1),
-        ("ECE", "ece", 1),
-    )
+    columns = MULTI_LABEL_COLUMNS if any("map" in values for values in rows.values()) else COLUMNS
     aligned = (("Frechet", "frechet", 1), ("MMD", "mmd", 3), ("cosine", "cosine", 3), ("R@1", "recall_at_1", 1),
                ("R@10", "recall_at_10", 1))  # fmt: skip
-    header = ["", *(name for name, _, _ in columns), *(name for name, _, _ in aligned)]
+    header = ["", *(name for name, _ in columns), *(name for name, _, _ in aligned)]
     lines = [header]
     for method, values in rows.items():
-        line = [method, *(f"{values[key]:.{digits}f}" for _, key, digits in columns)]
+        line = [method, *(f"{values[key]:.1f}" for _, key in columns)]
         found = values.get("alignment")
         line += [f"{found[key]:.{digits}f}" if found else "-" for _, key, digits in aligned]
         lines.append(line)

@@ -12,16 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import qr, svdvals
 from scipy.spatial.distance import pdist
-from sklearn.metrics import recall_score
+from sklearn.metrics import average_precision_score, f1_score, recall_score
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.preprocessing import normalize
 
+from .nn.multi_label import THRESHOLD
+
 __all__ = [
     "alignment_metrics",
+    "average_precisions",
     "classification_metrics",
     "expected_calibration_error",
     "frechet_distance",
     "median_bandwidth",
+    "multi_label_metrics",
     "rbf_mmd",
     "retrieval_recall",
 ]
@@ -133,6 +137,79 @@ def expected_calibration_error(
     index = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     gap = np.bincount(index, weights=np.asarray(correct, dtype=np.float64) - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(confidence))
+
+
+# ------------------------------------------------------------------------------------------------ multi-label
+
+
+def average_precisions(log_proba: NDArray[np.floating], labels: NDArray[np.integer]) -> Array:
+    """Average precision of each class, (K,) fractions: mean precision at the ranks of the rows that carry it.
+
+    Args:
+        log_proba: (N, K), ranks the rows of each class. labels: (N, K), 1 or 0.
+
+    NaN for a class that no row carries. Rows of equal probability are taken together, as scikit-learn's
+    `average_precision_score` does.
+    """
+    found, log_proba = np.full(labels.shape[1], np.nan), _rankable(log_proba)
+    for k in np.flatnonzero((labels > 0).any(axis=0)):
+        found[k] = average_precision_score(labels[:, k], log_proba[:, k])
+    return found
+
+
+def _rankable(log_proba: NDArray[np.floating]) -> Array:
+    """scikit-learn refuses infinity, which a probability of 0 is here."""
+    return np.maximum(np.asarray(log_proba, dtype=np.float64), np.finfo(np.float64).min)
+
+
+def multi_label_metrics(
+    log_proba: NDArray[np.floating], labels: NDArray[np.integer], threshold: float = THRESHOLD
+) -> dict[str, float]:
+    """Ranking, decisions and calibration of the log-probabilities of carrying each class, all in percent.
+
+    Args:
+        log_proba: (N, K) natural log-probabilities, none above 0 (to 1e-3); minus infinity is allowed.
+        labels: (N, K) integers, 1 where a row carries a class and 0 where not; rows of -1 are unlabelled and ignored.
+        threshold: a row is taken to carry the classes of at least this probability.
+
+    Returns:
+        `map`: mean of the classes' average precisions (macro), over the classes that some row carries; `map_micro`:
+        average precision of all decisions ranked together. `f1_micro`, of all decisions together; `f1_macro`, mean
+        over the classes that some row carries, 0 for one that is never predicted. `exact_match`: rows whose set of
+        classes is right as a whole. `ece`: expected calibration error of all decisions, bins of the probability
+        of carrying the class, see `expected_calibration_error`.
+
+    Raises:
+        ValueError: shapes that do not fit, an entry that is no label, NaN, log-probabilities above 0, no row that
+            carries a class.
+    """
+    found = _matrix("log_proba", log_proba)
+    labels = np.asarray(labels)
+    if labels.shape != found.shape or labels.dtype.kind not in "iu":
+        expected = f"expected integers of shape {found.shape}"
+        raise ValueError(f"labels: {expected}, got shape {labels.shape} of {labels.dtype}")
+    unlabelled = (labels == UNLABELLED).all(axis=1)
+    bad = (labels != 0) & (labels != 1) & ~unlabelled[:, None]
+    if bad.any():
+        raise ValueError(f"labels: row {int(bad.any(axis=1).argmax())} is neither of 0 and 1 nor -1 throughout")
+    found, truth = found[~unlabelled], labels[~unlabelled] > 0
+    if not truth.any():
+        raise ValueError("labels: no row carries a class, so average precision cannot be computed")
+    wrong = ~(found <= 1e-3)
+    if wrong.any():
+        row = int(np.flatnonzero(~unlabelled)[wrong.any(axis=1).argmax()])
+        raise ValueError(f"log_proba: row {row} holds NaN or a log-probability above 0")
+    proba = np.exp(np.minimum(found, 0.0))
+    predicted, carried = proba >= threshold, truth.any(axis=0)
+    by_class = f1_score(truth[:, carried], predicted[:, carried], average=None, zero_division=0.0)
+    return {
+        "map": 100.0 * float(np.nanmean(average_precisions(found, truth.astype(np.int8)))),
+        "map_micro": 100.0 * float(average_precision_score(truth.ravel(), _rankable(found).ravel())),
+        "f1_micro": 100.0 * float(f1_score(truth, predicted, average="micro", zero_division=0.0)),
+        "f1_macro": 100.0 * float(np.mean(by_class)),
+        "exact_match": 100.0 * float((predicted == truth).all(axis=1).mean()),
+        "ece": 100.0 * expected_calibration_error(proba.ravel(), truth.ravel()),
+    }
 
 
 # -------------------------------------------------------------------------------------------------- alignment

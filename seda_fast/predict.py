@@ -13,16 +13,18 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from .command import choose_device, progress, run, settings_of, split_settings
-from .config import check_given, check_range, check_types, setting
+from .config import ConfigError, check_given, check_range, check_types, setting
 from .data import load_visual
 from .files import atomic_path, output_file
 from .nn import SeDA
+from .nn.multi_label import THRESHOLD
 from .outputs import PREDICTION_SEED, Outputs
 from .ranks import Ranks, joined
 from .sharded import sharded_outputs
 
 PROGRAM = "seda_fast.predict"
 HEADER = ("id", "label", "class_name", "probability", "top5")
+MULTI_LABEL_HEADER = ("id", "labels", "class_names")
 
 
 def write_csv(file: IO[str], outputs: Outputs, ids: np.ndarray, class_names: Sequence[str]) -> None:
@@ -35,6 +37,19 @@ def write_csv(file: IO[str], outputs: Outputs, ids: np.ndarray, class_names: Seq
         p = np.exp(log_proba[best])
         top = " ".join(f"{label}:{value:.6f}" for label, value in zip(best.tolist(), p.tolist(), strict=True))
         writer.writerow((sample, int(best[0]), class_names[best[0]], f"{p[0]:.6f}", top))
+
+
+def write_multi_label_csv(
+    file: IO[str], outputs: Outputs, ids: np.ndarray, class_names: Sequence[str], threshold: float
+) -> None:
+    """A row per sample: id, the numbers of the classes whose probability reaches ``threshold``, separated by spaces,
+    their names, separated by "; ", and the probability of each class."""
+    writer = csv.writer(file)
+    writer.writerow((*MULTI_LABEL_HEADER, *(f"probability:{name}" for name in class_names)))
+    for sample, p in zip(ids.tolist(), np.exp(outputs.log_proba), strict=True):
+        carried = np.flatnonzero(p >= threshold).tolist()
+        names = "; ".join(class_names[k] for k in carried)
+        writer.writerow((sample, " ".join(map(str, carried)), names, *(f"{value:.6f}" for value in p.tolist())))
 
 
 def write_features(path: Path, outputs: Outputs, ids: np.ndarray) -> None:
@@ -55,12 +70,14 @@ class PredictConfig:
     data: str = setting("", "a .npz, .safetensors or folder with the key visual (or visual_test), or a .npy")
     out: str = setting("", "a .csv file for the table, which is printed otherwise")
     features: str = setting("", "a .npz or .safetensors file for s, t_ and the log-probabilities")
+    threshold: float = setting(THRESHOLD, "of a multi-label model: probability from which a row carries a class")
     seed: int = setting(PREDICTION_SEED, "seed of the prediction's noise")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
 
     def __post_init__(self) -> None:
         check_types(self)
         check_given(self, "model", "data")
+        check_range(self, "threshold", 0 < self.threshold <= 1, "in 0 .. 1, 0 excluded")
         check_range(self, "seed", 0 <= self.seed < 2**63, "in 0 .. 2**63 - 1")
 
 
@@ -70,6 +87,8 @@ def write(config: PredictConfig, ranks: Ranks) -> None:
     features = output_file(config.features, "--features", (".npz", ".safetensors")) if config.features else None
     folder = Path(config.model)
     model = SeDA.from_pretrained(folder, choose_device(config.device))
+    if config.threshold != THRESHOLD and not model.config.multi_label:
+        raise ConfigError("threshold is for multi-label models; this one gives each row one class")
     fraction, split_seed = split_settings(folder)
     rows = load_visual(config.data, visual_dim=model.config.visual_dim, test_fraction=fraction, seed=split_seed)
     with progress(len(rows.visual), "predicting") as bar:
@@ -81,11 +100,19 @@ def write(config: PredictConfig, ranks: Ranks) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
     if features is not None:
         write_features(features, outputs, rows.ids)
+
+
+    def write_table(file: IO[str]) -> None:
+        if model.config.multi_label:
+            write_multi_label_csv(file, outputs, rows.ids, model.class_names, config.threshold)
+        else:
+            write_csv(file, outputs, rows.ids, model.class_names)
+
     if out is None:
-        write_csv(sys.stdout, outputs, rows.ids, model.class_names)
+        write_table(sys.stdout)
         return
     with atomic_path(out) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        write_csv(file, outputs, rows.ids, model.class_names)
+        write_table(file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from .data import FeatureSet
 from .files import DataError
 from .loop import TrainingSet
 from .nn import SeDA, centres_of, class_sums
-from .nn.teacher import fit_teacher, teacher_rows
+from .nn.teacher import teacher_rows
 from .ranks import ALONE, Ranks
 from .streaming import RowReader, StreamedSet, free_memory
 
@@ -106,11 +106,12 @@ def _fit(
             more_sums, more_counts = class_sums(visual, labels, classes)
             sums, counts = sums + more_sums, counts + more_counts
     model.set_statistics(*moments, centres_of(ranks.add(sums), ranks.add(counts)))
+    model.set_rates(rows.labels)
     taught = teacher_rows(rows.labels, rows.paired, seed)
     model.teacher = None
     if len(taught):
         visual, text, labels, _, _ = rows.rows(taught)
-        model.teacher = fit_teacher(visual, text, labels, classes, seed)
+        model.set_teacher(visual, text, labels, seed)
 
 
 def _to(rows: TrainingSet | StreamedSet, device: torch.device) -> TrainingSet | StreamedSet:

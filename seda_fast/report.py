@@ -23,6 +23,8 @@ from safetensors.numpy import load_file
 from scipy.stats import binomtest
 
 from . import _eval_extra  # noqa: F401 - checks first that what measuring needs is installed
+from . import multi_label_sections as multi_label
+from .arrays import labelled_rows
 from .arrays import rows as float_rows
 from .command import choose_device, progress, run, settings_of
 from .config import check_given, check_range, check_types, setting
@@ -67,7 +69,11 @@ class Run:
 
     @property
     def labelled(self) -> NDArray[np.bool_]:
-        return np.asarray(self.arrays["labels"] >= 0)
+        return labelled_rows(self.arrays["labels"])
+
+    @property
+    def multi_label(self) -> bool:
+        return bool(self.arrays["labels"].ndim == 2)
 
     def right(self, method: str) -> NDArray[np.bool_]:
         """Which labelled rows ``method`` ("" is SeDA) classifies correctly."""
@@ -243,15 +249,21 @@ def settings_section(run: Run) -> str:
 
 
 def data_section(run: Run, data: FeatureSet) -> str:
-    counts = np.bincount(data.label_train[data.labelled_train], minlength=data.n_classes)
-    test = np.bincount(data.label_test[data.label_test >= 0], minlength=data.n_classes)
+    part = data.test_part
+    if data.multi_label:
+        counts, test = multi_label.class_counts(data.label_train), multi_label.class_counts(data.label_test)
+    else:
+        counts = np.bincount(data.label_train[data.labelled_train], minlength=data.n_classes)
+        test = np.bincount(data.label_test[data.label_test >= 0], minlength=data.n_classes)
     rows = [
         ["rows", len(data.visual_train), len(data.visual_test)],
-        ["labelled", int(data.labelled_train.sum()), int((data.label_test >= 0).sum())],
-        ["with text", int(data.paired_train.sum()), int(data.test_part.paired.sum())],
+        ["labelled", int(data.labelled_train.sum()), int(part.labelled.sum())],
+        ["with text", int(data.paired_train.sum()), int(part.paired.sum())],
         ["rows of the smallest class", int(counts.min()), int(test.min())],
         ["rows of the largest class", int(counts.max()), int(test.max())],
     ]
+    if data.multi_label:
+        rows += multi_label.label_lines(data.label_train, data.label_test)
     sizes = f"{data.visual_dim} visual and {data.text_dim} textual dimensions, {data.n_classes} classes, {data.source}."
     if data.text_classes is not None:
         sizes += " There is one text a class, and a row's text is its class's."
@@ -326,6 +338,18 @@ def from_data(config: ReportConfig, run: Run, model: SeDA) -> list[str]:
     return [data_section(run, data), alignment_section(run, data, model, config.rows)]
 
 
+def class_sections(run: Run) -> list[str]:
+    """Accuracy, calibration, the classes, and what the MLP says."""
+    if not run.multi_label:
+        return [accuracy_section(run), calibration_section(run), confusion_section(run), changed_section(run)]
+    return [
+        multi_label.accuracy_section(run.arrays, run.metrics),
+        multi_label.calibration_section(run.arrays, run.metrics),
+        multi_label.classes_section(run.arrays, run.class_names, run.folder),
+        multi_label.changed_section(run.arrays, run.class_names),
+    ]
+
+
 def report(config: ReportConfig) -> Path:
     """Write the page; returns its path."""
     folder = Path(config.model)
@@ -333,15 +357,8 @@ def report(config: ReportConfig) -> Path:
     model = SeDA.from_pretrained(folder, choose_device(config.device))
     found = read_run(folder, model)
     middle = from_data(config, found, model)
-    body = [
-        accuracy_section(found),
-        *middle,
-        calibration_section(found),
-        confusion_section(found),
-        changed_section(found),
-        training_section(found),
-        settings_section(found),
-    ]
+    accuracy, *classes = class_sections(found)
+    body = [accuracy, *middle, *classes, training_section(found), settings_section(found)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as draft:
         draft.write_text(page(f"SeDA on {Path(found.metrics['data']).name}", body), encoding="utf-8")

@@ -35,8 +35,7 @@ from .figures import write_figures
 from .files import atomic_path
 from .interrupt import Interrupts
 from .loop import Epoch, Keeping, Telling, Trainer, TrainingSet
-from .measure import alignment, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
-from .metrics import classification_metrics
+from .measure import alignment, class_metrics, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
 from .nn import SeDA
 from .outputs import Outputs
 from .prepare import prepare
@@ -57,7 +56,7 @@ PROGRAM = "seda_fast.train"
 TRACE_FILE = "trace.json"
 # Samples whose way through the steps is drawn.
 _PATH_SAMPLES = 12
-_FROM_DATA = ("visual_dim", "text_dim", "n_classes", "class_text")
+_FROM_DATA = ("visual_dim", "text_dim", "n_classes", "class_text", "multi_label")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ class Settings:
             ConfigError: a size was given and the data has another.
         """
         sizes: dict[str, Any] = {"visual_dim": data.visual_dim, "text_dim": data.text_dim, "n_classes": data.n_classes}
-        sizes["class_text"] = data.text_classes is not None
+        sizes |= {"class_text": data.text_classes is not None, "multi_label": data.multi_label}
         for name, size in sizes.items():
             if self.model.get(name, size) != size:
                 raise ConfigError(f"{name} is set to {self.model[name]!r} but {data.source} has {size}")
@@ -154,7 +153,7 @@ def baseline_results(
     for name, baseline in baselines.items():
         log_proba, aligned = baseline.log_proba(visual), baseline.aligned(visual)
         arrays[f"{name}.log_proba"] = log_proba
-        metrics[name] = {**classification_metrics(log_proba, part.labels), "alignment": None}
+        metrics[name] = {**class_metrics(log_proba, part.labels), "alignment": None}
         if aligned is not None:
             arrays[f"{name}.aligned"] = aligned
             metrics[name]["alignment"] = alignment(aligned, text)
@@ -176,7 +175,7 @@ def write_report(folder: Path, model: SeDA, part: EvaluationRows, outputs: Outpu
         folder,
         history=[epoch.row() for epoch in history],
         labels=part.labels,
-        predicted=outputs.log_proba.argmax(1),
+        predicted=outputs.log_proba if model.config.multi_label else outputs.log_proba.argmax(1),
         class_names=model.class_names,
         visual=visual,
         semantic=outputs.semantic,

@@ -260,8 +260,8 @@ REFUSED = {
     "width": (arrays(visual_test=np.ones((12, 5))), "'visual_test' has 5 columns but 'visual_train' has 6"),
     "text width": (arrays(text_test=np.ones((12, 5))), "'text_test' has 5 columns but 'text_train' has 4"),
     "rank": (arrays(visual_train=np.ones((24, 6, 1))), "'visual_train' has 3 dimensions, 2 needed"),
-    "label rank": (arrays(label_train=LABELS[:, None]), "'label_train' has 2 dimensions, 1 needed"),
-    "scalar": (arrays(label_test=np.array(3)), "'label_test' has 0 dimensions, 1 needed"),
+    "label rank": (arrays(label_train=LABELS[:, None]), "'label_train' holds 2 in row 2, column 0; labels of 2 dim"),
+    "scalar": (arrays(label_test=np.array(3)), "'label_test' has 0 dimensions, 1 or 2 needed"),
     "nan": (with_value("visual_train", (7, 2), np.nan), "'visual_train' holds NaN in row 7, column 2"),
     "infinity": (
         with_value("visual_test", (3, 0), np.inf),

@@ -11,7 +11,8 @@ def category_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor
 
     Args:
         features: (N, D) floating, standardised visual features.
-        labels: (N,) int64 in -1 .. K-1; -1 rows are unlabelled and do not count.
+        labels: (N,) int64 in -1 .. K-1; -1 rows are unlabelled and do not count. Multi-label: (N, K) integers, 1 where
+            a row carries a class, 0 where not; rows of -1 are unlabelled. A row counts in each class that it carries.
         n_classes: K.
 
     Returns:
@@ -19,13 +20,18 @@ def category_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor
         standardised features.
 
     Raises:
-        ValueError: a label is K or more.
+        ValueError: a label is K or more, or (N, K) labels have another number of columns.
     """
     return centres_of(*class_sums(features, labels, n_classes)).to(features.dtype)
 
 
 def class_sums(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
     """What `category_centres` is made of: float64 sums (K, D) and int64 counts (K,), which add up over parts."""
+    if labels.ndim == 2:
+        if labels.shape[1] != n_classes:
+            raise ValueError(f"labels have {labels.shape[1]} columns but there are {n_classes} classes")
+        carried = labels > 0
+        return carried.double().T @ features.double(), carried.sum(0)
     labelled = labels >= 0
     target = labels[labelled]
     counts = torch.bincount(target, minlength=n_classes)

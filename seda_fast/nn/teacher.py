@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .multi_label import labelled_rows
+
 # Rows of each kind that the teacher is fitted on: it is linear and needs no more, and fitting stays a matter of
 # seconds and of constant memory for any number of pairs.
 LABELLED_ROWS, UNLABELLED_ROWS = 4096, 16384
@@ -22,7 +24,7 @@ _FOLDS = 5
 # The unlabelled rows are many and their labels soft: the second fit takes a tenth of the penalty. With 4 labels per
 # class it then labels 65.4 % (wikipedia) and 84.8 % (cub10) of the other training pairs rightly, with the same penalty
 # 64.1 % and 84.3 % (3 seeds); a third fit loses 0.3 and 0.7 points again.
-_REFIT_L2 = 0.1
+REFIT_L2 = 0.1
 _EPS = 1e-6
 
 
@@ -73,10 +75,11 @@ def combined(log_probas: Sequence[Tensor], trust: Tensor) -> Tensor:
 def teacher_rows(labels: Tensor, paired: Tensor, seed: int) -> Tensor:
     """Which rows to fit the teacher on: int64 (n,), ascending, bounded in number; empty where it has no use.
 
-    It has one where some pairs are unlabelled and the labelled ones show at least two classes.
+    It has one where some pairs are unlabelled and the labelled ones show at least two classes (multi-label: differ).
     """
-    labelled, unlabelled = ((labels >= 0) & paired).nonzero()[:, 0], ((labels < 0) & paired).nonzero()[:, 0]
-    if not len(unlabelled) or len(labels[labelled].unique()) < 2:
+    known = labelled_rows(labels)
+    labelled, unlabelled = (known & paired).nonzero()[:, 0], (~known & paired).nonzero()[:, 0]
+    if not len(unlabelled) or len(labels[labelled].unique(dim=0)) < 2:
         return labelled[:0]
     generator = torch.Generator().manual_seed(seed)
     chosen = [
@@ -98,7 +101,7 @@ def fit_teacher(visual: Tensor, text: Tensor, labels: Tensor, n_classes: int, se
     soft = combined([c.log_proba(x[~known]) for c, x in zip(first, spaces, strict=True)], trust)
     targets = torch.cat((hard, soft))
     second = [
-        _fit(torch.cat((x[known], x[~known])), targets, _REFIT_L2 * l2, start)
+        _fit(torch.cat((x[known], x[~known])), targets, REFIT_L2 * l2, start)
         for x, l2, start in zip(spaces, penalties, first, strict=True)
     ]
     return PairTeacher(second[0], second[1], trust)
