@@ -88,7 +88,7 @@ def test_every_format_gives_the_same_set(kind, tmp_path):
     content = arrays(label_train=changed(np.arange(24) % 3, 5, -1))
     path = write(kind, tmp_path / "in", content)
     found = FeatureSet.load(path)
-    for name in KEYS[:-1]:
+    for name in content.keys() - {"class_names"}:
         np.testing.assert_array_equal(getattr(found, name), content[name])
         assert getattr(found, name).dtype == content[name].dtype
     assert found.class_names == NAMES and found.source == str(path)
