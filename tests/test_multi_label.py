@@ -5,7 +5,9 @@ import gzip
 import importlib.util
 import json
 import re
+import unittest
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +241,7 @@ def test_the_networks_learn_with_unlabelled_rows(name: str) -> None:
         seed=0,
         batch_size=32,
         epochs=30,
+        lr=1e-2,
     )
     assert fitted.multi_label
     found = multi_label_metrics(fitted.log_proba(content["visual_test"]), content["label_test"])
@@ -476,10 +479,10 @@ def test_scikit_learns_multi_label_checks() -> None:
     run = 0
     for estimator, check in estimator_checks_generator(SeDAClassifier(**{**TINY, "epochs": 2})):
         if "multilabel" in str(check):
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), suppress(unittest.SkipTest):  # there is no decision_function
                 warnings.simplefilter("ignore")
                 check(estimator)
-            run += 1
+                run += 1
     assert run >= 3
 
 
