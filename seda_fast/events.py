@@ -28,23 +28,26 @@ class EventLog:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._writer: Any = None
+        self._step = 0
 
     def start(self, done: int) -> None:
         """Begin after step ``done``; what an earlier, interrupted part of the run said of later steps is void."""
+        self._step = done
         if self._folder is not None:
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
             self._writer = writer(str(self._folder), purge_step=done + 1, flush_secs=_FLUSH_SECONDS)
 
     def losses(self, step: int, means: Mapping[str, float], learning_rate: float) -> None:
         """Mean loss terms of the steps up to ``step`` since the last call, and the learning rate of ``step``."""
+        self._step = step
         self._scalars(step, {f"loss/{name}": value for name, value in means.items()})
         self._scalars(step, {"learning_rate": learning_rate})
 
-    def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The figures of the test part: those of ``metrics``, of its heads, its alignment and the baselines."""
+    def metrics(self, metrics: Mapping[str, Any]) -> None:
+        """The test part's figures after the last step: those of ``metrics``, its heads, alignment and the baselines."""
         nested = ("heads", "alignment", "alignment_point", "baselines")
         own = {name: value for name, value in metrics.items() if name in nested or isinstance(value, float)}
-        self._scalars(step, {f"test/{name}": value for name, value in _flat(own)})
+        self._scalars(self._step, {f"test/{name}": value for name, value in _flat(own)})
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer is not None:

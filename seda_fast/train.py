@@ -291,7 +291,7 @@ def train_and_evaluate(
         metrics["baselines"], more = baseline_results(found, model, part)
         arrays.update(more)
     if events is not None:
-        events.metrics(settings.train.epochs * -(-len(rows) // settings.train.batch_size), metrics)
+        events.metrics(metrics)
     metrics.update(data=data.source, seed=settings.train.seed, device=str(device), versions=versions())
     model.save_pretrained(draft)
     sections = {

@@ -175,3 +175,20 @@ def test_without_the_package_nothing_is_begun(
         "seda_fast.train: tensorboard is not installed; --tensorboard needs: pip install 'seda_fast[tensorboard]'\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_epochs_and_batches_may_be_left_to_the_rule(data: Path, tmp_path: Path) -> None:
+    common = ["--data", str(data), "--width", "16", "--blocks", "1", "--diffusion-steps", "50", "--no-baselines"]
+    given = [
+        *common,
+        "--out",
+        str(tmp_path / "run"),
+        "--tensorboard",
+        str(tmp_path),
+        "--log-every",
+        "1000",
+        "--overwrite",
+    ]
+    assert train.main(given) == 0
+    found = scalars(tmp_path / "run")
+    assert found["test/top1"][0][0] == found["loss/total"][-1][0] >= 240

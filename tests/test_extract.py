@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from seda_fast import DataError, encoders, extract, predict, train
@@ -531,6 +533,119 @@ def test_a_name_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_missing_library_is_one_sentence() -> None:
     with pytest.raises(DataError, match=r"nonesuch is needed and cannot be imported .*: pip install it"):
         encoders.optional("nonesuch.part", "pip install it")
+
+
+# timm and open_clip want a torchvision, which many machines lack: their tests below skip there. These run everywhere,
+# with stand-ins that have what `encoders` relies on: signatures, attributes and errors of timm 1.0 and open_clip 3.
+
+
+class Backbone(torch.nn.Module):
+    """A timm model: ``num_classes=0`` cuts the classifier off, ``pretrained_cfg`` says how images are prepared."""
+
+    def __init__(self, num_classes: int = 1000, width: int = 6) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, width, 4, 4)
+        self.fc = torch.nn.Linear(width, num_classes) if num_classes else torch.nn.Identity()
+        self.pretrained_cfg = {
+            "input_size": (3, 16, 24), "interpolation": "bilinear", "crop_pct": 0.8, "mean": (0.1, 0.2, 0.3),
+            "std": (0.4, 0.5, 0.6), "classifier": "fc", "crop_mode": "center",
+        }  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.fc(self.stem(x).mean((2, 3)))
+        return features
+
+
+def timm_create_model(model_name: str, pretrained: bool = False, num_classes: int = 1000, **kwargs: Any) -> Backbone:
+    assert not pretrained, "nothing may be downloaded"
+    if model_name != "tiny":
+        raise RuntimeError(f"Unknown model ({model_name})")
+    return Backbone(num_classes, **kwargs)
+
+
+@pytest.fixture
+def timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("timm")
+    module.create_model = timm_create_model  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", module)
+
+
+@pytest.mark.usefixtures("timm")
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_timms_api_is_used_as_it_is(tiles: Path, tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(0)
+    model, file = timm_create_model("tiny", width=8), tmp_path / f"model.{suffix}"
+    if suffix == "pt":
+        torch.save({"state_dict": model.state_dict()}, file)
+    else:
+        save_file(model.state_dict(), file)
+    settings = {"architecture": "tiny", "pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}, "model_args": {"width": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    if suffix == "pt":  # width 6 is the architecture's own, so these weights do not fit it
+        with pytest.raises(DataError, match=r"holds no weights of this architecture"):
+            encoders.vision_encoder(f"timm:tiny={file}", torch.device("cpu"))
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+    encoder = encoders.vision_encoder(str(tmp_path), torch.device("cpu"))
+    assert (encoder.scaling.height, encoder.scaling.width) == (16, 24)
+    assert encoder.scaling.mean == (0.5, 0.5, 0.5)
+    assert encoder.scaling.std == (0.4, 0.5, 0.6)
+    model.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 16, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.encode(images), model(images))
+    assert extract.main(options(tiles, tmp_path)) == 0
+    assert np.load(tiles / "features.npz", allow_pickle=False)["visual_train"].shape == (24, 8)
+    with pytest.raises(DataError, match="timm has no architecture 'other' with these settings"):
+        encoders.vision_encoder(f"timm:other={file}", torch.device("cpu"))
+
+
+class Clip(torch.nn.Module):
+    """An open_clip model as far as images go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = torch.nn.Conv2d(3, 5, 8, 8)
+        self.visual.image_size = (16, 16)
+        self.logit_scale = torch.nn.Parameter(torch.ones(()))
+
+    def encode_image(self, image: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        found: torch.Tensor = self.visual(image).mean((2, 3))
+        return found
+
+
+def clip_create_model(
+    model_name: str, pretrained: str | None = None, load_weights: bool = True, pretrained_text: bool = True
+) -> Clip:
+    assert pretrained is None
+    assert not load_weights
+    assert not pretrained_text, "nothing may be downloaded"
+    if not model_name.startswith("local-dir:") and model_name != "ViT-tiny":
+        raise RuntimeError(f"Model config for '{model_name}' not found.")
+    return Clip()
+
+
+@pytest.mark.parametrize("way", ["file", "folder"])
+def test_open_clips_api_is_used_as_it_is(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("open_clip")
+    module.create_model = clip_create_model  # type: ignore[attr-defined]
+    module.get_model_preprocess_cfg = lambda model: {  # type: ignore[attr-defined]
+        "size": model.visual.image_size, "mode": "RGB", "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6),
+        "interpolation": "bicubic", "resize_mode": "squash", "fill_color": 0,
+    }  # fmt: skip
+    monkeypatch.setitem(sys.modules, "open_clip", module)
+    torch.manual_seed(0)
+    model, file = Clip(), tmp_path / "open_clip_model.safetensors"
+    save_file(model.state_dict(), file)
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    name = str(tmp_path) if way == "folder" else f"open_clip:ViT-tiny={file}"
+    encoder = encoders.vision_encoder(name, torch.device("cpu"))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.encode(images), model.encode_image(images))
+    assert (encoder.scaling.height, encoder.scaling.width, encoder.scaling.squash) == (16, 16, True)
+    assert encoder.scaling.mean == (0.1, 0.2, 0.3)
+    with pytest.raises(DataError, match="open_clip cannot make this architecture"):
+        encoders.vision_encoder(f"open_clip:other={file}", torch.device("cpu"))
 
 
 def test_timm_from_a_file_and_from_a_folder(tiles: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
