@@ -295,13 +295,20 @@ def semantic_projection(
     temperature: float,
     label_smoothing: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Centre loss (), cross entropy () and the rows' log-sum-exp (B,), all float32."""
+    gradient: bool = False,
+    feature_gradient: bool = False,
+) -> tuple[Tensor, ...]:
+    """Centre loss (), cross entropy () and the rows' log-sum-exp (B,), all float32.
+
+    Behind them three empty tensors: the gradients that another backend's forward leaves are made by the backward here.
+    """
+    assert not gradient
+    none = tuple(features.new_empty(0) for _ in range(3))
     (rows, dim), classes = features.shape, weight.shape[0]
     centre_loss, entropy = (torch.zeros((), dtype=torch.float32, device=features.device) for _ in range(2))
     normaliser = torch.empty((rows,), dtype=torch.float32, device=features.device)
     if rows == 0:
-        return centre_loss, entropy, normaliser
+        return centre_loss, entropy, normaliser, *none
     features, weight, labels, bias = by_rows(features), by_rows(weight), labels.contiguous(), bias.contiguous()
     given = features if centres is None else by_rows(centres)
     # With 128 classes a tile it spills on sm_100 under Triton 3.6.
@@ -324,7 +331,7 @@ def semantic_projection(
             CENTRES=centres is not None, SPLITS=triton.next_power_of_2(splits), BLOCK_M=8, BLOCK_N=256,
         )  # fmt: skip
         mean_kernel[(1,)](losses, labels, centre_loss, entropy, rows, dim, ignore_index, BLOCK=1024)
-    return centre_loss, entropy, normaliser
+    return centre_loss, entropy, normaliser, *none
 
 
 def semantic_projection_backward(

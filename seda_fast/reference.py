@@ -313,6 +313,118 @@ def interaction_block_backward(
     )
 
 
+def interaction_network_forward(
+    x: Tensor,
+    conditions: Sequence[Tensor],
+    timesteps: Tensor,
+    modulation: Tensor,
+    w_x: Tensor,
+    b_x: Tensor,
+    w_c: Tensor,
+    b_c: Tensor,
+    w_g: Tensor,
+    b_g: Tensor,
+    w_h: Sequence[Tensor],
+    b_h: Sequence[Tensor],
+    w_o: Sequence[Tensor],
+    b_o: Sequence[Tensor],
+    w_y: Tensor,
+    b_y: Tensor,
+    keeps: Sequence[Tensor | None],
+    dropout: float = 0.0,
+) -> tuple[Tensor, list[Tensor]]:
+    """The whole PFIN with what its backward needs.
+
+    ``x`` (B, D), ``conditions`` (B, ...) side by side are the condition, ``modulation`` (T, L, 3, d) holds shift,
+    scale and alpha, the weights are those of `reverse_chain`, ``keeps`` has each block's `dropout_keep`.
+
+    Returns:
+        The prediction (B, D), and: the embedded condition and its norm (B, d); the gates' product (B, L*m*d), without
+        bias and 1; one block after the other, the first products without bias (L*B, m*d), the gated activations after
+        dropout (L*B, m*d) and the second products without bias (L*B, d); and the states and their modulated norms
+        ((L+1)*B, d), the last of them plain.
+    """
+    condition = F.linear(torch.cat(tuple(conditions), dim=1), w_c, b_c)
+    normed = layer_norm(condition)
+    gates = F.linear(normed, w_g)
+    states, modulated = [F.linear(x, w_x, b_x) + normed], []
+    products: list[list[Tensor]] = [[], [], []]
+    per_block = zip((1 + (gates + b_g)).chunk(len(w_h), dim=1), w_h, b_h, w_o, b_o, keeps, strict=True)
+    for layer, (gate, *weights, keep) in enumerate(per_block):
+        shift, scale, alpha = modulation[:, layer].unbind(1)
+        operands = (states[-1], gate, timesteps, shift, scale, alpha)
+        h_next, residual, pre, hidden = interaction_block_forward(*operands, *weights, keep, dropout)
+        tau = timesteps.long()
+        modulated.append(layer_norm(states[-1]) * (1 + scale[tau]) + shift[tau])
+        states.append(h_next)
+        for kept, value in zip(products, (pre - weights[1], hidden, residual - weights[3]), strict=True):
+            kept.append(value)
+    modulated.append(layer_norm(states[-1]))
+    prediction = F.linear(modulated[-1], w_y, b_y)
+    stacked = (torch.cat(parts) for parts in (*products, states, modulated))
+    return prediction, [condition, normed, gates, *stacked]
+
+
+def interaction_network_backward(
+    grad: Tensor,
+    x: Tensor,
+    conditions: Sequence[Tensor],
+    timesteps: Tensor,
+    modulation: Tensor,
+    w_x: Tensor,
+    w_c: Tensor,
+    w_g: Tensor,
+    b_g: Tensor,
+    w_h: Sequence[Tensor],
+    b_h: Sequence[Tensor],
+    w_o: Sequence[Tensor],
+    b_o: Sequence[Tensor],
+    w_y: Tensor,
+    saved: Sequence[Tensor],
+    keeps: Sequence[Tensor | None],
+    dropout: float = 0.0,
+) -> list[Tensor]:
+    """Gradients of `interaction_network_forward`'s prediction, written out; ``grad`` (B, D) is that of the prediction.
+
+    Returns those of x, modulation, w_x, b_x, w_c, b_c, w_g, b_g, w_y and b_y, then those of each block's w_h, of its
+    b_h, w_o and b_o, then those of the conditions.
+    """
+    condition, normed, gates, *stacked = saved
+    blocks, rows = len(w_h), x.shape[0]
+    pre, hidden, residual = (list(t.split(rows) if rows else [t] * blocks) for t in stacked[:3])
+    states, modulated = (list(t.split(rows) if rows else [t] * (blocks + 1)) for t in stacked[3:])
+    gate = (1 + (gates + b_g)).chunk(blocks, dim=1)
+    d_h = _layer_norm_backward(states[-1], grad @ w_y)
+    d_modulation = torch.zeros_like(modulation, memory_format=torch.contiguous_format)
+    d_gates: list[Tensor] = []
+    found: list[list[Tensor]] = [[], [], [], []]
+    for i in reversed(range(blocks)):
+        tables = modulation[:, i].unbind(1)
+        kept = (residual[i] + b_o[i], pre[i] + b_h[i], hidden[i], keeps[i], dropout)
+        d_h, d_gate, *d_tables, d_w_h, d_b_h, d_w_o, d_b_o = interaction_block_backward(
+            d_h, states[i], gate[i], timesteps, *tables, w_h[i], w_o[i], *kept
+        )
+        d_modulation[:, i] = torch.stack(d_tables, dim=1)
+        d_gates.insert(0, d_gate)
+        for parts, value in zip(found, (d_w_h, d_b_h, d_w_o, d_b_o), strict=True):
+            parts.insert(0, value)
+    d_gates_whole = torch.cat(d_gates, dim=1)
+    d_condition = _layer_norm_backward(condition, d_gates_whole @ w_g + d_h)
+    ends = [d_h @ w_x, d_modulation, d_h.t() @ x, d_h.sum(0)]
+    ends += [d_condition.t() @ torch.cat(tuple(conditions), dim=1), d_condition.sum(0)]
+    ends += [d_gates_whole.t() @ normed, d_gates_whole.sum(0), grad.t() @ modulated[-1], grad.sum(0)]
+    d_conditions = (d_condition @ w_c).split([part.shape[1] for part in conditions], dim=1)
+    return [*ends, *(value for parts in found for value in parts), *d_conditions]
+
+
+def _layer_norm_backward(h: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of `layer_norm` (B, d) from that of its result."""
+    centred = h - h.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+    normed = centred * rstd
+    return rstd * (grad - grad.mean(-1, keepdim=True) - normed * (grad * normed).mean(-1, keepdim=True))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Projection
 

@@ -1,5 +1,6 @@
 """The C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer with random arguments: refused or right."""
 
+import importlib
 import json
 import os
 import re
@@ -7,11 +8,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.slow
+
+
+class Library(NamedTuple):
+    """One half's operators, "cpp" or "cuda", and where they lie."""
+
+    half: str
+    file: Path
+
 
 # Runs under the sanitizers: any report of theirs ends the process. A refusal must be a Python error that names one of
 # the operator's arguments; a call that is not refused must return tensors.
@@ -20,7 +31,8 @@ import json, random, sys, torch
 torch.ops.load_library(sys.argv[1])
 rng = random.Random(int(sys.argv[3]))
 torch.manual_seed(0)
-cpp = torch.ops.seda_fast_cpp
+half = sys.argv[4]
+ops = getattr(torch.ops, "seda_fast_" + half)
 SIZES = (0, 1, 2, 3, 5, 16, 17, 33, 40)
 
 
@@ -61,16 +73,21 @@ def value(name, kind):
         return rng.random() < 0.5
     if kind == "int":
         usual = {"stream": (6, 6, 6, 6, 0, 255, 256, -1), "first_class": (0, 0, 0, 0, 0, 1, -1, 2**62),
-                 "classes": (K, K, K, K, K, 0, -5, 2**62)}
+                 "classes": (K, K, K, K, K, 0, -5, 2**62),
+                 # Of chain_fits.
+                 **dict.fromkeys(("dim", "condition_dim", "width", "hidden", "blocks", "steps"), (64, 1, 0, -1, 2**62))}
         return rng.choice(usual.get(name, (0, 2, -100, 2**63 - 1)))
     shapes = {
         "x0": (B, D), "h": (B, D), "grad": (B, D), "grad_z": (B, D), "residual": (B, D), "pre": (B, D), "gate": (B, D),
         "grad_hidden": (B, D), "features": (B, D), "grad_features": (B, D), "centres": (K, D), "logits": (B, K),
         "shift": (T, D), "scale": (T, D), "alpha": (T, D), "signal": (T,), "noise": (T,), "state": (B, 4),
         "log_normaliser": (B,), "initial": (B, D), "source": (B, D), "condition": (B, C), "coefficients": (S, 5),
-        "modulation": (S, L, 3, W), "w_x": (W, D), "b_x": (W,), "w_c": (W, C), "b_c": (W,), "w_g": (L * M, W),
+        "modulation": (S if CHAIN else T, L, 3, W), "x": (B, D), "prediction": (B, D),
+        "w_x": (W, D), "b_x": (W,), "w_c": (W, C), "b_c": (W,), "w_g": (L * M, W),
         "b_g": (L * M,), "w_y": (D, W), "b_y": (D,), "w_h": (M, W), "b_h": (M,), "w_o": (W, M), "b_o": (W,),
     }
+    if kind == "Tensor[]":
+        return many(name)
     if name in ("seed", "step"):
         return odd(torch.tensor(rng.choice((0, 3, -(2**63), 2**63 - 1))))
     if name == "words":
@@ -78,65 +95,116 @@ def value(name, kind):
     if name in ("timesteps", "labels", "sample_ids"):
         high = {"timesteps": T, "labels": K, "sample_ids": 2**55}[name]
         return odd(torch.randint(0, max(high, 1), (B,)))
-    t = torch.randn(shapes[name])
-    if STORAGE is not torch.float32 and name not in TABLES:
-        t = t.to(STORAGE)
-    if kind == "Tensor[]":
-        return [odd(t.clone()) for _ in range(rng.choice((L,) * 20 + (0, L + 1)))]
-    return odd(t)
+    return odd(drawn(shapes[name], name))
+
+
+def drawn(shape, name):
+    t = torch.randn(shape)
+    return t if name in TABLES else t.to(STORAGE)
+
+
+def many(name):
+    """A list of tensors: a network's weights, its condition in two parts, what it keeps, its gradients."""
+    per_block = {"w_h": (M, W), "b_h": (M,), "w_o": (W, M), "b_o": (W,)}
+    if name in per_block:
+        return [odd(drawn(per_block[name], name)) for _ in range(rng.choice((L,) * 20 + (0, L + 1)))]
+    widths = ((C // 2, C - C // 2),) * 9 + ((), (C, 1))
+    conditions = [(B, c) for c in (WIDTHS if rng.random() < 0.95 else rng.choice(widths))]
+    if name == "conditions":
+        return [odd(drawn(shape, name)) for shape in conditions]
+    if name == "saved":
+        shapes = [(B, W), (B, W), (B, L * M), (L * B, M), (L * B, M), (L * B, W), ((L + 1) * B, W), ((L + 1) * B, W)]
+        return [odd(drawn(shape, name)) for shape in shapes[: rng.choice((8,) * 20 + (7, 0))]]
+    wide = [(B, D), (W, D), (W, C), (L * M, W), (D, W)]
+    if rng.random() < 0.5:
+        wide[0] = (0,)
+    narrow = [(T, L, 3, W), (W,), (W,), (L * M,), (D,)]
+    # In the operator's order: x, modulation, then each weight and its bias.
+    grads = [t for a, b in zip(wide, narrow) for t in (drawn(a, "x"), drawn(b, "b_x"))]
+    grads += [drawn(per_block[k], k) for k in per_block for _ in range(L)]
+    grads += [drawn((0,) if rng.random() < 0.3 else shape, "x") for shape in conditions]
+    return [odd(t) for t in grads][: len(grads) - rng.choice((0,) * 20 + (1,))]
 
 
 TABLES = {"shift", "scale", "alpha", "signal", "noise", "state", "log_normaliser", "coefficients", "modulation",
-          "grad_features", "b_x", "b_c", "b_g", "b_h", "b_o", "b_y"}
-names = sys.argv[4:]
+          "grad_features"} | ({"b_x", "b_c", "b_g", "b_h", "b_o", "b_y"} if half == "cpp" else set())
+names = sys.argv[5:]
 served = dict.fromkeys(names, 0)
+
+
+def call(op, given):
+    """Without a GPU the kernel that is registered for CUDA takes tensors of the CPU (tests/cuda/host.cpp)."""
+    if half == "cpp" or not any(isinstance(g, torch.Tensor) for g in given):
+        return op(*given)
+    return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *given)
+
+
 refused = 0
 for _ in range(int(sys.argv[2])):
     B, D, K, T, C, W, M = (rng.choice(SIZES) for _ in range(7))
     S, L = rng.choice((0, 1, 3)), rng.choice((1, 2))
     STORAGE = rng.choice((torch.float32, torch.bfloat16))
-    op = getattr(cpp, rng.choice(names)).default
+    op = getattr(ops, rng.choice(names)).default
     arguments = op._schema.arguments
-    ODDS = 12 * len(arguments)  # about one odd argument a call
+    CHAIN, WIDTHS = "coefficients" in [a.name for a in arguments], (C // 2, C - C // 2)
+    if CHAIN and half == "cuda":
+        # The kernel's own sizes, mostly.
+        D, C = (rng.choice((8, 8, 40, 64, 64, 7, 0)) for _ in range(2))
+        W, M = (rng.choice((64, 64, 128, 128, 192, 40)) for _ in range(2))
+        S, STORAGE = rng.choice((1, 3)), torch.bfloat16
+        if rng.random() < 0.9:
+            D, C, W, M = (max(64, n // 64 * 64) for n in (D, C, W, M))
+    lists = sum(str(a.type) == "List[Tensor]" for a in arguments)
+    ODDS = 12 * (len(arguments) + 6 * lists)  # about one odd argument a call
     given = [value(a.name, str(a.type).replace("List[Tensor]", "Tensor[]")) if str(a.type) != "Optional[Tensor]"
              else (None if rng.random() < 0.3 else value(a.name, "Tensor")) for a in arguments]
     try:
-        results = op(*given)
+        results = call(op, given)
         served[op._schema.name.partition("::")[2]] += 1
     except (RuntimeError, NotImplementedError) as error:
         refused += 1
         known = [a.name for a in arguments] + ["columns", "meta", "Meta", "columns do not fit", "hold one tensor"]
+        known.append("no kernel for these sizes")
         assert any(word in str(error) for word in known), f"{op}: {error}"
     else:
         for result in results if isinstance(results, tuple) else [results]:
-            assert result is None or isinstance(result, torch.Tensor)
+            assert result is None or isinstance(result, (torch.Tensor, bool))
 print(json.dumps([served, refused]))
 '''
 
 
-@pytest.fixture(scope="module")
-def sanitized(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The operators' library, compiled with both sanitizers."""
+def _build_module(repository: Path) -> ModuleType:
+    sys.path.insert(0, str(repository / "csrc"))
+    try:
+        return importlib.import_module("seda_fast_build")
+    finally:
+        sys.path.remove(str(repository / "csrc"))
+
+
+@pytest.fixture(scope="module", params=["cpp", "cuda"])
+def sanitized(request: pytest.FixtureRequest, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """One half's operators, compiled with both sanitizers; of the CUDA half what runs on the host."""
     compiler = shutil.which("g++")
     if compiler is None or shutil.which("ninja") is None:
         pytest.skip("tests/test_fuzz.py needs g++ and ninja")
-    sys.path.insert(0, str(repository / "csrc"))
-    try:
-        import seda_fast_build
-    finally:
-        sys.path.remove(str(repository / "csrc"))
+    build, half = _build_module(repository), request.param
     folder = tmp_path_factory.mktemp("sanitized")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXXFLAGS", "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all")
         patch.setenv("LDFLAGS", "-fsanitize=address,undefined -Wl,-z,undefs")
-        target = seda_fast_build.cpu_target(Path(torch.__file__).parent)
-        (folder / "build.ninja").write_text(seda_fast_build.ninja_file(compiler, [target]))
-    subprocess.run([seda_fast_build.find_ninja()], cwd=folder, check=True, capture_output=True, timeout=500)
-    return folder / target.output
+        target = build.cpu_target(Path(torch.__file__).parent)
+        if half == "cuda":
+            flags = (*target.sources[0][2], "-DUSE_CUDA", f"-I{repository / 'csrc/cuda'}")
+            files = [*sorted((repository / "csrc/cuda").glob("*.cpp")), repository / "tests/cuda/host.cpp"]
+            target.sources = [(file, f"{file.stem}.o", flags) for file in files]
+            target.link = (*target.link, "-Wl,-Bsymbolic")
+        (folder / "build.ninja").write_text(build.ninja_file(compiler, [target]))
+    subprocess.run([build.find_ninja()], cwd=folder, check=True, capture_output=True, timeout=900)
+    return Library(half, folder / target.output)
 
 
-def test_random_arguments_are_refused_by_name_or_served(sanitized: Path, tmp_path: Path, seed: int) -> None:
-    names = sorted(set(operators()))
+def test_random_arguments_are_refused_by_name_or_served(sanitized: Library, tmp_path: Path, seed: int) -> None:
+    names = sorted(set(operators(sanitized.half)))
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
@@ -150,11 +218,11 @@ def test_random_arguments_are_refused_by_name_or_served(sanitized: Path, tmp_pat
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     done = subprocess.run(
-        [sys.executable, str(script), str(sanitized), "2000", str(seed), *names],
+        [sys.executable, str(script), str(sanitized.file), "2000", str(seed), sanitized.half, *names],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-5000:]
@@ -164,7 +232,8 @@ def test_random_arguments_are_refused_by_name_or_served(sanitized: Path, tmp_pat
     assert min(served.values()) > 5, f"some operators saw too few arguments that fit: {served}"
 
 
-def operators() -> tuple[str, ...]:
-    """Names of all C++ operators, read from the sources that register them."""
-    sources = (Path(__file__).resolve().parents[1] / "csrc/cpu").glob("*.cpp")
+def operators(half: str) -> tuple[str, ...]:
+    """Names of all operators of one half, read from the sources that register them."""
+    folder = {"cpp": "csrc/cpu", "cuda": "csrc/cuda"}[half]
+    sources = (Path(__file__).resolve().parents[1] / folder).glob("*.cpp")
     return tuple(name for source in sources for name in re.findall(r'm\.impl\("(\w+)"', source.read_text()))

@@ -7,54 +7,10 @@
 
 namespace seda {
 
-std::string dtype_name(ScalarType dtype) {
-  std::ostringstream name;
-  name << dtype;
-  return name.str();
-}
-
-namespace {
-
-std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
-  return text.str();
-}
-
-bool shape_fits(const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
-  int64_t i = 0;
-  for (const int64_t want : shape) {
-    if (want >= 0 && tensor.size(i) != want) return false;
-    ++i;
-  }
-  return true;
-}
-
-void check_dtype(const Tensor& tensor, const char* name, ScalarType want) {
-  if (tensor.scalar_type() != want)
-    refuse(name, " must be ", dtype_name(want), ", not ", dtype_name(tensor.scalar_type()));
-}
-
-void check_contiguous(const Tensor& tensor, const char* name) {
-  if (!tensor.is_contiguous()) refuse(name, " must be contiguous");
-}
-
-}  // namespace
-
 void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
   if (!tensor.defined()) refuse(name, " is undefined");
   if (!tensor.is_cpu()) refuse(name, " must be on the CPU");
-  if (tensor.layout() != torch::headeronly::Layout::Strided) refuse(name, " must be a strided tensor");
-  if (!shape_fits(tensor, shape)) {
-    std::ostringstream wanted;
-    for (const int64_t size : shape) wanted << (wanted.str().empty() ? "" : ", ") << (size < 0 ? "any" : std::to_string(size));
-    refuse(name, " must have shape (", wanted.str(), "), not ", shape_text(tensor));
-  }
-  if (tensor.numel() > 0 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() != 0)
-    refuse(name, " does not start at a multiple of its element size");
+  check_form(tensor, name, shape);
 }
 
 Storage storage_of(const Tensor& tensor, const char* name) {
@@ -68,7 +24,7 @@ Storage storage_of(const Tensor& tensor, const char* name) {
 Matrix matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, Storage storage) {
   check(tensor, name, {rows, columns});
   check_dtype(tensor, name, storage == Storage::float32 ? ScalarType::Float : ScalarType::BFloat16);
-  if (tensor.size(1) > 1 && tensor.stride(1) != 1) refuse(name, " must have contiguous rows");
+  check_rows_contiguous(tensor, name);
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0)};
 }
 
@@ -97,11 +53,6 @@ int64_t counter(const Tensor& tensor, const char* name) {
   check(tensor, name, {});
   check_dtype(tensor, name, ScalarType::Long);
   return *static_cast<const int64_t*>(tensor.const_data_ptr());
-}
-
-int64_t check_stream(int64_t stream) {
-  if (stream < 0 || stream > 255) refuse("stream must be in 0 .. 255, not ", stream);
-  return stream;
 }
 
 std::vector<int64_t> indices(const Tensor& tensor, const char* name, int64_t size, int64_t limit,

@@ -1,33 +1,12 @@
-// What the CPU operators ask of their arguments before they take a pointer. A refusal is one sentence that names the
-// argument; it reaches Python as a RuntimeError. (seda_fast.ops refuses most of it earlier, with a ValueError.)
+// What the CPU operators ask of their arguments before they take a pointer, beside what ../checks.h has for all devices.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <initializer_list>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "../checks.h"
 #include "simd/rows.h"
 
 namespace seda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw std::runtime_error(sentence.str());
-}
-
-std::string dtype_name(ScalarType dtype);
 
 // Refuses a tensor that is not on the CPU, not strided, of another shape (-1: any size) or misaligned for its dtype.
 void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape);
@@ -45,7 +24,6 @@ Table table(const Tensor& tensor, const char* name, int64_t rows, int64_t column
 
 const int64_t* integers(const Tensor& tensor, const char* name, int64_t size);
 int64_t counter(const Tensor& tensor, const char* name);
-int64_t check_stream(int64_t stream);
 
 // Indices (int32 or int64, any stride) that were checked to lie in 0 .. limit - 1, apart from `ignored`, which becomes -1.
 std::vector<int64_t> indices(const Tensor& tensor, const char* name, int64_t size, int64_t limit,

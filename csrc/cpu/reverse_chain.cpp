@@ -1,9 +1,9 @@
 // The reverse chain: one call for all steps and blocks of a stage. Rows go in blocks whose activations stay near the
 // core; gates and the embedded condition are made once for a block of rows. Formulas: reference.reverse_chain.
 #include <algorithm>
-#include <array>
 #include <optional>
 
+#include "product.h"
 #include "sums.h"
 
 namespace seda {
@@ -45,11 +45,7 @@ struct Counters {
 // out = x @ weight.T, all of one storage.
 void multiply(const Network& net, const Tensor& x, const Tensor& weight, const Tensor& out) {
   if (x.size(0) > kFewRows) {
-    const Tensor turned = torch::stable::transpose(weight, 0, 1);
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(turned),
-                                      torch::stable::detail::from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // takes back the handle that the call returned
+    multiply_into(x, turned(weight), out);
     return;
   }
   const ProductArguments a{net.storage, new_matrix(x), new_matrix(weight), new_matrix(out), x.size(0), x.size(1)};
@@ -87,7 +83,7 @@ class Block {
         residual_(net.matrix_of(rows_, net.width)) {
     multiply(net_, condition, net_.w_c, condition_);
     add(condition_, nullptr, net_.b_c, 0.0f);
-    plain_norm(condition_, condition_, nullptr, 0.0f);
+    plain_norm(condition_, condition_);
     multiply(net_, condition_, net_.w_g, gates_);
     add(gates_, nullptr, net_.b_g, 1.0f);
   }
@@ -143,8 +139,8 @@ class Block {
     parallel_rows(rows_, a.columns, [&a](int64_t begin, int64_t end) { kernels().add(a, begin, end); });
   }
 
-  void plain_norm(const Tensor& h, const Tensor& y, float* total, float weight) {
-    const PlainNormArguments a{net_.storage, new_matrix(h), new_matrix(y), net_.width, total, weight};
+  void plain_norm(const Tensor& h, const Tensor& y) {
+    const PlainNormArguments a{net_.storage, new_matrix(h), new_matrix(y), net_.width};
     parallel_rows(rows_, a.columns, [&a](int64_t begin, int64_t end) { kernels().plain_norm(a, begin, end); });
   }
 
@@ -154,18 +150,27 @@ class Block {
 
   // From h to n(h_L) in z; total += w * n(h_L) where it is not null.
   void run_blocks(int64_t step, float* total) {
-    for (int64_t block = 0; block < net_.blocks; ++block)
-      interact(block, net_.step_modulation(step) + 3 * block * net_.width);
-    plain_norm(h_, z_, total, net_.step_coefficients(step)[4]);
-  }
-
-  void interact(int64_t block, const float* modulation) {
-    const size_t b = static_cast<size_t>(block);
+    const float* modulation = net_.step_modulation(step);
     NormArguments norm{};
     norm.storage = net_.storage, norm.columns = net_.width, norm.timesteps = zero_.data();
     norm.h = new_matrix(h_), norm.z = new_matrix(z_);
     norm.shift = {modulation, 0}, norm.scale = {modulation + net_.width, 0};
     parallel_rows(rows_, net_.width, [&](int64_t begin, int64_t end) { kernels().modulated_norm(norm, begin, end); });
+    ResidualNormArguments last{};
+    last.total = total, last.weight = net_.step_coefficients(step)[4];
+    for (int64_t block = 0; block < net_.blocks; ++block, modulation += 3 * net_.width) {
+      ResidualNormArguments a = block + 1 == net_.blocks ? last : ResidualNormArguments{};
+      // The norm is already the next block's; the last one's is plain.
+      const float* next = modulation + 3 * net_.width;
+      if (block + 1 < net_.blocks) a.shift = {next, 0}, a.scale = {next + net_.width, 0};
+      a.alpha = {modulation + 2 * net_.width, 0};
+      interact(block, a);
+    }
+  }
+
+  // From the block's modulated norm in z to the next state in h and its norm in z.
+  void interact(int64_t block, ResidualNormArguments a) {
+    const size_t b = static_cast<size_t>(block);
     multiply(net_, z_, net_.w_h[b], wide_);
     SiluArguments silu{};
     silu.storage = net_.storage, silu.columns = net_.hidden, silu.bias = net_.b_h[b];
@@ -173,12 +178,9 @@ class Block {
     silu.gate = columns_of(gates_, block * net_.hidden);
     parallel_rows(rows_, 4 * net_.hidden, [&](int64_t begin, int64_t end) { kernels().gated_silu(silu, begin, end); });
     multiply(net_, wide_, net_.w_o[b], residual_);
-    ResidualArguments residual{};
-    residual.storage = net_.storage, residual.columns = net_.width, residual.timesteps = zero_.data();
-    residual.h = residual.result = new_matrix(h_), residual.residual = new_matrix(residual_);
-    residual.bias = net_.b_o[b], residual.alpha = {modulation + 2 * net_.width, 0};
-    parallel_rows(rows_, net_.width,
-                  [&](int64_t begin, int64_t end) { kernels().gated_residual(residual, begin, end); });
+    a.storage = net_.storage, a.columns = net_.width, a.timesteps = zero_.data(), a.bias = net_.b_o[b];
+    a.h = a.h_next = new_matrix(h_), a.residual = new_matrix(residual_), a.z = new_matrix(z_);
+    parallel_rows(rows_, 2 * net_.width, [&](int64_t begin, int64_t end) { kernels().residual_norm(a, begin, end); });
   }
 
   Matrix columns_of(const Tensor& m, int64_t first) const {

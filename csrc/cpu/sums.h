@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <numeric>
+#include <span>
 
 #include "arguments.h"
 
@@ -40,9 +42,22 @@ struct Sums {
                                         columns_sum(zeros(chunks_of(rows), columns)) {
     view.columns = columns;
     view.columns_sum = data(columns_sum);
+    view.table_stride = columns;
   }
 
+  // Tables of this object's own, with zeros for the keys that no row has.
   void add_tables(const std::vector<int64_t>& keys, int64_t entries, int count) {
+    std::array<float*, 2> rows{};
+    for (int i = 0; i < count; ++i) {
+      tables.push_back(empty({entries, view.columns}, ScalarType::Float));
+      rows[static_cast<size_t>(i)] = data(tables.back());
+    }
+    use_tables(keys, rows, view.columns);
+    clear_absent(keys, entries, {rows.data(), static_cast<size_t>(count)}, view.columns, view.columns);
+  }
+
+  // Tables elsewhere, whose rows lie ``stride`` apart; null stands for none.
+  void use_tables(const std::vector<int64_t>& keys, std::array<float*, 2> rows, int64_t stride) {
     order.resize(keys.size());
     std::iota(order.begin(), order.end(), int64_t{0});
     if (!std::is_sorted(keys.begin(), keys.end()))
@@ -51,27 +66,25 @@ struct Sums {
       });
     view.order = order.data();
     const int64_t chunks = chunks_of(static_cast<int64_t>(keys.size()));
-    heads.assign(static_cast<size_t>(count * chunks * view.columns), 0.0f);
-    for (int i = 0; i < count; ++i) {
-      tables.push_back(empty({entries, view.columns}, ScalarType::Float));
-      view.table[i] = data(tables.back());
-      view.head[i] = heads.data() + i * chunks * view.columns;
+    // No zeros: the first row of a key overwrites.
+    heads.resize(static_cast<size_t>(2 * chunks * view.columns));
+    view.table_stride = stride;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      view.table[i] = rows[i];
+      view.head[i] = heads.data() + static_cast<int64_t>(i) * chunks * view.columns;
     }
-    clear_absent(keys, entries);
   }
 
   // Zeros for the keys that no row has.
-  void clear_absent(const std::vector<int64_t>& keys, int64_t entries) {
+  static void clear_absent(const std::vector<int64_t>& keys, int64_t entries, std::span<float* const> tables,
+                           int64_t columns, int64_t stride) {
     std::vector<char> present(static_cast<size_t>(entries), 0);
     for (const int64_t key : keys)
       if (key >= 0) present[static_cast<size_t>(key)] = 1;
-    parallel_rows(entries, view.columns, [&](int64_t begin, int64_t end) {
+    parallel_rows(entries, columns, [&](int64_t begin, int64_t end) {
       for (int64_t entry = begin; entry < end; ++entry) {
         if (present[static_cast<size_t>(entry)]) continue;
-        for (size_t i = 0; i < tables.size(); ++i) {
-          float* row = view.table[i] + entry * view.columns;
-          std::fill(row, row + view.columns, 0.0f);
-        }
+        for (float* const table : tables) std::fill(table + entry * stride, table + entry * stride + columns, 0.0f);
       }
     });
   }
@@ -82,18 +95,22 @@ struct Sums {
     for (int64_t begin = kChunk; begin < rows; begin += kChunk) {
       const int64_t key = keys[static_cast<size_t>(order[static_cast<size_t>(begin)])];
       if (key < 0 || keys[static_cast<size_t>(order[static_cast<size_t>(begin - 1)])] != key) continue;
-      for (size_t i = 0; i < tables.size(); ++i)
+      for (size_t i = 0; i < 2 && view.table[i] != nullptr; ++i)
         for (int64_t j = 0; j < view.columns; ++j)
-          view.table[i][key * view.columns + j] += view.head[i][begin / kChunk * view.columns + j];
+          view.table[i][key * view.table_stride + j] += view.head[i][begin / kChunk * view.columns + j];
     }
   }
 
   Tensor sum_columns(int64_t rows) {
-    float* total = data(bias);
+    sum_columns(rows, view.columns_sum, data(bias));
+    return bias;
+  }
+
+  // The chunks' sums, added up in their order.
+  void sum_columns(int64_t rows, const float* of_chunks, float* total) const {
     std::fill(total, total + view.columns, 0.0f);
     for (int64_t chunk = 0; chunk < chunks_of(rows); ++chunk)
-      for (int64_t j = 0; j < view.columns; ++j) total[j] += view.columns_sum[chunk * view.columns + j];
-    return bias;
+      for (int64_t j = 0; j < view.columns; ++j) total[j] += of_chunks[chunk * view.columns + j];
   }
 };
 

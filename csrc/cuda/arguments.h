@@ -1,29 +1,12 @@
 // What the CUDA operators ask of their arguments before they take a pointer. A refusal is one sentence that names the
-// argument; it reaches Python as a RuntimeError. Values on the device are not read: a captured graph must not wait.
+// argument (../checks.h). Values on the device are not read: a captured graph must not wait.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <cstdint>
-#include <initializer_list>
-#include <sstream>
-#include <stdexcept>
-#include <string>
+#include "../checks.h"
 
 namespace seda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw std::runtime_error(sentence.str());
-}
 
 // Checks tensors against the device of the first one.
 class Arguments {
@@ -47,8 +30,6 @@ class Arguments {
  private:
   int device_;
 };
-
-int64_t check_stream(int64_t stream);
 
 // Throws what a launch says went wrong.
 void check_launch(const char* operation, const char* error);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from ..ops import (
     ChainWeights,
     chained_interaction_block,
     embed_condition,
+    forced,
     interaction_block,
+    interaction_network,
     layer_norm,
     memory_read,
     q_sample,
@@ -32,6 +35,13 @@ class Dropout(NamedTuple):
     step: Tensor
     sample_ids: Tensor
     stream: int
+
+    def keys(self, layer: int) -> dict[str, Any]:
+        """The keyword arguments that an operation takes of it; none without dropout."""
+        if self.rate == 0:
+            return {}
+        counters = {"seed": self.seed, "step": self.step, "sample_ids": self.sample_ids}
+        return {"dropout": self.rate, **counters, "stream": self.stream + layer}
 
 
 class InteractionBlock(nn.Module):
@@ -60,10 +70,7 @@ class InteractionBlock(nn.Module):
         shift, scale, alpha = modulation.unbind(0)
         operands = (h, gate, timesteps, shift, scale, alpha)
         weights = (self.hidden.weight, self.hidden.bias, self.output.weight, self.output.bias)
-        keys: dict[str, Any] = {}
-        if dropout is not None and dropout.rate > 0:
-            keys = {**dropout._asdict(), "dropout": dropout.rate, "stream": dropout.stream + layer}
-            del keys["rate"]
+        keys = {} if dropout is None else dropout.keys(layer)
         if h.device.type != "cpu":
             return chained_interaction_block(*operands, *weights, statistics=statistics, **keys)
         return interaction_block(*operands, *weights, **keys), None
@@ -164,13 +171,14 @@ class PFIN(nn.Module):
     def forward(
         self,
         x: Tensor,
-        condition: Tensor,
+        condition: Tensor | Sequence[Tensor],
         timesteps: Tensor,
         dropout: Dropout | None = None,
         memory: Tensor | None = None,
     ) -> Tensor:
-        """``x`` (B, D) noised state times its gain, ``condition`` (B, Dc), ``timesteps`` (B,) int64 -> (B, D).
+        """``x`` (B, D) noised state times its gain, ``timesteps`` (B,) int64 -> (B, D).
 
+        ``condition`` is (B, Dc), or its parts, which stand side by side in it; only those that need a gradient get one.
         ``memory`` (K, Dt) where the network has one.
         """
         if x.shape[0] < self.steps:
@@ -179,10 +187,20 @@ class PFIN(nn.Module):
             timesteps = torch.arange(x.shape[0], device=x.device)
         else:
             modulation = self.modulation(torch.arange(self.steps, device=x.device))
+        parts = (condition,) if isinstance(condition, Tensor) else tuple(condition)
+        projected = self._projected(memory)
+        # A GPU's kernels go block by block, and so do those of Triton where a test forces them on a CPU.
+        if x.device.type == "cpu" and projected is None and forced() != "triton":
+            keys = {} if dropout is None else dropout.keys(0)
+            return interaction_network(x, parts, timesteps, modulation.permute(2, 0, 1, 3), self._weights(), **keys)
         normed, gates = embed_condition(
-            condition, self.condition.weight, self.condition.bias, self.gates.weight, self.gates.bias
+            torch.cat(parts, dim=1),
+            self.condition.weight,
+            self.condition.bias,
+            self.gates.weight,
+            self.gates.bias,
         )
-        return self._denoise(x, normed, gates, timesteps, modulation, dropout, self._projected(memory))
+        return self._denoise(x, normed, gates, timesteps, modulation, dropout, projected)
 
     def _projected(self, memory: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if (memory is None) != (self.memory is None):
@@ -216,6 +234,22 @@ class PFIN(nn.Module):
         """The block before which the memory is read: the second, or the only one."""
         return min(1, len(self.blocks) - 1)
 
+    def _weights(self) -> ChainWeights:
+        return ChainWeights(
+            self.input.weight,
+            self.input.bias,
+            self.condition.weight,
+            self.condition.bias,
+            self.gates.weight,
+            self.gates.bias,
+            [block.hidden.weight for block in self.blocks],  # type: ignore[union-attr, misc]
+            [block.hidden.bias for block in self.blocks],  # type: ignore[union-attr, misc]
+            [block.output.weight for block in self.blocks],  # type: ignore[union-attr, misc]
+            [block.output.bias for block in self.blocks],  # type: ignore[union-attr, misc]
+            self.output.weight,
+            self.output.bias,
+        )
+
     def chain(
         self,
         initial: Tensor,
@@ -236,27 +270,13 @@ class PFIN(nn.Module):
         if self.memory is not None:
             keys = {"seed": seed, "step": step, "sample_ids": sample_ids, "stream": stream}
             return self._stepwise(initial, source, condition, sampler, self._projected(memory), keys)
-        weights = ChainWeights(
-            self.input.weight,
-            self.input.bias,
-            self.condition.weight,
-            self.condition.bias,
-            self.gates.weight,
-            self.gates.bias,
-            [block.hidden.weight for block in self.blocks],  # type: ignore[union-attr, misc]
-            [block.hidden.bias for block in self.blocks],  # type: ignore[union-attr, misc]
-            [block.output.weight for block in self.blocks],  # type: ignore[union-attr, misc]
-            [block.output.bias for block in self.blocks],  # type: ignore[union-attr, misc]
-            self.output.weight,
-            self.output.bias,
-        )
         return reverse_chain(
             initial,
             source,
             condition,
             sampler.coefficients,
             self.modulation(sampler.timesteps).permute(2, 0, 1, 3),
-            weights,
+            self._weights(),
             seed=seed,
             step=step,
             sample_ids=sample_ids,

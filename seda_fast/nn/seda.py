@@ -102,13 +102,13 @@ class SemanticTranslator(nn.Module):
     def forward(
         self,
         x: Tensor,
-        condition: Tensor,
+        conditions: Sequence[Tensor],
         timesteps: Tensor,
         dropout: Dropout | None = None,
         memory: Tensor | None = None,
     ) -> Tensor:
-        """``x`` (B, Dt) noised, ``condition`` (B, 2 Dv), ``timesteps`` (B,) -> t_ (B, Dt)."""
-        return self.network(x, condition, timesteps, dropout, memory)  # type: ignore[no-any-return]
+        """``x`` (B, Dt) noised, ``conditions`` s and v (B, Dv), ``timesteps`` (B,) -> t_ (B, Dt)."""
+        return self.network(x, conditions, timesteps, dropout, memory)  # type: ignore[no-any-return]
 
 
 def _class_terms(
@@ -310,7 +310,7 @@ class SeDA(nn.Module):
         x_v = q_sample(visual, tau_s, *tables, **key, stream=VISUAL_NOISE)
         s = self.learner(x_v, visual, tau_s, dropout, self.memory)
         x_t = q_sample(text, tau_t, *tables, **key, stream=TEXTUAL_NOISE)
-        t = self.translator(x_t, self._condition(s, visual), tau_t, dropout._replace(stream=layers[1]), self.memory)
+        t = self.translator(x_t, self._conditions(s, visual), tau_t, dropout._replace(stream=layers[1]), self.memory)
         mapped = t.detach()
 
         soft = self._soft_labels(visual, text, labels, paired)
@@ -337,11 +337,11 @@ class SeDA(nn.Module):
         total = sum((w * term for w, term in zip(settings.loss_weights, terms, strict=True)), torch.zeros_like(centre))
         return Losses(total, *terms)
 
-    def _condition(self, s: Tensor, visual: Tensor) -> Tensor:
-        """What the translator is told: [s, v], zeros in the place of what `SeDAConfig.condition` leaves out."""
+    def _conditions(self, s: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """What the translator is told: s and v, zeros in the place of what `SeDAConfig.condition` leaves out."""
         keep = self.config.condition
         semantic = s if keep != "visual" else torch.zeros_like(s)
-        return torch.cat((semantic, visual if keep != "semantic" else torch.zeros_like(visual)), dim=1)
+        return semantic, visual if keep != "semantic" else torch.zeros_like(visual)
 
     def term_rows(self, labels: Tensor, paired: Tensor) -> Tensor:
         """Of how many rows each term of `losses` (but the total) is the mean: int64 (terms,).
@@ -510,7 +510,7 @@ class SeDA(nn.Module):
         v = self.standardise_visual(visual)
         s = self._stage(self.learner.network, v, v, samplers[0], sample_ids, seed, draw, SEMANTIC_CHAIN)
         blank = v.new_zeros(v.shape[0], self.config.text_dim)
-        condition = self._condition(s, v)
+        condition = torch.cat(self._conditions(s, v), dim=1)
         t = self._stage(self.translator.network, blank, condition, samplers[1], sample_ids, seed, draw, TEXTUAL_CHAIN)
         return s, t
 

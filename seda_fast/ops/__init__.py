@@ -7,8 +7,9 @@ from ..reference import embed_condition, layer_norm, stratified_timesteps
 from . import cpp, cuda  # registers the C++ and the CUDA backend
 from ._cpp import status as cpp_status
 from ._cuda import status as cuda_status
-from ._dispatch import BACKENDS, choose, operations, references, refusal, use_backend
+from ._dispatch import BACKENDS, choose, forced, operations, references, refusal, use_backend
 from .interaction import chained_interaction_block, interaction_block
+from .interaction_network import interaction_network
 from .memory import AttentionChoice, attention_choice, memory_read
 from .noising import q_sample
 from .projection import semantic_projection
@@ -26,7 +27,9 @@ __all__ = [
     "cuda",
     "cuda_status",
     "embed_condition",
+    "forced",
     "interaction_block",
+    "interaction_network",
     "layer_norm",
     "memory_read",
     "operations",

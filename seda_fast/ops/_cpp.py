@@ -27,6 +27,8 @@ _OPERATORS = (
     "gated_residual_backward",
     "gated_silu",
     "gated_silu_backward",
+    "interaction_network",
+    "interaction_network_backward",
     "logits_block",
     "logits_block_backward",
     "modulated_norm",

@@ -92,6 +92,11 @@ def choose(op: str, device_type: str, dtype: torch.dtype | None = None) -> tuple
     return chosen, known[chosen]
 
 
+def forced() -> str:
+    """The backend that `use_backend` forces now; "auto" outside of it."""
+    return _forced
+
+
 def operations() -> tuple[str, ...]:
     """Names of all registered ops that have implementations."""
     return tuple(_implementations)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import check_tensor, define
+from ._dispatch import check_tensor, define, forced
 from ._triton import implement_with_triton
 
 
@@ -22,17 +22,22 @@ def _reference(
     temperature: float,
     label_smoothing: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.semantic_projection_forward(
-        features,
-        labels,
-        centres,
-        weight,
-        bias,
-        temperature=temperature,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
+    gradient: bool = False,
+    feature_gradient: bool = False,
+) -> tuple[Tensor, ...]:
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+    }
+    losses = reference.semantic_projection_forward(features, labels, centres, weight, bias, **settings)
+    if not gradient:
+        return *losses, *(features.new_empty(0) for _ in range(3))
+    one, zero = losses[1].new_ones(()), losses[1].new_zeros(())
+    d_features, _, d_weight, d_bias = reference.semantic_projection_backward(
+        zero, one, features, labels, None, weight, bias, losses[2], **settings, centre_gradient=False
     )
+    return *losses, d_features if feature_gradient else features.new_empty(0), d_weight, d_bias
 
 
 def _reference_backward(
@@ -67,12 +72,18 @@ def _reference_backward(
     return d_features, features.new_empty(0) if d_centres is None else d_centres, d_weight, d_bias
 
 
-def _fake(features: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    features: Tensor, labels: Tensor, centres: Tensor | None, weight: Tensor, bias: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     compute = torch.promote_types(features.dtype, torch.float32)
+    gradient, feature_gradient = rest[3:] or (False, False)
     return (
         features.new_empty((), dtype=compute),
         features.new_empty((), dtype=compute),
         features.new_empty(features.shape[:1], dtype=compute),
+        features.new_empty(features.shape if gradient and feature_gradient else 0),
+        weight.new_empty(weight.shape if gradient else 0),
+        bias.new_empty(bias.shape if gradient else 0),
     )
 
 
@@ -97,8 +108,9 @@ def _fake_backward(
 _op = define(
     "semantic_projection",
     "(Tensor features, Tensor labels, Tensor? centres, Tensor weight, Tensor bias, float temperature, "
-    "float label_smoothing, int ignore_index) "
-    "-> (Tensor centre_loss, Tensor cross_entropy, Tensor log_normaliser)",
+    "float label_smoothing, int ignore_index, bool gradient=False, bool feature_gradient=False) "
+    "-> (Tensor centre_loss, Tensor cross_entropy, Tensor log_normaliser, Tensor features, Tensor weight, "
+    "Tensor bias)",
     _reference,
     _fake,
     autocast={0, 2, 3, 4},
@@ -116,19 +128,27 @@ implement_with_triton("semantic_projection", "projection", "semantic_projection"
 implement_with_triton("semantic_projection_backward", "projection", "semantic_projection_backward")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    features, labels, centres, weight, bias, *settings = inputs
-    ctx.mark_non_differentiable(output[2])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, labels, centres, weight, bias, *settings, gradient, feature_gradient = inputs
+    ctx.mark_non_differentiable(*output[2:])
     ctx.has_centres = centres is not None
     # Category centres are a buffer as a rule; their (K, D) gradient is made only for whoever asks.
     ctx.centre_gradient = ctx.has_centres and ctx.needs_input_grad[2]
-    ctx.save_for_backward(features, labels, *([centres] if centres is not None else []), weight, bias, output[2])
+    ctx.gradient, ctx.feature_gradient = gradient, feature_gradient
+    kept = [weight, bias, output[2], *output[3:]]
+    ctx.save_for_backward(features, labels, *([centres] if centres is not None else []), *kept)
     ctx.settings = settings
 
 
-def _backward(ctx: Any, grad_centre: Tensor, grad_entropy: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
-    features, labels, *middle, weight, bias, log_normaliser = ctx.saved_tensors
+def _backward(ctx: Any, grad_centre: Tensor, grad_entropy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    features, labels, *middle, weight, bias, log_normaliser, d_features, d_weight, d_bias = ctx.saved_tensors
     centres = middle[0] if ctx.has_centres else None
+    if ctx.gradient and not ctx.centre_gradient:
+        scale = grad_entropy.to(features.dtype)
+        found = scale * d_features if ctx.feature_gradient else None
+        if found is not None and centres is not None:
+            _add_centre_gradient(found, grad_centre, features, labels, centres, ctx.settings[-1])
+        return found, None, None, scale * d_weight, scale * d_bias, *(None,) * 5
     d_features, d_centres, d_weight, d_bias = _backward_op(
         grad_centre,
         grad_entropy,
@@ -141,7 +161,17 @@ def _backward(ctx: Any, grad_centre: Tensor, grad_entropy: Tensor, unused: Tenso
         *ctx.settings,
         ctx.centre_gradient,
     )
-    return d_features, None, d_centres if ctx.centre_gradient else None, d_weight, d_bias, None, None, None
+    return d_features, None, d_centres if ctx.centre_gradient else None, d_weight, d_bias, *(None,) * 5
+
+
+def _add_centre_gradient(
+    total: Tensor, grad: Tensor, features: Tensor, labels: Tensor, centres: Tensor, ignore_index: int
+) -> None:
+    """Add to ``total`` (B, D) the gradient of the centre loss with respect to the features."""
+    labelled = labels != ignore_index
+    own = centres.to(features.dtype)[labels.masked_fill(~labelled, 0).long()]
+    pull = 2 * grad / (labelled.sum().clamp(min=1) * max(features.shape[1], 1))
+    total.addcmul_(features - own, (pull * labelled)[:, None].to(features.dtype))
 
 
 torch.library.register_autograd("seda_fast::semantic_projection", _backward, setup_context=_setup_context)
@@ -192,9 +222,22 @@ def semantic_projection(
     if cosine:
         # The rows' lengths cost one pass over each operand, little beside the product.
         unit, prototypes = F.normalize(features, dim=1), F.normalize(weight, dim=1)
-        centre_loss, cross_entropy, _ = _op(unit, labels, None, prototypes, bias, *settings)
+        gradient = _wants_gradient(unit, prototypes, bias)
+        centre_loss, cross_entropy, *_ = _op(unit, labels, None, prototypes, bias, *settings, *gradient)
         if centres is not None:
             centre_loss = reference.centre_loss(features, labels, centres, ignore_index)
         return centre_loss, cross_entropy
-    centre_loss, cross_entropy, _ = _op(features, labels, centres, weight, bias, *settings)
+    gradient = _wants_gradient(features, weight, bias)
+    centre_loss, cross_entropy, *_ = _op(features, labels, centres, weight, bias, *settings, *gradient)
     return centre_loss, cross_entropy
+
+
+def _wants_gradient(features: Tensor, weight: Tensor, bias: Tensor) -> tuple[bool, bool]:
+    """Whether the forward should leave the entropy's gradients, and the features' among them.
+
+    A CPU makes them from a block of logits while it is there, which spares the backward a product; a GPU's kernels make
+    the logits again.
+    """
+    if features.is_cuda or forced() == "triton" or not torch.is_grad_enabled():
+        return False, False
+    return features.requires_grad or weight.requires_grad or bias.requires_grad, features.requires_grad

@@ -92,12 +92,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("seda_fast::reverse_chain", _backward, setup_context=_setup_context)
 
 
-def _check_weights(weights: ChainWeights, dim: int, condition: Tensor, modulation: Tensor) -> None:
-    device = condition.device
+def check_weights(
+    weights: ChainWeights, dim: int, condition_dim: int, modulation: Tensor, device: torch.device
+) -> None:
+    """Refuse weights of a network, or a modulation (n, L, 3, d), of the wrong shape, dtype or device.
+
+    Raises:
+        ValueError: one sentence that names the argument.
+    """
     check_tensor(weights.w_x, "w_x", (None, dim), device, "floating")
     width, blocks = weights.w_x.shape[0], len(weights.w_h)
     check_tensor(modulation, "modulation", (None, blocks, 3, width), device, "floating")
-    check_tensor(weights.w_c, "w_c", (width, condition.shape[1]), device, "floating")
+    check_tensor(weights.w_c, "w_c", (width, condition_dim), device, "floating")
     if blocks == 0 or not len(weights.b_h) == len(weights.w_o) == len(weights.b_o) == blocks:
         raise ValueError("w_h, b_h, w_o and b_o must hold one tensor for each block, and at least one")
     check_tensor(weights.w_h[0], "w_h[0]", (None, width), device, "floating")
@@ -167,7 +173,7 @@ def reverse_chain(
     check_tensor(coefficients, "coefficients", (None, 5), device, "floating")
     check_tensor(sample_ids, "sample_ids", (batch,), device, "int64")
     check_stream(stream)
-    _check_weights(weights, dim, condition, modulation)
+    check_weights(weights, dim, condition.shape[1], modulation, device)
     if modulation.shape[0] != coefficients.shape[0]:
         raise ValueError(f"modulation has {modulation.shape[0]} steps but coefficients has {coefficients.shape[0]}")
     return _op(  # type: ignore[no-any-return]

@@ -11,6 +11,11 @@ SEDA_INLINE const T* row_of(const Matrix& m, int64_t i) {
   return static_cast<const T*>(m.data) + i * m.stride;
 }
 SEDA_INLINE const float* row_of(const Table& table, int64_t i) { return table.data + i * table.stride; }
+// A vector of a row that may be absent, which stands for zeros.
+template <class T, class Width>
+SEDA_INLINE F load_any(const T* p, int64_t j, Width width) {
+  return p == nullptr ? F{} : load(p + j, width);
+}
 template <class T>
 SEDA_INLINE T* new_row_of(const Matrix& m, int64_t i) {
   return static_cast<T*>(m.data) + i * m.stride;
@@ -35,7 +40,7 @@ SEDA_INLINE TableRow table_row(const SegmentedSums& s, int64_t table, int64_t pl
   const bool began_earlier = begin > 0 && keys[s.order[begin - 1]] == key;
   const bool fresh = place == begin || keys[s.order[place - 1]] != key;
   float* const whole = began_earlier ? s.head[table] : s.table[table];
-  return {whole + (began_earlier ? chunk : key) * s.columns, fresh};
+  return {whole + (began_earlier ? chunk * s.columns : key * s.table_stride), fresh};
 }
 
 #define SEDA_BY_STORAGE(name, Arguments)                                                                       \

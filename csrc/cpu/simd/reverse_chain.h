@@ -12,8 +12,7 @@ static void add_rows(const AddArguments& a, int64_t begin, int64_t end) {
     T* m = new_row_of<T>(a.m, i);
     const T* other = a.other.data == nullptr ? nullptr : row_of<T>(a.other, i);
     over_row(a.columns, [&](int64_t j, auto part) {
-      const F added = load(m + j, part) + load(a.bias + j, part) + a.constant;
-      store(m + j, other == nullptr ? added : added + load(other + j, part), part);
+      store(m + j, load(m + j, part) + load_any(a.bias, j, part) + a.constant + load_any(other, j, part), part);
     });
   }
 }
@@ -23,12 +22,9 @@ static void plain_norm_rows(const PlainNormArguments& a, int64_t begin, int64_t 
   for (int64_t i = begin; i < end; ++i) {
     const T* h = row_of<T>(a.h, i);
     T* y = new_row_of<T>(a.y, i);
-    float* total = a.total == nullptr ? nullptr : a.total + i * a.columns;
     const RowMoments moments = row_moments(h, a.columns);
     over_row(a.columns, [&](int64_t j, auto part) {
-      const F normed = (load(h + j, part) - moments.mean) * moments.rstd;
-      store(y + j, normed, part);
-      if (total != nullptr) store(total + j, load(total + j, part) + a.weight * normed, part);
+      store(y + j, (load(h + j, part) - moments.mean) * moments.rstd, part);
     });
   }
 }

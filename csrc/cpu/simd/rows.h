@@ -29,7 +29,7 @@ struct NoisingArguments {
   const float *signal, *noise;
 };
 
-// m += bias + constant (+ other, where its data is not null).
+// m += constant (+ bias and other, where their data is not null).
 struct AddArguments {
   Storage storage;
   Matrix m, other;
@@ -38,13 +38,11 @@ struct AddArguments {
   float constant;
 };
 
-// y = n(h), and total += weight * y where total is not null; y may be h itself.
+// y = n(h); y may be h itself.
 struct PlainNormArguments {
   Storage storage;
   Matrix h, y;
   int64_t columns;
-  float* total;  // (rows, columns)
-  float weight;
 };
 
 // One step's end in the data's space: x0_hat = product + bias, result += w x0_hat, and unless it is the last step
@@ -78,18 +76,34 @@ struct ProductArguments {
 };
 
 // z = n(h) * (1 + scale[tau]) + shift[tau]; backward: z is the gradient of z, grad that of h that comes past the norm.
+// Backward, no data in grad or scale stand for zeros, and grad_h may be grad itself.
 struct NormArguments {
   Storage storage;
   Matrix h, z, grad, grad_h;
   int64_t columns;
   const int64_t* timesteps;
   Table shift, scale;
+  bool sums_result;  // backward: columns_sum takes grad_h's sum over the rows
+};
+
+// h_next = h + (1 + alpha[tau]) * (residual + bias), z = n(h_next) * (1 + scale[tau]) + shift[tau], and where total is
+// not null total += weight * z. No data in alpha, or in scale and shift, stand for zeros. h_next may be h itself.
+struct ResidualNormArguments {
+  Storage storage;
+  Matrix h, residual, h_next, z;
+  int64_t columns;
+  const float* bias;
+  const int64_t* timesteps;
+  Table alpha, shift, scale;
+  float* total;  // (rows, columns)
+  float weight;
 };
 
 // hidden = silu(pre) * gate * keep / (1 - dropout); backward: hidden holds its gradient and becomes that of pre.
 struct SiluArguments {
   Storage storage;
-  const float* bias;  // added to pre first; null where pre has it already
+  const float* bias;       // added to pre first; null where pre has it already
+  const float* gate_bias;  // the same of gate
   Matrix pre, gate, hidden, grad_gate;
   int64_t columns, seed, step, stream;
   const int64_t* sample_ids;
@@ -136,7 +150,9 @@ struct SegmentedSums {
   int64_t columns;
   const int64_t* order;  // rows, ascending by key: timestep or class
   float* columns_sum;    // (chunks, columns)
-  float* table[2];       // (T or K, columns) each; rows of keys that occur need no zeros
+  float* gates_sum;      // the same for the gates' gradient, or null
+  float* table[2];       // (T or K, columns) each, rows table_stride apart; rows of keys that occur need no zeros
+  int64_t table_stride;
   float* head[2];        // (chunks, columns) each, for a chunk's first key where it began in an earlier chunk
 };
 
@@ -151,12 +167,15 @@ struct RowKernels {
   void (*modulated_norm)(const NormArguments&, int64_t begin, int64_t end);
   void (*gated_silu)(const SiluArguments&, int64_t begin, int64_t end);
   void (*gated_residual)(const ResidualArguments&, int64_t begin, int64_t end);
+  void (*residual_norm)(const ResidualNormArguments&, int64_t begin, int64_t end);
   // The backward parts take one chunk of rows: places begin .. end - 1 of the order (rows themselves for gated_silu).
   void (*modulated_norm_backward)(const NormArguments&, const SegmentedSums&, int64_t chunk, int64_t begin,
                                   int64_t end);
   void (*gated_silu_backward)(const SiluArguments&, const SegmentedSums&, int64_t chunk, int64_t begin, int64_t end);
   void (*gated_residual_backward)(const ResidualArguments&, const SegmentedSums&, int64_t chunk, int64_t begin,
                                   int64_t end);
+  // The matrix's own sum over the rows, into columns_sum.
+  void (*column_sums)(const AddArguments&, const SegmentedSums&, int64_t chunk, int64_t begin, int64_t end);
   void (*add)(const AddArguments&, int64_t begin, int64_t end);
   void (*plain_norm)(const PlainNormArguments&, int64_t begin, int64_t end);
   void (*chain_step)(const ChainStepArguments&, int64_t begin, int64_t end);

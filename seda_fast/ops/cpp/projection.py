@@ -14,6 +14,9 @@ from ..projection import _reference, _reference_backward
 # A block of logits: at most so many classes, and rows for 1 MiB of float32 (the second cache's order).
 _BLOCK_CLASSES = 512
 _BLOCK_LOGITS = 2**18
+# A block that makes gradients too: its rows have all classes, for 4 MiB of float32. With fewer rows the weights and the
+# sum over rows go through the products too often.
+_GRADIENT_LOGITS, _FEWEST_ROWS = 2**20, 128
 
 
 def _blocks(batch: int, classes: int) -> Iterator[tuple[slice, slice]]:
@@ -34,15 +37,26 @@ def semantic_projection(
     temperature: float,
     label_smoothing: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op ``seda_fast::semantic_projection``: a block of logits lives until its sums are taken."""
+    gradient: bool = False,
+    feature_gradient: bool = False,
+) -> tuple[Tensor, ...]:
+    """The op ``seda_fast::semantic_projection``: a block of logits lives until its sums are taken.
+
+    With ``gradient`` it lives until its share of the gradients is, too.
+    """
     cpp = torch.ops.seda_fast_cpp
     (batch, _), classes = features.shape, weight.shape[0]
     state = torch.tensor([-torch.inf, 0.0, 0.0, 0.0]).repeat(batch, 1)
-    for columns, rows in _blocks(batch, classes):
-        logits = torch.addmm(bias[columns], features[rows], weight[columns].t())
-        cpp.logits_block(logits, labels[rows], columns.start, classes, temperature, ignore_index, state[rows])
-    return cpp.projection_losses(  # type: ignore[no-any-return]
+    found: tuple[Tensor, ...] = tuple(features.new_empty(0) for _ in range(3))
+    if gradient:
+        found = _losses_and_gradients(
+            features, labels, weight, bias, temperature, label_smoothing, ignore_index, feature_gradient, state
+        )
+    else:
+        for columns, rows in _blocks(batch, classes):
+            logits = torch.addmm(bias[columns], features[rows], weight[columns].t())
+            cpp.logits_block(logits, labels[rows], columns.start, classes, temperature, ignore_index, state[rows])
+    losses = cpp.projection_losses(
         state,
         as_rows(features),
         labels,
@@ -51,6 +65,45 @@ def semantic_projection(
         label_smoothing,
         ignore_index,
     )
+    return *losses, *found
+
+
+def _losses_and_gradients(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    temperature: float,
+    label_smoothing: float,
+    ignore_index: int,
+    feature_gradient: bool,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill ``state`` as `logits_block` does, and return the gradients of the cross entropy.
+
+    Blocks have all classes of some rows, so that their sums are whole while the logits are there.
+    """
+    cpp, (batch, dim), classes, dtype = torch.ops.seda_fast_cpp, features.shape, weight.shape[0], features.dtype
+    scale = 1.0 / (max(1, int((labels != ignore_index).sum())) * temperature)
+    d_features = torch.empty(batch if feature_gradient else 0, dim, dtype=dtype)
+    d_weight, d_bias = torch.zeros(weight.shape), torch.zeros(bias.shape)
+    tall = max(_FEWEST_ROWS, _GRADIENT_LOGITS // max(1, classes))
+    for row in range(0, batch, tall):
+        rows = slice(row, min(row + tall, batch))
+        logits = torch.addmm(bias, features[rows], weight.t())
+        cpp.logits_block(logits, labels[rows], 0, classes, temperature, ignore_index, state[rows])
+        normaliser = state[rows, 0] + state[rows, 1].log()
+        d_bias += cpp.logits_block_backward(
+            logits, labels[rows], 0, classes, temperature, ignore_index, normaliser, scale, label_smoothing
+        )
+        if feature_gradient:
+            torch.mm(logits, weight, out=d_features[rows])
+        if row == 0 and dtype == torch.float32:
+            torch.mm(logits.t(), features[rows], out=d_weight)
+        else:
+            _add_product(d_weight, logits.t(), features[rows])
+    empty = features.new_empty(0)
+    return d_features if feature_gradient else empty, d_weight.to(dtype), d_bias.to(dtype)
 
 
 def semantic_projection_backward(

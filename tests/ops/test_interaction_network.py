@@ -1,0 +1,209 @@
+"""Interaction network: every backend's whole PFIN against the float64 definition, values and gradients."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from seda_fast import reference
+from seda_fast.ops import ChainWeights, embed_condition, interaction_block, interaction_network, use_backend
+
+OPERATION = "interaction_network"
+
+
+class Case(NamedTuple):
+    """Sizes of one call; ``hidden`` is m*d, ``conditions`` the widths of the condition's parts."""
+
+    batch: int
+    dim: int
+    conditions: tuple[int, ...]
+    width: int
+    hidden: int
+    blocks: int
+    steps: int
+    dropout: float = 0.0
+    sorted_steps: bool = True
+
+
+CASES = [
+    Case(0, 5, (3,), 8, 8, 1, 3, dropout=0.3),
+    Case(1, 5, (3, 4), 8, 16, 2, 3, dropout=0.4),
+    Case(7, 12, (9, 5, 2), 20, 24, 3, 5, sorted_steps=False),
+    Case(70, 20, (8,), 40, 50, 2, 9, dropout=0.2),
+    Case(100, 33, (17, 6), 36, 68, 1, 2, dropout=0.1, sorted_steps=False),
+]
+KEYS = {"seed": torch.tensor(77), "step": torch.tensor(5), "stream": 8}
+
+
+def operands(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+    """Floating operands, flat and in the order of the op, and the timesteps."""
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, dtype=torch.float64, device=device) * scale).to(dtype)
+
+    batch, dim, conditions, d, hidden, blocks, steps = case[:7]
+    gates = blocks * hidden
+    flat = [draw(batch, dim), *(draw(batch, c) for c in conditions), draw(steps, blocks, 3, d, scale=0.3)]
+    flat += [draw(d, dim, scale=dim**-0.5), draw(d, scale=0.1), draw(d, sum(conditions), scale=0.3), draw(d, scale=0.1)]
+    flat += [draw(gates, d, scale=0.3 * d**-0.5), draw(gates, scale=0.1)]
+    flat += [draw(hidden, d, scale=d**-0.5) for _ in range(blocks)] + [draw(hidden, scale=0.1) for _ in range(blocks)]
+    flat += [draw(d, hidden, scale=hidden**-0.5) for _ in range(blocks)] + [draw(d, scale=0.1) for _ in range(blocks)]
+    flat += [draw(dim, d, scale=d**-0.5), draw(dim, scale=0.1)]
+    tau = torch.randint(0, steps, (batch,), device=device)
+    return flat, tau.sort().values if case.sorted_steps else tau
+
+
+def parts(case: Case, flat: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor, ChainWeights]:
+    left = iter(flat)
+    take = lambda n: [next(left) for _ in range(n)]  # noqa: E731
+    x, conditions, modulation, narrow = next(left), take(len(case.conditions)), next(left), take(6)
+    return x, conditions, modulation, ChainWeights(*narrow, *(take(case.blocks) for _ in range(4)), *take(2))
+
+
+def by_blocks(case: Case, flat: list[Tensor], tau: Tensor) -> Tensor:
+    """The formula in other words: the network as a loop over `interaction_block`."""
+    x, conditions, modulation, w = parts(case, flat)
+    normed, gates = embed_condition(torch.cat(conditions, 1), w.w_c, w.b_c, w.w_g, w.b_g)
+    h = torch.nn.functional.linear(x, w.w_x, w.b_x) + normed
+    for i, gate in enumerate(gates.chunk(case.blocks, dim=1)):
+        keys = {**KEYS, "stream": 8 + i, "sample_ids": torch.arange(case.batch), "dropout": case.dropout}
+        h = interaction_block(h, gate, tau, *modulation[:, i].unbind(1), w.w_h[i], w.b_h[i], w.w_o[i], w.b_o[i], **keys)
+    return torch.nn.functional.linear(reference.layer_norm(h), w.w_y, w.b_y)
+
+
+def by_op(case: Case, flat: list[Tensor], tau: Tensor) -> Tensor:
+    x, conditions, modulation, weights = parts(case, flat)
+    ids = torch.arange(case.batch, device=x.device)
+    return interaction_network(x, conditions, tau, modulation, weights, **KEYS, dropout=case.dropout, sample_ids=ids)
+
+
+def run(network: Callable[..., Tensor], case: Case, flat: list[Tensor], tau: Tensor, weight: Tensor) -> list[Tensor]:
+    """The prediction and the gradients of all floating operands."""
+    leaves = [t.detach().requires_grad_() for t in flat]
+    value = network(case, leaves, tau)
+    return [value.detach(), *torch.autograd.grad(value, leaves, weight.to(value.dtype))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(lane: Any, case: Case, no_worse_than_eager: Callable[..., None]) -> None:
+    for dtype in lane.dtypes():
+        flat, tau = operands(case, dtype, lane.device)
+        weight = torch.randn(case.batch, case.dim, device=lane.device).to(dtype)
+        got = run(by_op, case, flat, tau, weight)
+        with use_backend("reference"):
+            eager = run(by_blocks, case, flat, tau, weight)
+            exact = run(by_blocks, case, [t.double() for t in flat], tau, weight.double())
+        for i, result in enumerate(got):
+            no_worse_than_eager(result, eager[i], exact[i], f"result {i} in {dtype}")
+
+
+def test_the_reference_backward_is_the_derivative() -> None:
+    case = Case(5, 4, (3, 2), 6, 8, 2, 4, dropout=0.3)
+    flat, tau = operands(case, torch.float64, "cpu")
+    leaves = [t.requires_grad_() for t in flat]
+    assert torch.autograd.gradcheck(lambda *given: by_op(case, list(given), tau), leaves)
+
+
+def test_saved_tensors_of_one_backend_serve_the_other() -> None:
+    case = CASES[3]
+    flat, tau = operands(case, torch.float32, "cpu")
+    leaves = [t.requires_grad_() for t in flat]
+    for forward, backward in (("reference", "cpp"), ("cpp", "reference")):
+        with use_backend(forward):
+            try:
+                value = by_op(case, leaves, tau)
+            except RuntimeError as reason:
+                pytest.skip(f"test_saved_tensors_of_one_backend_serve_the_other: {reason}")
+        with use_backend(backward):
+            got = torch.autograd.grad(value.square().sum(), leaves)
+        expected = torch.autograd.grad(by_op(case, leaves, tau).square().sum(), leaves)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_nobody_asks_for_are_not_made(lane: Any) -> None:
+    case = CASES[2]
+    flat, tau = operands(case, torch.float32, lane.device)
+    leaves = [t.requires_grad_(i not in (0, 1, 3)) for i, t in enumerate(flat)]
+    value = by_op(case, leaves, tau)
+    value.sum().backward()
+    assert [t.grad is None for t in leaves[:4]] == [True, True, False, True]
+    everything = run(by_op, case, flat, tau, torch.ones_like(value))
+    torch.testing.assert_close(leaves[2].grad, everything[3])
+    torch.testing.assert_close(leaves[-1].grad, everything[-1])
+
+
+def test_results_do_not_depend_on_the_number_of_threads(lane: Any) -> None:
+    if lane.backend != "cpp":
+        pytest.skip(f"{lane}: what PyTorch sums by itself may depend on it")
+    # Equal up to the vendor's GEMM; the parts of our own are compared bit by bit in test_cpp.
+    case = Case(700, 8, (8,), 16, 16, 2, 9, dropout=0.1, sorted_steps=False)
+    flat, tau = operands(case, torch.float32, "cpu")
+    weight = torch.randn(case.batch, case.dim)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            results.append(run(by_op, case, flat, tau, weight))
+    finally:
+        torch.set_num_threads(before)
+    for one, four in zip(*results, strict=True):
+        torch.testing.assert_close(one, four, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_operands(lane: Any) -> None:
+    case = CASES[3]
+    flat, tau = operands(case, torch.float32, lane.device)
+    weight = torch.randn(case.batch, case.dim, device=lane.device)
+    spread = [t.mT.contiguous().mT if t.ndim == 2 else torch.stack((t, t), -1)[..., 0] for t in flat]
+    dense, strided = run(by_op, case, flat, tau, weight), run(by_op, case, spread, tau, weight)
+    for a, b in zip(dense, strided, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_operator_is_well_registered() -> None:
+    case = CASES[3]
+    flat, tau = operands(case, torch.float32, "cpu")
+    x, conditions, modulation, w = parts(case, [t.requires_grad_() for t in flat])
+    keys = (0.2, torch.tensor(1), torch.tensor(2), torch.arange(case.batch), 6)
+    given = (x, conditions, tau, modulation, *w[:6], *map(list, w[6:10]), *w[10:], *keys)
+    torch.library.opcheck(torch.ops.seda_fast.interaction_network.default, given)
+
+
+def test_compiles_whole() -> None:
+    case = CASES[1]
+    flat, tau = operands(case, torch.float32, "cpu")
+    compiled = torch.compile(lambda given: by_op(case, given, tau), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(flat), by_op(case, flat, tau))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"conditions": []}, "conditions must hold at least one tensor"),
+        ({"conditions": [torch.ones(6, 2)]}, r"conditions\[0\] must have shape \(7, any\), not \(6, 2\)"),
+        ({"conditions": [torch.ones(7, 2)]}, r"w_c must have shape \(20, 2\), not \(20, 16\)"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
+        ({"dropout": 0.5}, "dropout needs seed, step and sample_ids"),
+        ({"stream": 254}, "stream must be in 0 .. 255, not 256"),
+        ({"timesteps": torch.zeros(7)}, "timesteps must be integer, not torch.float32"),
+        ({"x": torch.ones(7)}, r"x must have shape \(any, any\), not \(7,\)"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(change: dict[str, Any], sentence: str) -> None:
+    case = CASES[2]
+    flat, tau = operands(case, torch.float32, "cpu")
+    x, conditions, modulation, weights = parts(case, flat)
+    given = {"x": x, "conditions": conditions, "timesteps": tau, "modulation": modulation, "weights": weights} | change
+    with pytest.raises(ValueError, match=sentence):
+        interaction_network(**given)
+
+
+def test_timesteps_outside_the_tables_are_refused() -> None:
+    case = CASES[2]
+    flat, tau = operands(case, torch.float32, "cpu")
+    with pytest.raises((RuntimeError, IndexError), match=r"timesteps\[\d\] is 9|out of range|out of bounds"):
+        by_op(case, flat, torch.full_like(tau, 9))
