@@ -512,7 +512,7 @@ def shop(folder: Path) -> Arrays:
 
 @pytest.mark.slow
 def test_shop_photos_are_classified_as_well_as_by_a_linear_probe(shared_data: Path, tmp_path: Path) -> None:
-    """Over 3 seeds mAP was 77.2 to 77.9, the linear probe's 75.0; each class by chance 7.3."""
+    """With seed 0 mAP was 77.2 after 10 and after 20 epochs, the linear probe's 75.0; each class by chance 7.3."""
     content = shop(shared_data)
     data = write(tmp_path / "shop.npz", content)
     assert train.main(["--data", str(data), "--out", str(tmp_path / "run"), "--no-baselines", "--epochs", "8"]) == 0
