@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -352,8 +353,8 @@ def interaction_network_forward(
     per_block = zip((1 + (gates + b_g)).chunk(len(w_h), dim=1), w_h, b_h, w_o, b_o, keeps, strict=True)
     for layer, (gate, *weights, keep) in enumerate(per_block):
         shift, scale, alpha = modulation[:, layer].unbind(1)
-        operands = (states[-1], gate, timesteps, shift, scale, alpha)
-        h_next, residual, pre, hidden = interaction_block_forward(*operands, *weights, keep, dropout)
+        given: list[Any] = [states[-1], gate, timesteps, shift, scale, alpha, *weights, keep, dropout]
+        h_next, residual, pre, hidden = interaction_block_forward(*given)
         tau = timesteps.long()
         modulated.append(layer_norm(states[-1]) * (1 + scale[tau]) + shift[tau])
         states.append(h_next)
@@ -400,10 +401,9 @@ def interaction_network_backward(
     found: list[list[Tensor]] = [[], [], [], []]
     for i in reversed(range(blocks)):
         tables = modulation[:, i].unbind(1)
-        kept = (residual[i] + b_o[i], pre[i] + b_h[i], hidden[i], keeps[i], dropout)
-        d_h, d_gate, *d_tables, d_w_h, d_b_h, d_w_o, d_b_o = interaction_block_backward(
-            d_h, states[i], gate[i], timesteps, *tables, w_h[i], w_o[i], *kept
-        )
+        given: list[Any] = [d_h, states[i], gate[i], timesteps, *tables, w_h[i], w_o[i]]
+        given += [residual[i] + b_o[i], pre[i] + b_h[i], hidden[i], keeps[i], dropout]
+        d_h, d_gate, *d_tables, d_w_h, d_b_h, d_w_o, d_b_o = interaction_block_backward(*given)
         d_modulation[:, i] = torch.stack(d_tables, dim=1)
         d_gates.insert(0, d_gate)
         for parts, value in zip(found, (d_w_h, d_b_h, d_w_o, d_b_o), strict=True):

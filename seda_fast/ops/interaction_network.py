@@ -25,14 +25,14 @@ def _keeps(
 def _reference(*args: Any) -> tuple[Tensor, ...]:
     *operands, dropout, seed, step, sample_ids, stream = args
     keeps = _keeps(operands[8].shape[0], len(operands[10]), dropout, seed, step, sample_ids, stream)
-    prediction, saved = reference.interaction_network_forward(*operands, keeps, dropout)
+    prediction, saved = reference.interaction_network_forward(*[*operands, keeps, dropout])
     return prediction, *saved
 
 
 def _reference_backward(*args: Any) -> list[Tensor]:
     *operands, dropout, seed, step, sample_ids, stream, saved, wanted = args
     keeps = _keeps(operands[7].shape[0], len(operands[9]), dropout, seed, step, sample_ids, stream)
-    found = reference.interaction_network_backward(*operands, saved, keeps, dropout)
+    found = reference.interaction_network_backward(*[*operands, saved, keeps, dropout])
     places = [0, *range(len(found) - len(wanted) + 1, len(found))]
     for place, asked in zip(places, wanted, strict=True):
         if not asked:
@@ -68,6 +68,7 @@ _op = define(
     "Tensor residual, Tensor states, Tensor modulated)",
     _reference,
     _fake,
+    autocast={*range(16)} - {2},
 )
 _backward_op = define(
     "interaction_network_backward",

@@ -73,10 +73,18 @@ def _reference_backward(
 
 
 def _fake(
-    features: Tensor, labels: Tensor, centres: Tensor | None, weight: Tensor, bias: Tensor, *rest: Any
+    features: Tensor,
+    labels: Tensor,
+    centres: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    temperature: float,
+    label_smoothing: float,
+    ignore_index: int,
+    gradient: bool = False,  # PyTorch leaves out arguments that have their default
+    feature_gradient: bool = False,
 ) -> tuple[Tensor, ...]:
     compute = torch.promote_types(features.dtype, torch.float32)
-    gradient, feature_gradient = rest[3:] or (False, False)
     return (
         features.new_empty((), dtype=compute),
         features.new_empty((), dtype=compute),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seda_fast import SeDA, SeDAConfig
+from seda_fast.nn.interaction import PFIN
 from seda_fast.ops import chained_interaction_block, interaction_block, q_sample, semantic_projection, use_backend
 
 HALF = [torch.bfloat16, torch.float16]
@@ -29,13 +30,22 @@ def block(x: Tensor) -> Tensor:
     return interaction_block(x, gate, tau, *TABLES, W_H, torch.zeros(16), W_O, torch.zeros(8), dropout=0.1, **KEYS)
 
 
+def network(x: Tensor) -> Tensor:
+    """A whole PFIN, in training on a CPU one operation."""
+    torch.manual_seed(0)
+    made = PFIN(8, 8, width=8, expansion=2, blocks=2, time_embedding=8, steps=4)
+    return made(x, (x.detach(),), torch.arange(6) % 4)
+
+
 def losses(x: Tensor) -> Tensor:
     centre, entropy = semantic_projection(x, torch.arange(6) % 5, CLASSES, CLASSES, torch.zeros(5))
     return centre + entropy
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(("operation", "result"), [(noised, None), (block, None), (losses, torch.float32)])
+@pytest.mark.parametrize(
+    ("operation", "result"), [(noised, None), (block, None), (network, None), (losses, torch.float32)]
+)
 def test_an_operation_runs_in_the_region_s_dtype(
     operation: Callable[[Tensor], Tensor], result: torch.dtype | None, dtype: torch.dtype
 ) -> None:
