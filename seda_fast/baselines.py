@@ -133,7 +133,6 @@ class Baseline:
         Minus infinity for a class that `linear` or the probe of `one_step_mse` never saw.
         """
 
-
         def log_proba(v: Tensor) -> Tensor:
             logits: Tensor = self.network.head(self.network.trunk(v))
             return functional.logsigmoid(logits) if self.multi_label else logits.log_softmax(dim=1)

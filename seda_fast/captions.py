@@ -20,19 +20,21 @@ PARTS = ("train", "test")
 @dataclass(frozen=True)
 class Captions:
     """N rows: ``images`` paths relative to the images' folder; ``texts``, "" where there is none; ``labels`` (N,)
-    int64, numbers of ``class_names``, -1 where there is none; ``train`` (N,) bool, or None without a column split."""
+    int64, numbers of ``class_names``, or (N, K) int8 of 0 and 1 where a row may carry several, -1 where there is none;
+    ``train`` (N,) bool, or None without a column split."""
 
     images: tuple[str, ...]
     texts: tuple[str, ...]
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64] | NDArray[np.int8]
     train: NDArray[np.bool_] | None
     class_names: tuple[str, ...]
 
 
-def read_captions(path: Path) -> Captions:
+def read_captions(path: Path, separator: str = "") -> Captions:
     """Read and check a UTF-8 CSV file with a header line.
 
     An empty text is a missing one, an empty label an unlabelled row. Classes are sorted, as numbers where all are.
+    With a ``separator`` a label names any number of classes; the separator alone is a row that carries none.
 
     Raises:
         DataError: one sentence that names the file and the line.
@@ -45,8 +47,9 @@ def read_captions(path: Path) -> Captions:
             raise DataError(f"cannot be read as a UTF-8 table ({error})") from error
         if not rows:
             raise DataError("holds no row below its header")
-        labels = [row["label"].strip() for row in rows]
-        names = sorted({label for label in labels if label}, key=_order(labels))
+        labels = [_carried(row["label"].strip(), separator) for row in rows]
+        named = {name for label in labels for name in label or ()}
+        names = sorted(named, key=_order(named))
         if not names:
             raise DataError("gives no row a label")
         if not any(row["text"].strip() for row in rows):
@@ -59,18 +62,38 @@ def read_captions(path: Path) -> Captions:
         return Captions(
             tuple(row["image"] for row in rows),
             tuple(row["text"].strip() for row in rows),
-            np.array([numbers.get(label, -1) for label in labels], dtype=np.int64),
+            _several(labels, numbers) if separator else _single(labels, numbers),
             train,
             tuple(names),
         )
 
 
-def _order(labels: list[str]) -> type[int] | None:
+def _carried(label: str, separator: str) -> list[str] | None:
+    """The classes that a label names; None where there is no label."""
+    if not label:
+        return None
+    return [name.strip() for name in label.split(separator) if name.strip()] if separator else [label]
+
+
+def _single(labels: list[list[str] | None], numbers: dict[str, int]) -> NDArray[np.int64]:
+    return np.array([-1 if label is None else numbers[label[0]] for label in labels], dtype=np.int64)
+
+
+def _several(labels: list[list[str] | None], numbers: dict[str, int]) -> NDArray[np.int8]:
+    found = np.zeros((len(labels), len(numbers)), dtype=np.int8)
+    for row, label in zip(found, labels, strict=True):
+        row[[numbers[name] for name in label or ()]] = 1
+        if label is None:
+            row[:] = -1
+    return found
+
+
+def _order(names: set[str]) -> type[int] | None:
     try:
-        different = {int(label) for label in labels if label}
+        different = {int(name) for name in names}
     except ValueError:
         return None
-    return int if len(different) == len({label for label in labels if label}) else None
+    return int if len(different) == len(names) else None
 
 
 def _rows(file: Iterator[str]) -> Iterator[dict[str, str]]:
@@ -96,10 +119,11 @@ def _rows(file: Iterator[str]) -> Iterator[dict[str, str]]:
         yield row
 
 
-def _check_split(labels: list[str], train: NDArray[np.bool_]) -> None:
+def _check_split(labels: list[list[str] | None], train: NDArray[np.bool_]) -> None:
     if not train.any():
         raise DataError("has no row whose split is train")
-    known = {label for label, is_train in zip(labels, train, strict=True) if is_train}
+    known = {name for label, is_train in zip(labels, train, strict=True) if is_train for name in label or ()}
     for label, is_train in zip(labels, train, strict=True):
-        if not is_train and label and label not in known:
-            raise DataError(f"the class {show(label)} is in the test part but not in the training part")
+        unknown = [name for name in label or () if name not in known and not is_train]
+        if unknown:
+            raise DataError(f"the class {show(unknown[0])} is in the test part but not in the training part")

@@ -50,6 +50,9 @@ class ExtractConfig:
 
     images: str = setting("", "folder of the images")
     captions: str = setting("", "a .csv file with the columns image, text, label and optionally split (train, test)")
+    label_separator: str = setting(
+        "", "what parts several classes in a label (multi-label); empty: one class a row"
+    )
     vision: str = setting("", "folder or cached name of a transformers, timm or open_clip model, or timm:NAME=FILE")
     text: str = setting("tfidf", "tfidf, or folder, cached name or package of a sentence-transformers model")
     text_dim: int = setting(256, "largest size of a tfidf feature")
@@ -229,19 +232,9 @@ def see_texts(texts: Sequence[str], train: NDArray[np.bool_], encoder: TextEncod
 
 def captioned(captions: Captions, kept: NDArray[np.bool_], visual: Features, text: Features) -> dict[str, Any]:
     """The arrays that training reads, of the rows that were kept."""
-    labels = captions.labels[kept]
-    train = np.ones(len(labels), dtype=bool) if captions.train is None else captions.train[kept]
-    # A class may have lost all its images: the rest is numbered anew.
-    left = np.unique(labels[train & (labels >= 0)])
-    if not len(left):
-        raise DataError("no labelled training row is left")
-    lost = ~np.isin(labels, left) & (labels >= 0)
-    if lost.any():
-        name = captions.class_names[int(labels[lost][0])]
-        raise DataError(f"no training image of the class '{name}' can be used, but test images of it can")
-    numbers = np.full(len(captions.class_names) + 1, -1, dtype=np.int64)
-    numbers[left] = np.arange(len(left))
-    labels = numbers[labels]
+    train = np.ones(len(captions.labels), dtype=bool) if captions.train is None else captions.train
+    labels, left = _numbered_anew(captions, kept, train)
+    train = train[kept]
     arrays: dict[str, Any] = {}
     for part, chosen in (("train", train), ("test", ~train)):
         if chosen.any():
@@ -249,6 +242,26 @@ def captioned(captions: Captions, kept: NDArray[np.bool_], visual: Features, tex
             arrays[f"text_{part}"] = text[chosen]
     arrays["class_names"] = np.array([captions.class_names[k] for k in left])
     return arrays
+
+
+def _numbered_anew(
+    captions: Captions, kept: NDArray[np.bool_], train: NDArray[np.bool_]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The labels of the rows that were kept, and the numbers of the classes that still have a training image."""
+    labels, train = captions.labels[kept], train[kept]
+    carried = labels > 0 if labels.ndim == 2 else labels[:, None] == np.arange(len(captions.class_names))
+    left = np.flatnonzero(carried[train].any(0))
+    if not len(left):
+        raise DataError("no labelled training row is left")
+    lost = np.setdiff1d(np.flatnonzero(carried.any(0)), left)
+    if len(lost):
+        name = captions.class_names[int(lost[0])]
+        raise DataError(f"no training image of the class '{name}' can be used, but test images of it can")
+    if labels.ndim == 2:
+        return labels[:, left], left
+    numbers = np.full(len(captions.class_names) + 1, -1, dtype=np.int64)
+    numbers[left] = np.arange(len(left))
+    return numbers[labels], left
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
@@ -288,7 +301,7 @@ def extract(config: ExtractConfig) -> str:
         raise DataError(f"--out {out} is there already; give another name or --overwrite")
     if not Path(config.images).is_dir():
         raise DataError(f"--images {config.images} is not a folder")
-    captions = read_captions(Path(config.captions)) if config.captions else None
+    captions = read_captions(Path(config.captions), config.label_separator) if config.captions else None
     # An image may stand in several rows, with a caption each, and is seen once.
     images = list(dict.fromkeys(captions.images)) if captions else find_images(Path(config.images))
     if not images:

@@ -101,7 +101,6 @@ def write(config: PredictConfig, ranks: Ranks) -> None:
     if features is not None:
         write_features(features, outputs, rows.ids)
 
-
     def write_table(file: IO[str]) -> None:
         if model.config.multi_label:
             write_multi_label_csv(file, outputs, rows.ids, model.class_names, config.threshold)

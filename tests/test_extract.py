@@ -440,6 +440,63 @@ def test_classes_are_sorted_as_numbers_where_all_are(tmp_path: Path) -> None:
     assert found.train is None
 
 
+SEVERAL = """image,text,label,split
+a.png,red and round,red; round,train
+b.png,red,red,train
+c.png,neither,;,train
+d.png,unknown,,train
+e.png,round,round;red,test
+"""
+
+
+def test_a_separator_gives_rows_several_classes(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text(SEVERAL, encoding="utf-8")
+    found = read_captions(path, ";")
+    assert found.class_names == ("red", "round")
+    assert found.labels.dtype == np.int8
+    assert found.labels.tolist() == [[1, 1], [1, 0], [0, 0], [-1, -1], [1, 1]]
+    with pytest.raises(DataError, match="the class 'round;red' is in the test part but not in the training part"):
+        read_captions(path)
+    path.write_text(SEVERAL + "f.png,blue,blue;red,test\n", encoding="utf-8")
+    with pytest.raises(DataError, match="the class 'blue' is in the test part but not in the training part"):
+        read_captions(path, ";")
+
+
+def test_a_class_that_lost_its_images_leaves_the_labels(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text(SEVERAL.replace("b.png,red,red,", "b.png,blue,blue,"), encoding="utf-8")
+    captions = read_captions(path, ";")
+    assert captions.class_names == ("blue", "red", "round")
+    kept = np.array([True, False, True, True, True])
+    visual, text = np.zeros((4, 2), np.float32), np.zeros((4, 3), np.float32)
+    arrays = extract.captioned(captions, kept, visual, text)
+    assert arrays["class_names"].tolist() == ["red", "round"]
+    assert arrays["label_train"].tolist() == [[1, 1], [0, 0], [-1, -1]]
+    assert arrays["label_test"].tolist() == [[1, 1]]
+    with pytest.raises(DataError, match="no training image of the class 'red' can be used, but test images of it can"):
+        extract.captioned(captions, np.array([False, True, True, True, True]), visual, text)
+
+
+def test_images_with_several_classes_train_and_predict(
+    tiles: Path, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tiles / "captions.csv"
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    write_captions(table, [{**row, "label": f"{row['label']};all"} for row in rows])
+    assert extract.main(options(tiles, vit, "--label-separator", ";")) == 0
+    with np.load(tiles / "features.npz", allow_pickle=False) as found:
+        names = found["class_names"].tolist()
+        assert set(names) == {row["label"] for row in rows} | {"all"}
+        assert found["label_train"][:, names.index("all")].all()
+        assert (found["label_train"].sum(1) == 2).all()
+    small = ["--width", "16", "--blocks", "1", "--epochs", "1", "--no-baselines"]
+    out = str(tmp_path / "run")
+    assert train.main(["--data", str(tiles / "features.npz"), "--out", out, *small]) == 0
+    assert "mAP" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------ models
 
 
