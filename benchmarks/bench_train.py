@@ -207,6 +207,34 @@ def bench_training_step(contest: Any, device: torch.device, quick: bool, workloa
     contest(workload(title, "interaction_block", moved, 6 * rows * products(model), dtype), steps, check)
 
 
+def bench_epoch(contest: Any, device: torch.device, quick: bool, workload: Any) -> None:
+    """What a whole run of ``python -m seda_fast.train`` repeats: an epoch of 20 batches with the defaults."""
+    rows, batches = (32, 2) if quick else (256, 20)
+    config = SeDAConfig(**{**SIZES, **(SMALL if quick else {})})
+    settings, data = TrainConfig(), training_set(config, batches * rows, device)
+    model = SeDA(config).to(device)
+    assert_same_loss(model, data, min(rows, 64))
+    steps = {
+        "seda_fast": ours(copy.deepcopy(model), data, rows, settings),
+        "eager": Plain(copy.deepcopy(model), data, rows, plain_loss, settings).step,
+    }
+
+    def epoch(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: torch.stack([step() for _ in range(batches)]).mean()
+
+    def check(name: str, result: Tensor) -> None:
+        assert torch.isfinite(result), name
+
+    parameters = sum(p.nbytes for p in model.parameters())
+    moved = batches * (10.0 * parameters + 4.0 * rows * (config.visual_dim + config.text_dim))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    work = workload(
+        f"an epoch, {batches} batches of {rows}", "interaction_block", moved,
+        6 * batches * rows * products(model), dtype,
+    )  # fmt: skip
+    contest(work, {name: epoch(step) for name, step in steps.items()}, check)
+
+
 GROWING_ROWS = (1, 16, 256, 1024, 4096, 16384, 65536)
 GROWTH: dict[str, tuple[str, dict[str, Sequence[int]]]] = {
     "rows of a batch, B": ("batch", dict.fromkeys(("cpu", "cuda"), GROWING_ROWS)),

@@ -231,8 +231,9 @@ def test_half_precisions_keep_float32_masters_and_stay_near(precision: Any) -> N
     exact.run()
     half.run()
     assert all(p.dtype == torch.float32 for p in half.model.parameters())
-    # fp16 begins with a scale that may be too large, and then leaves out a step.
-    assert half.history[0].losses == pytest.approx(exact.history[0].losses, rel=0.1)
+    # fp16 begins with a scale that is too large, and so leaves out one of the epoch's five steps.
+    near = 0.15 if precision == "fp16" else 0.1
+    assert half.history[0].losses == pytest.approx(exact.history[0].losses, rel=near)
     assert half.history[-1].losses["total"] == pytest.approx(exact.history[-1].losses["total"], rel=0.05)
     assert half.history[-1].losses != exact.history[-1].losses
 

@@ -76,7 +76,7 @@ def test_scikit_learn_checks(estimator: SeDAClassifier, check: Any) -> None:
 def test_every_setting_is_a_parameter_with_the_default_of_config() -> None:
     given = SeDAClassifier().get_params()
     from_config = {f.name: f.default for c in (SeDAConfig, TrainConfig) for f in dataclasses.fields(c)}
-    for name in ("visual_dim", "text_dim", "n_classes", "seed"):
+    for name in ("visual_dim", "text_dim", "n_classes", "class_text", "multi_label", "seed"):
         assert name not in given
         del from_config[name]
     assert given == {**from_config, "device": "auto", "unlabelled": None, "random_state": None}

@@ -27,7 +27,7 @@ def test_a_profiled_run_prints_shares_and_writes_a_trace(tmp_path: Path, capfd: 
     assert train.main([*arguments, str(tmp_path / "run"), "--profile"]) == 0
     shown = capfd.readouterr().out
     assert "share of time in 1 training steps" in shown
-    assert "seda_fast::interaction_block" in json.dumps(json.loads((tmp_path / "run" / "trace.json").read_text()))
+    assert "seda_fast::interaction_network" in json.dumps(json.loads((tmp_path / "run" / "trace.json").read_text()))
     assert not (tmp_path / "plain" / "trace.json").exists()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "run")]
     assert weights[0] == weights[1]
