@@ -116,11 +116,6 @@ def refusal(op: str, backend: str, device_type: str) -> str | None:
     return None if implementation is None else implementation.unavailable(device_type)
 
 
-def forced_backend() -> str:
-    """The backend that `use_backend` forces now, or "auto"."""
-    return _forced
-
-
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Force one backend for every operation called inside the block, in all threads.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import check_tensor, forced_backend
+from ._dispatch import check_tensor, forced
 
 # Rows of the measurement: what a training step has, and enough to fill the device.
 _MEASURED_ROWS = {"cpu": 256, "cuda": 4096}
@@ -87,7 +87,7 @@ def memory_read(
     for name, weight, bias in (("q", w_q, b_q), ("r", w_r, b_r)):
         check_tensor(weight, f"w_{name}", (width, width), device, "floating")
         check_tensor(bias, f"b_{name}", (width,), device, "floating")
-    if forced_backend() == "reference":
+    if forced() == "reference":
         return reference.memory_read(h, keys, values, w_q, b_q, w_r, b_r, heads)
     query = F.linear(reference.layer_norm(h), w_q, b_q)
     q, k, v = (x.unflatten(1, (heads, -1))[None] for x in (query, keys, values))
