@@ -213,6 +213,7 @@ class Stepper:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.average = MovingAverage(model.parameters(), settings.ema_decay)
         captured = self.plan.used == "graph"
+        # Of every step of the run, where steps must not read the host; also after a capture that failed.
         self._rates: Tensor | None = None
         rate: float | Tensor = settings.learning_rate
         if captured:
@@ -319,7 +320,7 @@ class Stepper:
 
     def steps(self, parts: list[Tensor]) -> Iterator[None]:
         """Train on the batches ``parts`` of row numbers, yielding after each."""
-        if self.plan.used == "graph":
+        if self._rates is not None:
             yield from self._graphed(parts)
             return
         if not self.ranks.alone and not self._rehearsed:
@@ -414,6 +415,7 @@ class Stepper:
             except RuntimeError as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 self._fall("engine graph", "eager", f"it failed: {reason}", steps=self.total_steps - self.done)
+                self.plan = self.plan._replace(used="eager")
         replayed = whole if self._graph is not None else []
         if self._graph is not None and replayed:
             self._graph.order(torch.cat(replayed))
