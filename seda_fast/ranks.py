@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+
+
+# Seconds.
+_LETTING_GO = 0.2
 
 
 class RankLost(RuntimeError):
@@ -122,3 +127,6 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         raise RankLost("another rank has ended, so this one cannot go on") from error
     finally:
         dist.destroy_process_group()
+        # gloo's threads live on, and let go of the last tensors only after we have their values, for which they need
+        # Python's lock: at its exit, that ends the process (3 of 48 processes without this pause).
+        time.sleep(_LETTING_GO)

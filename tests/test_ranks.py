@@ -97,6 +97,16 @@ with joined(torch.device("cpu")) as ranks:
 """
 
 
+# Ends at once after ranks have exchanged something: what gloo's threads still hold must not end the process badly.
+ENDS_AT_ONCE = """
+import torch
+from seda_fast.ranks import joined
+with joined(torch.device("cpu")) as ranks:
+    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3))
+    ranks.largest([1, 2])
+"""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -124,6 +134,13 @@ def curves(world: int, folder: Path, *options: str) -> dict[str, Any]:
     assert all(one.returncode == 0 for one in ended), "\n".join(one.stderr for one in ended)
     found: dict[str, Any] = json.loads(ended[0].stdout.splitlines()[-1])
     return found
+
+
+@pytest.mark.slow
+def test_ranks_leave_without_a_crash(tmp_path: Path) -> None:
+    for _ in range(4):
+        for ended in together(4, [sys.executable, "-c", ENDS_AT_ONCE], tmp_path):
+            assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def differ(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:
