@@ -1,6 +1,7 @@
 """Features from images and captions: every kind of image, models from disk alone, a run that goes on after a kill."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from seda_fast import DataError, encoders, extract, predict, train
+from seda_fast import DataError, FeatureSet, encoders, evaluate, extract, predict, train
 from seda_fast.captions import read_captions
 from seda_fast.images import LARGEST, BadImage, Scaling, read_image, scaled, shorter_side
 
@@ -321,17 +322,19 @@ def test_a_very_long_image_costs_no_memory() -> None:
 # ---------------------------------------------------------------------------------- going on, and refusals
 
 
+@pytest.mark.parametrize("by_class", [False, True], ids=["texts of rows", "texts of classes"])
 def test_a_killed_run_goes_on_where_it_was(
-    tiles: Path, vit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    by_class: bool, tiles: Path, vit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert extract.main(options(tiles, vit)) == 0
+    more = describe(tiles) if by_class else []
+    assert extract.main(options(tiles, vit, *more)) == 0
     expected = (tiles / "features.npz").read_bytes()
     (tiles / "features.npz").unlink()
     # The first two batches can be read, then reading stops and the run is killed from outside.
     stop = "import time, seda_fast.extract as e; read = e.read_image\n"
     stop += "def slow(path, limit):\n    time.sleep(600 if path.name >= '008' else 0); return read(path, limit)\n"
     stop += "e.read_image = slow; import sys; sys.exit(e.main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", stop, *options(tiles, vit)], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", stop, *options(tiles, vit, *more)], start_new_session=True)
     parts = tiles / ".features.npz.parts"
     until = time.monotonic() + 120
     while not (parts / "images_000000004.npz").exists() and time.monotonic() < until:
@@ -343,7 +346,7 @@ def test_a_killed_run_goes_on_where_it_was(
     read: list[str] = []
     real = read_image
     monkeypatch.setattr(extract, "read_image", lambda path, limit: (read.append(path.name), real(path, limit))[1])
-    assert extract.main(options(tiles, vit)) == 0
+    assert extract.main(options(tiles, vit, *more)) == 0
     assert sorted(read) == [f"{i:03}.png" for i in range(8, 30)]
     assert (tiles / "features.npz").read_bytes() == expected
     assert not parts.exists()
@@ -495,6 +498,168 @@ def test_images_with_several_classes_train_and_predict(
     out = str(tmp_path / "run")
     assert train.main(["--data", str(tiles / "features.npz"), "--out", out, *small]) == 0
     assert "mAP" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- one text a class
+
+DESCRIPTIONS = {"ruby": "a red tile", "jade": "a green tile, of stone", "lapis": "a tile of deep blue stone"}
+
+
+def describe(folder: Path, more: dict[str, str] | None = None) -> list[str]:
+    """Take the texts out of the table of captions, write one of each class, and give the option that names it."""
+    table = folder / "captions.csv"
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    write_captions(table, [{name: value for name, value in row.items() if name != "text"} for row in rows])
+    described = {**DESCRIPTIONS, **(more or {})}
+    write_captions(folder / "classes.csv", [{"label": name, "text": text} for name, text in described.items()])
+    return ["--class-captions", str(folder / "classes.csv")]
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_one_text_a_class_goes_through_train_to_predict(
+    suffix: str, tiles: Path, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, run = tiles / f"features.{suffix}", tmp_path / "run"
+    assert extract.main(options(tiles, vit, *describe(tiles), "--out", str(out))) == 0
+    assert "text_classes  (3, 3)" in capsys.readouterr().out
+    data = FeatureSet.load(out)
+    names = sorted(COLOURS)
+    assert data.class_names == tuple(names)
+    encoder = encoders.text_encoder("tfidf", torch.device("cpu"), dim=256, batch_size=4)
+    encoder.fit([DESCRIPTIONS[name] for name in names])
+    expected = encoder.encode([DESCRIPTIONS[name] for name in names])
+    assert data.text_classes is not None
+    np.testing.assert_allclose(data.text_classes, expected, atol=1e-6)
+    np.testing.assert_array_equal(data.text_test, data.text_classes[data.label_test])
+    with (tiles / "captions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [names[k] for k in data.label_train] == [row["label"] for row in rows if row["split"] == "train"]
+
+    small = ["--width", "16", "--blocks", "2", "--memory-heads", "2", "--epochs", "2", "--no-baselines"]
+    assert train.main(["--data", str(out), "--out", str(run), *small]) == 0
+    assert json.loads((run / "metrics.json").read_text())["train"]["attention"]["used"]
+    assert evaluate.main(["--model", str(run), "--data", str(out)]) == 0
+    (tiles / "captions.csv").unlink()
+    new, table = tmp_path / "new.npz", tmp_path / "predictions.csv"
+    assert extract.main(options(tiles, vit, "--out", str(new))) == 0
+    assert predict.main(["--model", str(run), "--data", str(new), "--out", str(table)]) == 0
+    assert len(table.read_text().splitlines()) == 31
+
+
+def test_texts_of_classes_survive_a_stop_and_another_table_starts_anew(
+    tiles: Path, vit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(tiles, vit, *describe(tiles))
+    assert extract.main(given) == 0
+    expected = (tiles / "features.npz").read_bytes()
+    (tiles / "features.npz").unlink()
+
+    def stop(path: Path, arrays: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "write_arrays", stop)
+        with pytest.raises(KeyboardInterrupt):
+            extract.main(given)
+    encoded: list[str] = []
+    real = extract.text_encoder
+
+    def noted(*arguments: Any, **settings: Any) -> encoders.TextEncoder:
+        made = real(*arguments, **settings)
+        return dataclasses.replace(made, encode=lambda texts: (encoded.extend(texts), made.encode(texts))[1])
+
+    monkeypatch.setattr(extract, "text_encoder", noted)
+    assert extract.main(given) == 0
+    assert encoded == []
+    assert (tiles / "features.npz").read_bytes() == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "write_arrays", stop)
+        with pytest.raises(KeyboardInterrupt):
+            extract.main([*given, "--overwrite"])
+    write_captions(tiles / "classes.csv", [{"label": name, "text": f"about {name}"} for name in DESCRIPTIONS])
+    encoded.clear()
+    assert extract.main([*given, "--overwrite"]) == 0
+    assert encoded == [f"about {name}" for name in sorted(COLOURS)]
+    assert (tiles / "features.npz").read_bytes() != expected
+
+
+def test_classes_without_a_training_image_are_left_out_and_told(
+    tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tiles, vit, *describe(tiles, {"pearl": "a white tile", "amber": "a yellow tile"}))
+    for i in range(1, 30, 3):  # all of jade
+        (tiles / "images" / f"{i:03}.png").unlink()
+    assert extract.main(given) == 0
+    assert "classes with a text but no training image, left out: amber, jade, pearl\n" in capsys.readouterr().out
+    with np.load(tiles / "features.npz", allow_pickle=False) as found:
+        assert found["class_names"].tolist() == ["lapis", "ruby"]
+        assert found["text_classes"].shape[0] == 2
+        assert set(found["label_train"].tolist()) == {0, 1}
+    about = json.loads((tiles / "features.npz.json").read_text())
+    assert about["classes_left_out"] == ["amber", "jade", "pearl"]
+
+
+@pytest.mark.parametrize(
+    "table, sentence",
+    [
+        ("label,text\nruby,a\njade,b\n", "classes.csv: gives the class 'lapis' no text"),
+        ("label,text\nruby,a\nruby,b\n", "line 3: the class 'ruby' has a text already"),
+        ("label,text\nruby,\n", "line 2: the class 'ruby' has no text"),
+        ("label,text\n ,a\n", "line 2 names no class"),
+        ("label,caption\nruby,a\n", "lacks the column text; its header must name label, text"),
+        ("label,text\nruby,a,b\n", "line 2 has 3 fields where the header has 2"),
+        ("label,text\n", "holds no row below its header"),
+        (None, "classes.csv: cannot be read as a UTF-8 table"),
+    ],
+)
+def test_damaged_tables_of_classes_are_refused(
+    tiles: Path, vit: Path, table: str | None, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tiles, vit, *describe(tiles))
+    (tiles / "classes.csv").unlink()
+    if table is not None:
+        (tiles / "classes.csv").write_text(table, encoding="utf-8")
+    assert extract.main(given) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert sentence in error
+    assert not (tiles / "features.npz").exists()
+    assert not (tiles / ".features.npz.parts").exists()
+
+
+def test_contradictions_about_texts_are_one_sentence(
+    tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tiles / "captions.csv"
+    with_texts = table.read_text(encoding="utf-8")
+    given = options(tiles, vit, *describe(tiles))
+    without = given[:2] + given[4:]
+    assert "--captions" not in without
+    for arguments, content, sentence in (
+        (
+            given,
+            with_texts,
+            "captions.csv: gives rows a text, and there is one of each class; give the one or the other",
+        ),
+        (
+            [*given, "--label-separator", ";"],
+            None,
+            "class_captions needs one class a row, so it does not go with label",
+        ),
+        (without, None, "class_captions needs captions, the table that gives images their labels"),
+        (given[:-2], None, "captions.csv: lacks the column text"),
+    ):
+        before = table.read_text(encoding="utf-8")
+        table.write_text(content or before, encoding="utf-8")
+        assert extract.main(arguments) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert sentence in error
+        table.write_text(before, encoding="utf-8")
+    # A column text that says nothing contradicts nothing.
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    write_captions(table, [{**row, "text": ""} for row in rows])
+    assert extract.main(given) == 0
 
 
 # ------------------------------------------------------------------------------------------------ models
