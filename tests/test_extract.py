@@ -93,8 +93,14 @@ def tiles(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("by_class", [False, True], ids=["texts of rows", "texts of classes"])
 def test_from_images_to_predictions(
-    shared_data: Path, vit: Path, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+    by_class: bool,
+    shared_data: Path,
+    vit: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Real pictures and captions, a text model that a package carries, through train and predict."""
     needs("sentence_transformers", request)
@@ -103,16 +109,23 @@ def test_from_images_to_predictions(
     emoji = shared_data / "noto_emoji"
     out = tmp_path / "emoji.safetensors"
     given = ["--images", str(emoji), "--captions", str(emoji / "captions.csv"), "--vision", str(vit)]
+    if by_class:
+        with (emoji / "captions.csv").open(newline="", encoding="utf-8") as file:
+            rows = [{name: row[name] for name in ("image", "label", "split")} for row in csv.DictReader(file)]
+        classes = [{"label": name, "text": f"a picture of {name}"} for name in sorted({row["label"] for row in rows})]
+        given[3] = str(write_captions(tmp_path / "labels.csv", rows))
+        given += ["--class-captions", str(write_captions(tmp_path / "classes.csv", classes))]
     assert extract.main([*given, "--text", MINILM, "--out", str(out), "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert "480 images, 480 used" in told
     assert "converted: 480 alpha" in told
-    small = ["--width", "32", "--blocks", "1", "--epochs", "3", "--no-baselines", "--device", "cpu"]
+    small = ["--width", "32", "--blocks", "2", "--epochs", "3", "--no-baselines", "--device", "cpu"]
     assert train.main(["--data", str(out), "--out", str(tmp_path / "run"), *small]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     # Chance is 12.5: random weights see colours at least.
     assert metrics["top1"] > 20
     assert metrics["alignment"] is not None
+    assert ("attention" in metrics["train"]) == by_class
     (tmp_path / "new").mkdir()
     for name in ("1f3d3.png", "1f3af.png"):
         (tmp_path / "new" / name).write_bytes((emoji / "images" / name).read_bytes())
