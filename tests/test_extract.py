@@ -738,7 +738,7 @@ def test_weights_are_strict_and_never_run_code(tmp_path: Path, monkeypatch: pyte
     torch.save({"weight": good.weight.detach(), "bias": _Payload()}, tmp_path / "evil.pth")
     torch.save({**good.state_dict(), "fc.weight": good.weight.detach()}, tmp_path / "more.pth")
     torch.save({"weight": good.weight.detach()}, tmp_path / "less.pth")
-    encoders._load_state(model, tmp_path / "more.pth", may_lack="fc.")
+    encoders._load_state(model, tmp_path / "more.pth", may_have={"fc.weight"})
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
     for name, sentence in {
         "evil.pth": "holds more than weights (a pickle), which is never loaded",
@@ -750,6 +750,19 @@ def test_weights_are_strict_and_never_run_code(tmp_path: Path, monkeypatch: pyte
             encoders._load_state(model, tmp_path / name)
         assert sentence in str(caught.value)
     assert not mark.exists()
+
+
+def test_a_weight_in_two_places_may_be_named_once(tmp_path: Path) -> None:
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    state = {name: value.detach() for name, value in tied.state_dict().items() if name != "1.weight"}
+    save_file(state, tmp_path / "tied.safetensors")
+    other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.raises(DataError, match=r"it lacks 1\.weight"):
+        encoders._load_state(other, tmp_path / "tied.safetensors")
+    other[1].weight = other[0].weight
+    encoders._load_state(other, tmp_path / "tied.safetensors")
+    assert torch.equal(other[1].weight, tied[0].weight)
 
 
 def test_a_name_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -775,16 +788,20 @@ def test_a_missing_library_is_one_sentence() -> None:
 
 
 class Backbone(torch.nn.Module):
-    """A timm model: ``num_classes=0`` cuts the classifier off, ``pretrained_cfg`` says how images are prepared."""
+    """A timm model: ``reset_classifier(0)`` cuts the head off, ``pretrained_cfg`` says how images are prepared."""
 
     def __init__(self, num_classes: int = 1000, width: int = 6) -> None:
         super().__init__()
         self.stem = torch.nn.Conv2d(3, width, 4, 4)
-        self.fc = torch.nn.Linear(width, num_classes) if num_classes else torch.nn.Identity()
+        self.fc: torch.nn.Module = torch.nn.Linear(width, num_classes)
         self.pretrained_cfg = {
             "input_size": (3, 16, 24), "interpolation": "bilinear", "crop_pct": 0.8, "mean": (0.1, 0.2, 0.3),
             "std": (0.4, 0.5, 0.6), "classifier": "fc", "crop_mode": "center",
         }  # fmt: skip
+
+    def reset_classifier(self, num_classes: int) -> None:
+        assert num_classes == 0
+        self.fc = torch.nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.fc(self.stem(x).mean((2, 3)))
@@ -902,6 +919,54 @@ def test_timm_from_a_file_and_from_a_folder(tiles: Path, tmp_path: Path, request
         torch.testing.assert_close(encoder.encode(images), expected)
 
 
+@pytest.mark.parametrize("architecture", ["levit_128s", "deit_tiny_distilled_patch16_224", "coat_tiny"])
+def test_timms_heads_of_every_kind_are_cut_off(
+    architecture: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A head with a norm of its own, two heads, and weights that stand in two places."""
+    timm = needs("timm", request)
+    model = timm.create_model(architecture, pretrained=False).eval()
+    importlib.import_module("safetensors.torch").save_model(model, str(tmp_path / "model.safetensors"))
+    encoder = encoders.vision_encoder(f"timm:{architecture}={tmp_path / 'model.safetensors'}", torch.device("cpu"))
+    model.reset_classifier(0)
+    with torch.inference_mode():
+        images = torch.randn(1, 3, encoder.scaling.height, encoder.scaling.width)
+        torch.testing.assert_close(encoder.encode(images), model(images))
+
+
+def prepared(encoder: encoders.VisionEncoder, path: Path) -> torch.Tensor:
+    pixels = torch.from_numpy(scaled(read_image(path, 10**6)[0], encoder.scaling)).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (encoder.scaling.mean, encoder.scaling.std))
+    return (pixels - mean) / std
+
+
+def test_images_are_prepared_as_timm_and_open_clip_do(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Up to the edges of the cut, which those libraries round to whole pixels before they scale."""
+    timm, open_clip = needs("timm", request), needs("open_clip", request)
+    x, y = np.meshgrid(np.linspace(0, 1, 333), np.linspace(0, 1, 251))
+    smooth = (np.stack([x, y, y * (np.sin(9 * x) + 1) / 2], axis=2) * 255).astype(np.uint8)
+    path = saved(tmp_path / "a.png", smooth)
+    models = []
+    for name in ("test_resnet", "test_vit", "resnet18"):
+        model = timm.create_model(name, pretrained=False)
+        config = timm.data.resolve_data_config(model=model)
+        models.append((f"timm:{name}", model, timm.data.create_transform(**config, is_training=False)))
+    vision = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    (tmp_path / "a-tiny-clip.json").write_text(json.dumps({"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "a-tiny-clip.json")
+    model, _, preparation = open_clip.create_model_and_transforms("a-tiny-clip")
+    models.append(("open_clip:a-tiny-clip", model, preparation))
+    for name, model, prepare in models:
+        importlib.import_module("safetensors.torch").save_model(model, str(tmp_path / "model.safetensors"))
+        encoder = encoders.vision_encoder(f"{name}={tmp_path / 'model.safetensors'}", torch.device("cpu"))
+        ours, theirs = prepared(encoder, path), prepare(Image.open(path).convert("RGB"))
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() < 0.1, name
+        assert (ours - theirs).abs().mean() < 0.02, name
+        assert theirs.std() > 0.5, name
+
+
 def test_open_clip_from_a_file_and_from_a_folder(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     open_clip = needs("open_clip", request)
     safetensors = importlib.import_module("safetensors.torch")
@@ -916,3 +981,20 @@ def test_open_clip_from_a_file_and_from_a_folder(tmp_path: Path, request: pytest
     with torch.inference_mode():
         torch.testing.assert_close(encoder.encode(images), model.eval().encode_image(images))
     assert encoder.scaling.mean == tuple(open_clip.OPENAI_DATASET_MEAN)
+    # The same weights by the name of an architecture that open_clip knows.
+    (tmp_path / "a-tiny-clip.json").write_text(json.dumps(config["model_cfg"]))
+    open_clip.add_model_config(tmp_path / "a-tiny-clip.json")
+    by_name = f"open_clip:a-tiny-clip={tmp_path / 'open_clip_model.safetensors'}"
+    again = encoders.vision_encoder(by_name, torch.device("cpu"))
+    with torch.inference_mode():
+        assert torch.equal(again.encode(images), encoder.encode(images))
+    # From pictures to features by the command, normalised as open_clip does before it encodes.
+    write_captions(tmp_path / "captions.csv", make_images(tmp_path / "images", 6))
+    assert extract.main(options(tmp_path, by_name)) == 0
+    with np.load(tmp_path / "features.npz", allow_pickle=False) as found:
+        visual = found["visual_train"]
+    rows = list(csv.DictReader((tmp_path / "captions.csv").open()))
+    files = [tmp_path / "images" / row["image"] for row in rows if row["split"] == "train"]
+    with torch.inference_mode():
+        expected = model.encode_image(torch.stack([prepared(encoder, file) for file in files]))
+    np.testing.assert_allclose(visual, expected.numpy(), atol=1e-5)
