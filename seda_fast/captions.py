@@ -1,9 +1,12 @@
-"""The table that names images and says what belongs to them: columns image, text, label and optionally split."""
+"""The table that names images and says what belongs to them: columns image, text, label and optionally split.
+
+And the table of one text a class, label and text, which may stand in place of the column text.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +17,7 @@ from .arrays import check_class_names
 from .files import DataError, naming, show
 
 COLUMNS = ("image", "text", "label")
+CLASS_COLUMNS = ("label", "text")
 PARTS = ("train", "test")
 
 
@@ -30,30 +34,28 @@ class Captions:
     class_names: tuple[str, ...]
 
 
-def read_captions(path: Path, separator: str = "") -> Captions:
+def read_captions(path: Path, separator: str = "", *, by_class: bool = False) -> Captions:
     """Read and check a UTF-8 CSV file with a header line.
 
     An empty text is a missing one, an empty label an unlabelled row. Classes are sorted, as numbers where all are.
-    With a ``separator`` a label names any number of classes; the separator alone is a row that carries none.
+    With a ``separator`` a label names any number of classes; the separator alone is a row that carries none. With
+    ``by_class`` texts are given by class elsewhere: the column text may be missing, and must be empty.
 
     Raises:
         DataError: one sentence that names the file and the line.
     """
     with naming(path):
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(_rows(file))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"cannot be read as a UTF-8 table ({error})") from error
-        if not rows:
-            raise DataError("holds no row below its header")
+        rows = _captions(path, tuple(name for name in COLUMNS if name != "text" or not by_class))
         labels = [_carried(row["label"].strip(), separator) for row in rows]
         named = {name for label in labels for name in label or ()}
         names = sorted(named, key=_order(named))
         if not names:
             raise DataError("gives no row a label")
-        if not any(row["text"].strip() for row in rows):
+        texts = tuple(row.get("text", "").strip() for row in rows)
+        if not by_class and not any(texts):
             raise DataError("gives no row a text")
+        if by_class and any(texts):
+            raise DataError("gives rows a text, and there is one of each class; give the one or the other, not both")
         numbers = {name: number for number, name in enumerate(check_class_names(names))}
         train = None
         if "split" in rows[0]:
@@ -61,11 +63,34 @@ def read_captions(path: Path, separator: str = "") -> Captions:
             _check_split(labels, train)
         return Captions(
             tuple(row["image"] for row in rows),
-            tuple(row["text"].strip() for row in rows),
+            texts,
             _several(labels, numbers) if separator else _single(labels, numbers),
             train,
             tuple(names),
         )
+
+
+def read_class_texts(path: Path, class_names: Sequence[str]) -> dict[str, str]:
+    """The text of each class of a UTF-8 CSV file with the columns label and text, ``class_names`` all among them.
+
+    Raises:
+        DataError: one sentence that names the file; a class without a text, or with two, is one of the reasons.
+    """
+    with naming(path):
+        texts: dict[str, str] = {}
+        for line, row in _table(path, CLASS_COLUMNS):
+            name, text = row["label"].strip(), row["text"].strip()
+            if not name:
+                raise DataError(f"line {line} names no class")
+            if not text:
+                raise DataError(f"line {line}: the class {show(name)} has no text")
+            if name in texts:
+                raise DataError(f"line {line}: the class {show(name)} has a text already")
+            texts[name] = text
+        without = [name for name in class_names if name not in texts]
+        if without:
+            raise DataError(f"gives the class {show(without[0])} no text")
+        return texts
 
 
 def _carried(label: str, separator: str) -> list[str] | None:
@@ -96,12 +121,25 @@ def _order(names: set[str]) -> type[int] | None:
     return int if len(different) == len(names) else None
 
 
-def _rows(file: Iterator[str]) -> Iterator[dict[str, str]]:
+def _table(path: Path, columns: Sequence[str], also: str = "") -> list[tuple[int, dict[str, str]]]:
+    """The rows of a file below its header, each with the number of its last line; at least one."""
+    may = f" and may name {also}" if also else ""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(_rows(file, columns, f"its header must name {', '.join(columns)}{may}"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot be read as a UTF-8 table ({error})") from error
+    if not rows:
+        raise DataError("holds no row below its header")
+    return rows
+
+
+def _rows(file: Iterator[str], columns: Sequence[str], rule: str) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.reader(file, strict=True)
     header = [name.strip() for name in next(reader, [])]
-    missing = [name for name in COLUMNS if name not in header]
+    missing = [name for name in columns if name not in header]
     if missing:
-        raise DataError(f"lacks the column {missing[0]}; its header must name {', '.join(COLUMNS)} and may name split")
+        raise DataError(f"lacks the column {missing[0]}; {rule}")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise DataError(f"has the column {show(twice[0])} twice")
@@ -110,13 +148,19 @@ def _rows(file: Iterator[str]) -> Iterator[dict[str, str]]:
             continue
         if len(fields) != len(header):
             raise DataError(f"line {reader.line_num} has {len(fields)} fields where the header has {len(header)}")
-        row = dict(zip(header, fields, strict=True))
+        yield reader.line_num, dict(zip(header, fields, strict=True))
+
+
+def _captions(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    rows = []
+    for line, row in _table(path, columns, "split"):
         image = PurePosixPath(row["image"])
         if not row["image"].strip() or image.is_absolute() or ".." in image.parts:
-            raise DataError(f"line {reader.line_num}: {show(row['image'])} is no path below the images' folder")
+            raise DataError(f"line {line}: {show(row['image'])} is no path below the images' folder")
         if row.get("split", "train") not in PARTS:
-            raise DataError(f"line {reader.line_num}: the split {show(row['split'])} is neither train nor test")
-        yield row
+            raise DataError(f"line {line}: the split {show(row['split'])} is neither train nor test")
+        rows.append(row)
+    return rows
 
 
 def _check_split(labels: list[list[str] | None], train: NDArray[np.bool_]) -> None:

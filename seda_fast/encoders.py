@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,8 @@ def _weights(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _load_state(model: nn.Module, file: Path, may_lack: str = "") -> None:
-    """Load weights strictly; those whose name begins with ``may_lack`` (a classifier cut off) may be left over."""
+def _load_state(model: nn.Module, file: Path, may_have: Set[str] = frozenset()) -> None:
+    """Load weights strictly, except that the file ``may_have`` some that the model has not (a classifier cut off)."""
     try:
         if file.suffix == ".safetensors":
             state = load_file(file)
@@ -181,7 +181,11 @@ def _load_state(model: nn.Module, file: Path, may_lack: str = "") -> None:
         if type(error).__name__ != "UnpicklingError":
             raise
         raise DataError(f"{file.name} holds more than weights (a pickle), which is never loaded") from error
-    unexpected = [key for key in unexpected if not may_lack or not key.startswith(may_lack)]
+    unexpected = [key for key in unexpected if key not in may_have]
+    # A weight that stands in several places is one tensor, which a file may name once.
+    kept = model.state_dict(keep_vars=True)
+    there = {id(tensor) for key, tensor in kept.items() if key not in missing}
+    missing = [key for key in missing if id(kept[key]) not in there]
     if missing or unexpected:
         which = f"lacks {missing[0]}" if missing else f"has the unknown {unexpected[0]}"
         raise DataError(f"{file.name} does not fit the architecture: it {which}")
@@ -190,12 +194,14 @@ def _load_state(model: nn.Module, file: Path, may_lack: str = "") -> None:
 def _timm(name: str, architecture: str, about: dict[str, Any], weights: Path, device: torch.device) -> VisionEncoder:
     timm = optional("timm", "pip install timm (it wants a torchvision that fits your PyTorch)")
     try:
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, **about.get("model_args", {}))
+        model = timm.create_model(architecture, pretrained=False, **(about.get("model_args") or {}))
     except (RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"timm has no architecture {show(architecture)} with these settings") from error
     config = {**model.pretrained_cfg, **about.get("pretrained_cfg", {})}
-    classifier: Any = config.get("classifier") or "head"
-    _load_state(model, weights, may_lack=(classifier if isinstance(classifier, str) else classifier[0]) + ".")
+    # What goes with the classifier may be several (DeiT's second head) and more than linear (LeViT's norm).
+    whole = set(model.state_dict())
+    model.reset_classifier(0)
+    _load_state(model, weights, may_have=whole - set(model.state_dict()))
     _, height, width = config["input_size"]
     scaling = Scaling(
         height,

@@ -27,9 +27,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from . import _eval_extra  # noqa: F401 - checks first that what this needs is installed
-from .captions import Captions, read_captions
+from .captions import Captions, read_captions, read_class_texts
 from .command import choose_device, progress, run, settings_of
-from .config import check_given, check_range, check_types, setting
+from .config import ConfigError, check_given, check_range, check_types, setting
 from .encoders import TextEncoder, VisionEncoder, text_encoder, vision_encoder
 from .files import DataError, atomic_path, output_file
 from .images import LARGEST, BadImage, find_images, read_image, scaled
@@ -50,9 +50,8 @@ class ExtractConfig:
 
     images: str = setting("", "folder of the images")
     captions: str = setting("", "a .csv file with the columns image, text, label and optionally split (train, test)")
-    label_separator: str = setting(
-        "", "what parts several classes in a label (multi-label); empty: one class a row"
-    )
+    class_captions: str = setting("", "a .csv file with the columns label and text, one text a class, in place of text")
+    label_separator: str = setting("", "what parts several classes in a label (multi-label); empty: one class a row")
     vision: str = setting("", "folder or cached name of a transformers, timm or open_clip model, or timm:NAME=FILE")
     text: str = setting("tfidf", "tfidf, or folder, cached name or package of a sentence-transformers model")
     text_dim: int = setting(256, "largest size of a tfidf feature")
@@ -69,6 +68,10 @@ class ExtractConfig:
         check_range(self, "text_dim", self.text_dim >= 1, "at least 1")
         check_range(self, "batch_size", self.batch_size >= 1, "at least 1")
         check_range(self, "max_pixels", 1 <= self.max_pixels <= LARGEST, f"in 1 .. {LARGEST}")
+        if self.class_captions and not self.captions:
+            raise ConfigError("class_captions needs captions, the table that gives images their labels")
+        if self.class_captions and self.label_separator:
+            raise ConfigError("class_captions needs one class a row, so it does not go with label_separator")
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,9 @@ def job_of(config: ExtractConfig, images: Sequence[str], *fingerprints: str) -> 
         path = Path(config.images, image)
         stat = path.stat() if path.is_file() else None
         digest.update(f"{image}\0{stat.st_size if stat else 0}\0{stat.st_mtime_ns if stat else 0}\n".encode())
-    if config.captions:
-        digest.update(Path(config.captions).read_bytes())
+    for table in (config.captions, config.class_captions):
+        if table:
+            digest.update(hashlib.sha256(Path(table).read_bytes()).digest())
     settings = (config.batch_size, config.max_pixels, config.device, config.text_dim)
     digest.update(repr((settings, fingerprints, torch.__version__)).encode())
     return digest.hexdigest()
@@ -230,25 +234,25 @@ def see_texts(texts: Sequence[str], train: NDArray[np.bool_], encoder: TextEncod
 # ---- the result ------------------------------------------------------------------------------------------------------
 
 
-def captioned(captions: Captions, kept: NDArray[np.bool_], visual: Features, text: Features) -> dict[str, Any]:
-    """The arrays that training reads, of the rows that were kept."""
+def captioned(captions: Captions, kept: NDArray[np.bool_], visual: Features, text: Features | None) -> dict[str, Any]:
+    """The arrays that training reads, of the rows that were kept. ``text`` holds their texts, or None."""
     train = np.ones(len(captions.labels), dtype=bool) if captions.train is None else captions.train
-    labels, left = _numbered_anew(captions, kept, train)
+    labels, left = _numbered_anew(captions, kept)
     train = train[kept]
     arrays: dict[str, Any] = {}
     for part, chosen in (("train", train), ("test", ~train)):
         if chosen.any():
             arrays[f"visual_{part}"], arrays[f"label_{part}"] = visual[chosen], labels[chosen]
-            arrays[f"text_{part}"] = text[chosen]
+            if text is not None:
+                arrays[f"text_{part}"] = text[chosen]
     arrays["class_names"] = np.array([captions.class_names[k] for k in left])
     return arrays
 
 
-def _numbered_anew(
-    captions: Captions, kept: NDArray[np.bool_], train: NDArray[np.bool_]
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def _numbered_anew(captions: Captions, kept: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """The labels of the rows that were kept, and the numbers of the classes that still have a training image."""
-    labels, train = captions.labels[kept], train[kept]
+    labels = captions.labels[kept]
+    train = np.ones(len(labels), dtype=bool) if captions.train is None else captions.train[kept]
     carried = labels > 0 if labels.ndim == 2 else labels[:, None] == np.arange(len(captions.class_names))
     left = np.flatnonzero(carried[train].any(0))
     if not len(left):
@@ -262,6 +266,38 @@ def _numbered_anew(
     numbers = np.full(len(captions.class_names) + 1, -1, dtype=np.int64)
     numbers[left] = np.arange(len(left))
     return numbers[labels], left
+
+
+def read_tables(config: ExtractConfig) -> tuple[Captions | None, dict[str, str] | None]:
+    """The captions, and the text of each class, where they are given."""
+    if not config.captions:
+        return None, None
+    by_class = bool(config.class_captions)
+    captions = read_captions(Path(config.captions), config.label_separator, by_class=by_class)
+    return captions, read_class_texts(Path(config.class_captions), captions.class_names) if by_class else None
+
+
+def with_texts(
+    captions: Captions,
+    described: dict[str, str] | None,
+    images: Sequence[str],
+    used: NDArray[np.bool_],
+    features: Features,
+    words: TextEncoder,
+    parts: Path,
+) -> dict[str, Any]:
+    """The arrays that training reads, of the rows whose image was ``used``, and their texts or their classes'."""
+    place = {image: i for i, image in enumerate(images)}
+    index = np.array([place[image] for image in captions.images])
+    kept = used[index]
+    visual = features[(np.cumsum(used) - 1)[index[kept]]]
+    if described is not None:
+        arrays = captioned(captions, kept, visual, None)
+        texts = [described[name] for name in arrays["class_names"].tolist()]
+        return {**arrays, "text_classes": see_texts(texts, np.ones(len(texts), dtype=bool), words, parts)}
+    texts = [text for text, keep in zip(captions.texts, kept, strict=True) if keep]
+    train = np.ones(len(texts), dtype=bool) if captions.train is None else captions.train[kept]
+    return captioned(captions, kept, visual, see_texts(texts, train, words, parts))
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
@@ -288,6 +324,10 @@ def summary(about: dict[str, Any], arrays: dict[str, Any]) -> str:
             lines.append(f"  and {len(about['left_out']) - _SHOWN} more")
     if about["converted"]:
         lines.append("converted: " + ", ".join(f"{count} {kind}" for kind, count in about["converted"].items()))
+    if about["classes_left_out"]:
+        names = ", ".join(about["classes_left_out"][:_SHOWN])
+        more = f" and {len(about['classes_left_out']) - _SHOWN} more" if len(about["classes_left_out"]) > _SHOWN else ""
+        lines.append(f"classes with a text but no training image, left out: {names}{more}")
     for name, array in arrays.items():
         missing = int(np.isnan(array[:, 0]).sum()) if name.startswith("text") else 0
         lines.append(f"{name:<13} {tuple(array.shape)}" + (f", {missing} rows without text" if missing else ""))
@@ -301,7 +341,7 @@ def extract(config: ExtractConfig) -> str:
         raise DataError(f"--out {out} is there already; give another name or --overwrite")
     if not Path(config.images).is_dir():
         raise DataError(f"--images {config.images} is not a folder")
-    captions = read_captions(Path(config.captions), config.label_separator) if config.captions else None
+    captions, described = read_tables(config)
     # An image may stand in several rows, with a caption each, and is seen once.
     images = list(dict.fromkeys(captions.images)) if captions else find_images(Path(config.images))
     if not images:
@@ -314,13 +354,7 @@ def extract(config: ExtractConfig) -> str:
     used = seen.problems == ""
     arrays: dict[str, Any] = {"visual": seen.features}
     if captions and words:
-        place = {image: i for i, image in enumerate(images)}
-        index = np.array([place[image] for image in captions.images])
-        kept = used[index]
-        visual = seen.features[(np.cumsum(used) - 1)[index[kept]]]
-        texts = [text for text, keep in zip(captions.texts, kept, strict=True) if keep]
-        train = np.ones(len(texts), dtype=bool) if captions.train is None else captions.train[kept]
-        arrays = captioned(captions, kept, visual, see_texts(texts, train, words, parts))
+        arrays = with_texts(captions, described, images, used, seen.features, words, parts)
     about = {
         "images": len(images),
         "vision": config.vision,
@@ -330,6 +364,7 @@ def extract(config: ExtractConfig) -> str:
             {"image": image, "problem": str(why)} for image, why in zip(images, seen.problems, strict=True) if why
         ],
         "converted": dict(sorted(Counter(n for notes in seen.notes for n in notes.split(",") if n).items())),
+        "classes_left_out": sorted(set(described or ()) - set(arrays.get("class_names", np.array([])).tolist())),
     }
     told = summary(about, arrays)
     write_arrays(out, arrays)

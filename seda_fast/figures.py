@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
@@ -158,7 +159,7 @@ def _loss_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     has_epochs = all("epoch" in row for row in history)
     epochs = _column(history, "epoch") if has_epochs else np.arange(1.0, len(history) + 1)
 
-    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
     axes = figure.add_subplot()
     marker = "o" if len(history) < 3 else None
     terms = 0
@@ -176,6 +177,7 @@ def _loss_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_yscale("log")
     axes.set(xlabel="epoch", ylabel="mean loss in the epoch", title="Training loss and its terms")
     axes.grid(alpha=0.25)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if curves:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     _despine(axes)
@@ -257,7 +259,7 @@ def _average_precision_figure(
         order = order[:FULL_MATRIX]
         title += f", the {FULL_MATRIX} lowest"
     rates = (labels > 0).mean(axis=0)
-    figure = Figure(figsize=(8.0, 1.6 + 0.24 * len(order)), layout="constrained")
+    figure = Figure(figsize=(6.8, 1.6 + 0.24 * len(order)), layout="constrained")
     axes = figure.add_subplot()
     where = np.arange(len(order))
     axes.barh(where, 100.0 * found[order], color=BLUE, height=0.72)

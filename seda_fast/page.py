@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,16 +12,26 @@ from pathlib import Path
 
 # Okabe and Ito (2008), told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 280, 70, 12, 16, 44
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 280, 76, 12, 16, 44
+_WIDE = 1200  # pixels: a picture of more has several panels, and would be too small to read in a phone's width
+_FIGURE = re.compile(r"[-+]?\d|-?$")
+# A table's first column stays while the rest is moved, and a shadow at the edge says that there is more.
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;padding:1rem;max-width:62rem;color:#1b1b1b;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ccc}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
+h1,h2,p,summary,figcaption{overflow-wrap:anywhere}
+.scroll{overflow-x:auto;background:
+linear-gradient(to left,#fff 40%,rgba(255,255,255,0)) right/3rem 100% no-repeat local,
+linear-gradient(to left,rgba(0,0,0,.25),rgba(0,0,0,0)) right/.8rem 100% no-repeat scroll}
+table{border-collapse:collapse;font-size:.92rem}
 th,td{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid #e3e3e3}
-th:first-child,td:first-child{text-align:left}
-svg{max-width:100%;height:auto}img{width:100%;min-width:36rem}figure{margin:1rem 0;overflow-x:auto}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
+svg{max-width:100%;height:auto}img{width:100%}.wide img{min-width:36rem}figure{margin:1rem 0;overflow-x:auto}
 figcaption,.note{color:#555;font-size:.9rem}
 details{margin:.5rem 0}summary{cursor:pointer}
+@media(max-width:40rem){table{font-size:.85rem}th,td{padding:.25rem .35rem}
+.words{white-space:normal}td.words{overflow-wrap:break-word;min-width:4rem;max-width:9rem}
+th{vertical-align:bottom}td.words:first-child{max-width:12rem}}
 """
 
 
@@ -54,10 +66,15 @@ def paragraph(text: str, *, note: bool = False) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows of cells below a header; scrolls by itself where it is too wide for the screen."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    lines = ["<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
+    """Rows of cells below a header; scrolls by itself where it is too wide for the screen. Words may wrap there,
+    figures may not."""
+    head = "".join(f"<th{' class=words' * (' ' in name)}>{escape(name)}</th>" for name in header)
+    lines = ["<tr>" + "".join(_cell(str(cell)) for cell in row) + "</tr>" for row in rows]
     return f'<div class="scroll"><table>\n<tr>{head}</tr>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _cell(text: str) -> str:
+    return f"<td{' class=words' * (not _FIGURE.match(text))}>{escape(text)}</td>"
 
 
 def folded(title: str, content: str) -> str:
@@ -66,9 +83,10 @@ def folded(title: str, content: str) -> str:
 
 def picture(path: Path, text: str) -> str:
     """A PNG file inside the page."""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    image = f'<img alt="{escape(text)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{escape(text)}</figcaption></figure>"
+    content = path.read_bytes()
+    wide = " class=wide" * (int.from_bytes(content[16:20], "big") > _WIDE)
+    image = f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(content).decode("ascii")}">'
+    return f"<figure{wide}>{image}<figcaption>{escape(text)}</figcaption></figure>"
 
 
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, level: Line | None = None) -> str:
@@ -113,7 +131,21 @@ def bar_chart(heights: Sequence[float | None], x_label: str, y_label: str) -> st
 def _padded(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     pad = 0.08 * (high - low) or max(abs(high), 1.0) * 0.1
-    return low - pad, high + pad
+    # What is never negative, as a distance, has no axis below 0.
+    return max(low - pad, 0.0) if low >= 0 else low - pad, high + pad
+
+
+def ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Two to six round values of ``low`` .. ``high``, each with its text, in which all of them differ."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    values = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    if max(abs(low), abs(high)) >= 1e5 or step < 1e-4:
+        digits = max(3, math.ceil(math.log10(max(abs(low), abs(high)) / step)) + 2)
+        return [(value, f"{value:.{digits}g}") for value in values]
+    decimals = next(n for n in range(7) if abs(round(step, n) - step) < 1e-9)
+    return [(value, f"{value:.{decimals}f}") for value in values]
 
 
 def _place(x: float, y: float, x_range: tuple[float, float], y_range: tuple[float, float]) -> tuple[float, float]:
@@ -136,10 +168,9 @@ def _axes(
     for tick in x_ticks[:: max(1, len(x_ticks) // 10)]:
         x, _ = _place(tick, y_range[0], x_range, y_range)
         parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
-    for i in range(5):
-        value = y_range[0] + i / 4 * (y_range[1] - y_range[0])
+    for value, label in ticks(*y_range):
         _, y = _place(x_range[0], value, x_range, y_range)
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     return "".join(parts)
 
 

@@ -1,14 +1,22 @@
 """Fixtures that all tests share: seeds, the shared real data, and skips that name the test they skip."""
 
+import json
 import os
 import random
+import re
+import shutil
+import subprocess
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape, unescape
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -37,6 +45,66 @@ def repository() -> Path:
 def shared_data() -> Path:
     """Folder ``../shared/data`` of real paired sets; tests that ask for it are skipped where it is absent."""
     return SHARED_DATA
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a phone's browser, 390 pixels wide, made of a page: its headings that have a size, the widest that it can
+    be scrolled to, what it asked for beyond itself, and the share of dark pixels of each stretch of 844 that holds
+    part of the page."""
+
+    titles: list[str]
+    width: int
+    requests: list[str]
+    dark: list[float]
+
+
+# A window of Chromium's is 500 pixels wide at least, whatever is asked for; a frame in it is as narrow as it is told.
+PROBE = """<!DOCTYPE html><iframe width=390 height=844 style="border:0" srcdoc="{page}"></iframe><script>
+addEventListener("load", () => {
+  const view = document.querySelector("iframe").contentWindow, shown = view.document;
+  const seen = [...shown.querySelectorAll("h2")].filter(h => h.getBoundingClientRect().height > 0);
+  const asked = view.performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:"));
+  const told = {titles: seen.map(h => h.textContent), width: shown.documentElement.scrollWidth, requests: asked,
+                height: Math.ceil(shown.body.getBoundingClientRect().height), inner: view.innerWidth};
+  const kept = document.createElement("pre"); kept.id = "told"; kept.textContent = JSON.stringify(told);
+  document.querySelector("iframe").replaceWith(kept);
+})</script>"""
+
+
+@pytest.fixture
+def phone(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[Path], Shown]:
+    """Shows a page in headless Chromium as a phone would; the test is skipped where there is none."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip(f"{request.node.nodeid} needs chromium")
+    common = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+
+    def chromium(*arguments: str) -> str:
+        done = subprocess.run([*common, *arguments], check=True, capture_output=True, text=True, timeout=300)
+        return done.stdout
+
+    def show(page: Path) -> Shown:
+        # A copy that may ask for anything; what is folded is opened, as it must not stick out either.
+        content = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text(encoding="utf-8"))
+        content = content.replace("<details>", "<details open>")
+        probe = tmp_path / "probe.html"
+        probe.write_text(PROBE.replace("{page}", escape(content)), encoding="utf-8")
+        written = chromium("--hide-scrollbars", "--dump-dom", probe.as_uri())
+        found = re.search(r'<pre id="told">(.*?)</pre>', written, flags=re.S)
+        assert found is not None
+        told = json.loads(unescape(found[1]))
+        assert told["inner"] == 390
+        shot, height = tmp_path / "shot.png", 844 * -(-min(told["height"], 12_000) // 844)
+        chromium(f"--window-size=390,{height}", "--hide-scrollbars", f"--screenshot={shot}", page.as_uri())
+        with Image.open(shot) as image:
+            assert image.size == (390, height)
+            pixels = np.asarray(image.convert("L"))
+        used = np.flatnonzero((pixels < 128).any(1)).max() + 1
+        dark = [float((pixels[top : top + 844] < 128).mean()) for top in range(0, used, 844)]
+        return Shown(told["titles"], told["width"], told["requests"], dark)
+
+    return show
 
 
 @pytest.fixture

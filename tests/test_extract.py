@@ -1,6 +1,7 @@
 """Features from images and captions: every kind of image, models from disk alone, a run that goes on after a kill."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from seda_fast import DataError, encoders, extract, predict, train
+from seda_fast import DataError, FeatureSet, encoders, evaluate, extract, predict, train
 from seda_fast.captions import read_captions
 from seda_fast.images import LARGEST, BadImage, Scaling, read_image, scaled, shorter_side
 
@@ -92,8 +93,14 @@ def tiles(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("by_class", [False, True], ids=["texts of rows", "texts of classes"])
 def test_from_images_to_predictions(
-    shared_data: Path, vit: Path, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+    by_class: bool,
+    shared_data: Path,
+    vit: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Real pictures and captions, a text model that a package carries, through train and predict."""
     needs("sentence_transformers", request)
@@ -102,16 +109,23 @@ def test_from_images_to_predictions(
     emoji = shared_data / "noto_emoji"
     out = tmp_path / "emoji.safetensors"
     given = ["--images", str(emoji), "--captions", str(emoji / "captions.csv"), "--vision", str(vit)]
+    if by_class:
+        with (emoji / "captions.csv").open(newline="", encoding="utf-8") as file:
+            rows = [{name: row[name] for name in ("image", "label", "split")} for row in csv.DictReader(file)]
+        classes = [{"label": name, "text": f"a picture of {name}"} for name in sorted({row["label"] for row in rows})]
+        given[3] = str(write_captions(tmp_path / "labels.csv", rows))
+        given += ["--class-captions", str(write_captions(tmp_path / "classes.csv", classes))]
     assert extract.main([*given, "--text", MINILM, "--out", str(out), "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert "480 images, 480 used" in told
     assert "converted: 480 alpha" in told
-    small = ["--width", "32", "--blocks", "1", "--epochs", "3", "--no-baselines", "--device", "cpu"]
+    small = ["--width", "32", "--blocks", "2", "--epochs", "3", "--no-baselines", "--device", "cpu"]
     assert train.main(["--data", str(out), "--out", str(tmp_path / "run"), *small]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     # Chance is 12.5: random weights see colours at least.
     assert metrics["top1"] > 20
     assert metrics["alignment"] is not None
+    assert ("attention" in metrics["train"]) == by_class
     (tmp_path / "new").mkdir()
     for name in ("1f3d3.png", "1f3af.png"):
         (tmp_path / "new" / name).write_bytes((emoji / "images" / name).read_bytes())
@@ -321,17 +335,19 @@ def test_a_very_long_image_costs_no_memory() -> None:
 # ---------------------------------------------------------------------------------- going on, and refusals
 
 
+@pytest.mark.parametrize("by_class", [False, True], ids=["texts of rows", "texts of classes"])
 def test_a_killed_run_goes_on_where_it_was(
-    tiles: Path, vit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    by_class: bool, tiles: Path, vit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert extract.main(options(tiles, vit)) == 0
+    more = describe(tiles) if by_class else []
+    assert extract.main(options(tiles, vit, *more)) == 0
     expected = (tiles / "features.npz").read_bytes()
     (tiles / "features.npz").unlink()
     # The first two batches can be read, then reading stops and the run is killed from outside.
     stop = "import time, seda_fast.extract as e; read = e.read_image\n"
     stop += "def slow(path, limit):\n    time.sleep(600 if path.name >= '008' else 0); return read(path, limit)\n"
     stop += "e.read_image = slow; import sys; sys.exit(e.main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", stop, *options(tiles, vit)], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", stop, *options(tiles, vit, *more)], start_new_session=True)
     parts = tiles / ".features.npz.parts"
     until = time.monotonic() + 120
     while not (parts / "images_000000004.npz").exists() and time.monotonic() < until:
@@ -343,7 +359,7 @@ def test_a_killed_run_goes_on_where_it_was(
     read: list[str] = []
     real = read_image
     monkeypatch.setattr(extract, "read_image", lambda path, limit: (read.append(path.name), real(path, limit))[1])
-    assert extract.main(options(tiles, vit)) == 0
+    assert extract.main(options(tiles, vit, *more)) == 0
     assert sorted(read) == [f"{i:03}.png" for i in range(8, 30)]
     assert (tiles / "features.npz").read_bytes() == expected
     assert not parts.exists()
@@ -497,6 +513,168 @@ def test_images_with_several_classes_train_and_predict(
     assert "mAP" in capsys.readouterr().out
 
 
+# ------------------------------------------------------------------------------------- one text a class
+
+DESCRIPTIONS = {"ruby": "a red tile", "jade": "a green tile, of stone", "lapis": "a tile of deep blue stone"}
+
+
+def describe(folder: Path, more: dict[str, str] | None = None) -> list[str]:
+    """Take the texts out of the table of captions, write one of each class, and give the option that names it."""
+    table = folder / "captions.csv"
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    write_captions(table, [{name: value for name, value in row.items() if name != "text"} for row in rows])
+    described = {**DESCRIPTIONS, **(more or {})}
+    write_captions(folder / "classes.csv", [{"label": name, "text": text} for name, text in described.items()])
+    return ["--class-captions", str(folder / "classes.csv")]
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_one_text_a_class_goes_through_train_to_predict(
+    suffix: str, tiles: Path, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, run = tiles / f"features.{suffix}", tmp_path / "run"
+    assert extract.main(options(tiles, vit, *describe(tiles), "--out", str(out))) == 0
+    assert "text_classes  (3, 3)" in capsys.readouterr().out
+    data = FeatureSet.load(out)
+    names = sorted(COLOURS)
+    assert data.class_names == tuple(names)
+    encoder = encoders.text_encoder("tfidf", torch.device("cpu"), dim=256, batch_size=4)
+    encoder.fit([DESCRIPTIONS[name] for name in names])
+    expected = encoder.encode([DESCRIPTIONS[name] for name in names])
+    assert data.text_classes is not None
+    np.testing.assert_allclose(data.text_classes, expected, atol=1e-6)
+    np.testing.assert_array_equal(data.text_test, data.text_classes[data.label_test])
+    with (tiles / "captions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [names[k] for k in data.label_train] == [row["label"] for row in rows if row["split"] == "train"]
+
+    small = ["--width", "16", "--blocks", "2", "--memory-heads", "2", "--epochs", "2", "--no-baselines"]
+    assert train.main(["--data", str(out), "--out", str(run), *small]) == 0
+    assert json.loads((run / "metrics.json").read_text())["train"]["attention"]["used"]
+    assert evaluate.main(["--model", str(run), "--data", str(out)]) == 0
+    (tiles / "captions.csv").unlink()
+    new, table = tmp_path / "new.npz", tmp_path / "predictions.csv"
+    assert extract.main(options(tiles, vit, "--out", str(new))) == 0
+    assert predict.main(["--model", str(run), "--data", str(new), "--out", str(table)]) == 0
+    assert len(table.read_text().splitlines()) == 31
+
+
+def test_texts_of_classes_survive_a_stop_and_another_table_starts_anew(
+    tiles: Path, vit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(tiles, vit, *describe(tiles))
+    assert extract.main(given) == 0
+    expected = (tiles / "features.npz").read_bytes()
+    (tiles / "features.npz").unlink()
+
+    def stop(path: Path, arrays: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "write_arrays", stop)
+        with pytest.raises(KeyboardInterrupt):
+            extract.main(given)
+    encoded: list[str] = []
+    real = extract.text_encoder
+
+    def noted(*arguments: Any, **settings: Any) -> encoders.TextEncoder:
+        made = real(*arguments, **settings)
+        return dataclasses.replace(made, encode=lambda texts: (encoded.extend(texts), made.encode(texts))[1])
+
+    monkeypatch.setattr(extract, "text_encoder", noted)
+    assert extract.main(given) == 0
+    assert encoded == []
+    assert (tiles / "features.npz").read_bytes() == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "write_arrays", stop)
+        with pytest.raises(KeyboardInterrupt):
+            extract.main([*given, "--overwrite"])
+    write_captions(tiles / "classes.csv", [{"label": name, "text": f"about {name}"} for name in DESCRIPTIONS])
+    encoded.clear()
+    assert extract.main([*given, "--overwrite"]) == 0
+    assert encoded == [f"about {name}" for name in sorted(COLOURS)]
+    assert (tiles / "features.npz").read_bytes() != expected
+
+
+def test_classes_without_a_training_image_are_left_out_and_told(
+    tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tiles, vit, *describe(tiles, {"pearl": "a white tile", "amber": "a yellow tile"}))
+    for i in range(1, 30, 3):  # all of jade
+        (tiles / "images" / f"{i:03}.png").unlink()
+    assert extract.main(given) == 0
+    assert "classes with a text but no training image, left out: amber, jade, pearl\n" in capsys.readouterr().out
+    with np.load(tiles / "features.npz", allow_pickle=False) as found:
+        assert found["class_names"].tolist() == ["lapis", "ruby"]
+        assert found["text_classes"].shape[0] == 2
+        assert set(found["label_train"].tolist()) == {0, 1}
+    about = json.loads((tiles / "features.npz.json").read_text())
+    assert about["classes_left_out"] == ["amber", "jade", "pearl"]
+
+
+@pytest.mark.parametrize(
+    "table, sentence",
+    [
+        ("label,text\nruby,a\njade,b\n", "classes.csv: gives the class 'lapis' no text"),
+        ("label,text\nruby,a\nruby,b\n", "line 3: the class 'ruby' has a text already"),
+        ("label,text\nruby,\n", "line 2: the class 'ruby' has no text"),
+        ("label,text\n ,a\n", "line 2 names no class"),
+        ("label,caption\nruby,a\n", "lacks the column text; its header must name label, text"),
+        ("label,text\nruby,a,b\n", "line 2 has 3 fields where the header has 2"),
+        ("label,text\n", "holds no row below its header"),
+        (None, "classes.csv: cannot be read as a UTF-8 table"),
+    ],
+)
+def test_damaged_tables_of_classes_are_refused(
+    tiles: Path, vit: Path, table: str | None, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tiles, vit, *describe(tiles))
+    (tiles / "classes.csv").unlink()
+    if table is not None:
+        (tiles / "classes.csv").write_text(table, encoding="utf-8")
+    assert extract.main(given) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert sentence in error
+    assert not (tiles / "features.npz").exists()
+    assert not (tiles / ".features.npz.parts").exists()
+
+
+def test_contradictions_about_texts_are_one_sentence(
+    tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tiles / "captions.csv"
+    with_texts = table.read_text(encoding="utf-8")
+    given = options(tiles, vit, *describe(tiles))
+    without = given[:2] + given[4:]
+    assert "--captions" not in without
+    for arguments, content, sentence in (
+        (
+            given,
+            with_texts,
+            "captions.csv: gives rows a text, and there is one of each class; give the one or the other",
+        ),
+        (
+            [*given, "--label-separator", ";"],
+            None,
+            "class_captions needs one class a row, so it does not go with label",
+        ),
+        (without, None, "class_captions needs captions, the table that gives images their labels"),
+        (given[:-2], None, "captions.csv: lacks the column text"),
+    ):
+        before = table.read_text(encoding="utf-8")
+        table.write_text(content or before, encoding="utf-8")
+        assert extract.main(arguments) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert sentence in error
+        table.write_text(before, encoding="utf-8")
+    # A column text that says nothing contradicts nothing.
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    write_captions(table, [{**row, "text": ""} for row in rows])
+    assert extract.main(given) == 0
+
+
 # ------------------------------------------------------------------------------------------------ models
 
 
@@ -560,7 +738,7 @@ def test_weights_are_strict_and_never_run_code(tmp_path: Path, monkeypatch: pyte
     torch.save({"weight": good.weight.detach(), "bias": _Payload()}, tmp_path / "evil.pth")
     torch.save({**good.state_dict(), "fc.weight": good.weight.detach()}, tmp_path / "more.pth")
     torch.save({"weight": good.weight.detach()}, tmp_path / "less.pth")
-    encoders._load_state(model, tmp_path / "more.pth", may_lack="fc.")
+    encoders._load_state(model, tmp_path / "more.pth", may_have={"fc.weight"})
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
     for name, sentence in {
         "evil.pth": "holds more than weights (a pickle), which is never loaded",
@@ -572,6 +750,19 @@ def test_weights_are_strict_and_never_run_code(tmp_path: Path, monkeypatch: pyte
             encoders._load_state(model, tmp_path / name)
         assert sentence in str(caught.value)
     assert not mark.exists()
+
+
+def test_a_weight_in_two_places_may_be_named_once(tmp_path: Path) -> None:
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    state = {name: value.detach() for name, value in tied.state_dict().items() if name != "1.weight"}
+    save_file(state, tmp_path / "tied.safetensors")
+    other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.raises(DataError, match=r"it lacks 1\.weight"):
+        encoders._load_state(other, tmp_path / "tied.safetensors")
+    other[1].weight = other[0].weight
+    encoders._load_state(other, tmp_path / "tied.safetensors")
+    assert torch.equal(other[1].weight, tied[0].weight)
 
 
 def test_a_name_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,16 +788,20 @@ def test_a_missing_library_is_one_sentence() -> None:
 
 
 class Backbone(torch.nn.Module):
-    """A timm model: ``num_classes=0`` cuts the classifier off, ``pretrained_cfg`` says how images are prepared."""
+    """A timm model: ``reset_classifier(0)`` cuts the head off, ``pretrained_cfg`` says how images are prepared."""
 
     def __init__(self, num_classes: int = 1000, width: int = 6) -> None:
         super().__init__()
         self.stem = torch.nn.Conv2d(3, width, 4, 4)
-        self.fc = torch.nn.Linear(width, num_classes) if num_classes else torch.nn.Identity()
+        self.fc: torch.nn.Module = torch.nn.Linear(width, num_classes)
         self.pretrained_cfg = {
             "input_size": (3, 16, 24), "interpolation": "bilinear", "crop_pct": 0.8, "mean": (0.1, 0.2, 0.3),
             "std": (0.4, 0.5, 0.6), "classifier": "fc", "crop_mode": "center",
         }  # fmt: skip
+
+    def reset_classifier(self, num_classes: int) -> None:
+        assert num_classes == 0
+        self.fc = torch.nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.fc(self.stem(x).mean((2, 3)))
@@ -724,6 +919,54 @@ def test_timm_from_a_file_and_from_a_folder(tiles: Path, tmp_path: Path, request
         torch.testing.assert_close(encoder.encode(images), expected)
 
 
+@pytest.mark.parametrize("architecture", ["levit_128s", "deit_tiny_distilled_patch16_224", "coat_tiny"])
+def test_timms_heads_of_every_kind_are_cut_off(
+    architecture: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A head with a norm of its own, two heads, and weights that stand in two places."""
+    timm = needs("timm", request)
+    model = timm.create_model(architecture, pretrained=False).eval()
+    importlib.import_module("safetensors.torch").save_model(model, str(tmp_path / "model.safetensors"))
+    encoder = encoders.vision_encoder(f"timm:{architecture}={tmp_path / 'model.safetensors'}", torch.device("cpu"))
+    model.reset_classifier(0)
+    with torch.inference_mode():
+        images = torch.randn(1, 3, encoder.scaling.height, encoder.scaling.width)
+        torch.testing.assert_close(encoder.encode(images), model(images))
+
+
+def prepared(encoder: encoders.VisionEncoder, path: Path) -> torch.Tensor:
+    pixels = torch.from_numpy(scaled(read_image(path, 10**6)[0], encoder.scaling)).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (encoder.scaling.mean, encoder.scaling.std))
+    return (pixels - mean) / std
+
+
+def test_images_are_prepared_as_timm_and_open_clip_do(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Up to the edges of the cut, which those libraries round to whole pixels before they scale."""
+    timm, open_clip = needs("timm", request), needs("open_clip", request)
+    x, y = np.meshgrid(np.linspace(0, 1, 333), np.linspace(0, 1, 251))
+    smooth = (np.stack([x, y, y * (np.sin(9 * x) + 1) / 2], axis=2) * 255).astype(np.uint8)
+    path = saved(tmp_path / "a.png", smooth)
+    models = []
+    for name in ("test_resnet", "test_vit", "resnet18"):
+        model = timm.create_model(name, pretrained=False)
+        config = timm.data.resolve_data_config(model=model)
+        models.append((f"timm:{name}", model, timm.data.create_transform(**config, is_training=False)))
+    vision = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    (tmp_path / "a-tiny-clip.json").write_text(json.dumps({"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "a-tiny-clip.json")
+    model, _, preparation = open_clip.create_model_and_transforms("a-tiny-clip")
+    models.append(("open_clip:a-tiny-clip", model, preparation))
+    for name, model, prepare in models:
+        importlib.import_module("safetensors.torch").save_model(model, str(tmp_path / "model.safetensors"))
+        encoder = encoders.vision_encoder(f"{name}={tmp_path / 'model.safetensors'}", torch.device("cpu"))
+        ours, theirs = prepared(encoder, path), prepare(Image.open(path).convert("RGB"))
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() < 0.1, name
+        assert (ours - theirs).abs().mean() < 0.02, name
+        assert theirs.std() > 0.5, name
+
+
 def test_open_clip_from_a_file_and_from_a_folder(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     open_clip = needs("open_clip", request)
     safetensors = importlib.import_module("safetensors.torch")
@@ -738,3 +981,20 @@ def test_open_clip_from_a_file_and_from_a_folder(tmp_path: Path, request: pytest
     with torch.inference_mode():
         torch.testing.assert_close(encoder.encode(images), model.eval().encode_image(images))
     assert encoder.scaling.mean == tuple(open_clip.OPENAI_DATASET_MEAN)
+    # The same weights by the name of an architecture that open_clip knows.
+    (tmp_path / "a-tiny-clip.json").write_text(json.dumps(config["model_cfg"]))
+    open_clip.add_model_config(tmp_path / "a-tiny-clip.json")
+    by_name = f"open_clip:a-tiny-clip={tmp_path / 'open_clip_model.safetensors'}"
+    again = encoders.vision_encoder(by_name, torch.device("cpu"))
+    with torch.inference_mode():
+        assert torch.equal(again.encode(images), encoder.encode(images))
+    # From pictures to features by the command, normalised as open_clip does before it encodes.
+    write_captions(tmp_path / "captions.csv", make_images(tmp_path / "images", 6))
+    assert extract.main(options(tmp_path, by_name)) == 0
+    with np.load(tmp_path / "features.npz", allow_pickle=False) as found:
+        visual = found["visual_train"]
+    rows = list(csv.DictReader((tmp_path / "captions.csv").open()))
+    files = [tmp_path / "images" / row["image"] for row in rows if row["split"] == "train"]
+    with torch.inference_mode():
+        expected = model.encode_image(torch.stack([prepared(encoder, file) for file in files]))
+    np.testing.assert_allclose(visual, expected.numpy(), atol=1e-5)

@@ -355,14 +355,17 @@ def test_the_report_tells_of_classes(trained: Path) -> None:
         "Where prediction changed against the MLP", "Training", "Settings",
     ]  # fmt: skip
     metrics = json.loads((trained / "run" / "metrics.json").read_text())
-    assert f"<td>SeDA</td><td>{metrics['map']:.1f}</td>" in page
+    assert f"<td class=words>SeDA</td><td>{metrics['map']:.1f}</td>" in page
     assert "&lt;yew&gt;" in page and "<yew>" not in page
     labels, log_proba = arrays()["label_test"], load_file(trained / "run" / "outputs.safetensors")["log_proba"]
     worst = np.argmin(average_precisions(log_proba, labels))
     first = page.index("Classes worth looking at")
     assert page.index(NAMES[worst].replace("<", "&lt;").replace(">", "&gt;"), first) > first
     counts = labels.sum(0)
-    assert f"<td>rows of the smallest class</td><td>{arrays()['label_train'].clip(0).sum(0).min()}</td>" in page
+    assert (
+        f"<td class=words>rows of the smallest class</td><td>{arrays()['label_train'].clip(0).sum(0).min()}</td>"
+        in page
+    )
     assert f"<td>{counts.min()}</td>" in page
 
 
@@ -377,6 +380,23 @@ def test_a_figure_of_many_classes_shows_the_lowest(tmp_path: Path) -> None:
         centres=rng.normal(size=(70, 4)),
     )  # fmt: skip
     assert [path.name for path in written] == ["average_precision.png", "paths.png"]
+
+
+@pytest.mark.slow
+def test_a_phone_shows_the_report_whole(trained: Path, tmp_path: Path, phone: Any) -> None:
+    out = tmp_path / "report.html"
+    assert report.main(["--model", str(trained / "run"), "--out", str(out)]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert page.count("<img ") == 3 and page.count("data:image/png;base64,") == 3
+    shown = phone(out)
+    assert shown.titles == [
+        "Accuracy", "Data", "Alignment by step", "Calibration", "Classes worth looking at",
+        "Where prediction changed against the MLP", "Training", "Settings",
+    ]  # fmt: skip
+    assert shown.width <= 390
+    assert shown.requests == []
+    assert len(shown.dark) > 2
+    assert all(0.01 < share < 0.5 for share in shown.dark[:-1])
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

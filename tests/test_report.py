@@ -5,17 +5,17 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file
 
 from seda_fast import report, train
-from seda_fast.page import Line, bar_chart, line_chart, table
+from seda_fast.page import Line, bar_chart, line_chart, table, ticks
+from seda_fast.page import page as made_page
 
 EVIL = "<script>alert('x')</script> & \"co\""
 SMALL = ["--width", "16", "--blocks", "1", "--epochs", "3", "--batch-size", "64", "--textual-steps", "4", "--seed", "5"]
@@ -146,10 +146,10 @@ def test_alignment_ends_at_what_training_measured(trained: Path, page: str) -> N
              for chart in re.findall(r"<svg.*?</svg>", section, flags=re.S)]  # fmt: skip
     assert [len(chart) for chart in marks] == [4, 4]
     metrics = json.loads((trained / "run" / "metrics.json").read_text())
-    ticks = [float(t) for t in re.findall(r'text-anchor="end">([\d.e+-]+)</text>', section)]
-    low, high = ticks[0], ticks[4]
-    # The chart's area is from 16 (top) to 236 (bottom).
-    shown = low + (236 - marks[0][-1]) / 220 * (high - low)
+    labels = [(float(y) - 4, float(text)) for y, text in
+              re.findall(r'y="([\d.]+)" text-anchor="end">([\d.e+-]+)</text>', section)]  # fmt: skip
+    (low_y, low), (high_y, high) = labels[:2]
+    shown = low + (marks[0][-1] - low_y) / (high_y - low_y) * (high - low)
     assert shown == pytest.approx(metrics["alignment"]["frechet"], rel=0.02)
 
 
@@ -227,27 +227,50 @@ def test_pieces_escape_and_survive_flat_data() -> None:
 
 
 @pytest.mark.slow
-def test_a_phone_shows_it_whole(trained: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Headless Chromium at 390 pixels: nothing sticks out sideways, and the picture is not blank."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip(f"{request.node.nodeid} needs chromium")
-    common = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    page = trained / "run" / "report.html"
-    shot = tmp_path / "shot.png"
-    look = [*common, "--window-size=390,3000", "--hide-scrollbars", f"--screenshot={shot}", page.as_uri()]
-    subprocess.run(look, check=True, capture_output=True, timeout=300)
-    with Image.open(shot) as image:
-        assert image.size == (390, 3000)
-        pixels = np.asarray(image.convert("L"))
-    assert 0.02 < (pixels < 128).mean() < 0.5
-    # A copy that may run a script tells its own width.
-    probe = tmp_path / "probe.html"
-    content = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text(encoding="utf-8"))
-    script = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script></body>"
-    probe.write_text(content.replace("</body>", script), encoding="utf-8")
-    dump = [*common, "--window-size=390,3000", "--dump-dom", probe.as_uri()]
-    done = subprocess.run(dump, check=True, capture_output=True, text=True, timeout=300)
-    title = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
-    assert title is not None
-    assert int(title[1]) <= int(title[2])
+def test_a_phone_shows_it_whole(trained: Path, page: str, phone: Any) -> None:
+    """Nothing sticks out sideways, folded or not, nothing is asked for, and no stretch of it is blank."""
+    shown = phone(trained / "run" / "report.html")
+    assert shown.titles == [html.unescape(title) for title in re.findall(r"<h2>(.*?)</h2>", page)]
+    assert len(shown.titles) == 8
+    assert shown.width <= 390
+    assert shown.requests == []
+    assert len(shown.dark) > 2
+    assert all(0.01 < share < 0.5 for share in shown.dark[:-1])
+
+
+@pytest.mark.slow
+def test_the_phone_sees_what_sticks_out_and_what_is_asked_for(tmp_path: Path, phone: Any) -> None:
+    wide = "<h2>wide</h2><div style='width:700px'>x</div><h2 hidden>away</h2>"
+    asking = "<img src='http://127.0.0.1:9/extra.png'>"
+    (tmp_path / "page.html").write_text(made_page("a page", [wide, asking]))
+    shown = phone(tmp_path / "page.html")
+    assert shown.titles == ["wide"]
+    assert shown.width > 700
+    assert [Path(name).name for name in shown.requests] == ["extra.png"]
+
+
+@pytest.mark.parametrize(
+    "low, high, texts",
+    [
+        (0, 1, "0.0 0.2 0.4 0.6 0.8 1.0"),
+        (-0.0214, -0.00472, "-0.020 -0.015 -0.010 -0.005"),
+        (0.9992, 0.9998, "0.9992 0.9994 0.9996 0.9998"),
+        (0, 0.201, "0.00 0.05 0.10 0.15 0.20"),
+        (0, 1e-6, "0 2e-07 4e-07 6e-07 8e-07 1e-06"),
+        (1e6, 1.0001e6, "1000000 1000020 1000040 1000060 1000080 1000100"),
+    ],
+)
+def test_ticks_are_round_and_differ(low: float, high: float, texts: str) -> None:
+    assert [text for _, text in ticks(low, high)] == texts.split()
+
+
+def test_ticks_of_any_range(rng: np.random.Generator) -> None:
+    for size, width in zip(10 ** rng.uniform(-8, 8, 400), 10 ** rng.uniform(-5, 0, 400), strict=True):
+        low = float(size * rng.choice([-1, 1]))
+        high = low + float(width * size)
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 6
+        assert len({text for _, text in found}) == len(found)
+        for value, text in found:
+            assert low - 1e-6 * (high - low) <= value <= high + 1e-6 * (high - low)
+            assert abs(float(text) - value) <= 0.01 * (high - low)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,33 @@ def unavailable(device_type: str) -> str | None:
         return "PyTorch sees no CUDA device"
     if _weakest_capability() < (8, 0):
         return f"its kernels need compute capability 8.0, the device has {_weakest_capability()}"
+    return _without_code(tuple(_cpp.report().get("cuda", {}).get("architectures", ())))
+
+
+def has_code(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a library built for ``architectures``, as "80" or "90a", has code for a device.
+
+    Machine code serves its own generation from its minor version on ("100f" too), that of "90a" its own device alone.
+    Of the lowest architecture without a letter there is PTX, which every later device translates for itself.
+    """
+    listed = [(divmod(int(name.rstrip("af")), 10), name) for name in architectures]
+    portable = [least for least, name in listed if name.isdigit()]
+    own = any(
+        capability == least if name.endswith("a") else least <= capability and least[0] == capability[0]
+        for least, name in listed
+    )
+    return own or capability >= min(portable, default=(100, 0))
+
+
+@functools.cache
+def _without_code(architectures: tuple[str, ...]) -> str | None:
+    """Why the devices cannot run what was built, or None; a launch would end in "no kernel image is available"."""
+    for i in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(i)
+        if architectures and not has_code(architectures, capability):
+            built = ", ".join(f"sm_{name}" for name in architectures)
+            needed = f"SEDA_FAST_CUDA_ARCHS={capability[0]}{capability[1]}"
+            return f"it was built for {built}, the device has {capability}; install it again with {needed}"
     return None
 
 

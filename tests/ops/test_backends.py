@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from seda_fast.ops import _dispatch, q_sample, use_backend
+from seda_fast.ops import _cuda, _dispatch, q_sample, use_backend
 
 
 def noise() -> torch.Tensor:
@@ -32,6 +32,45 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
 def test_an_unavailable_backend_says_why() -> None:
     with use_backend("cuda"), pytest.raises(RuntimeError, match=r"^backend 'cuda' .*q_sample"):
         noise()
+
+
+@pytest.mark.parametrize(
+    "built, yes, no",
+    [
+        # The default: machine code for three, PTX of 8.0 for all later ones.
+        (["80", "90a", "100"], [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)], [(7, 5)]),
+        (["90a"], [(9, 0)], [(8, 0), (8, 9), (9, 1), (10, 0), (12, 0)]),
+        (["86"], [(8, 6), (8, 9), (9, 0), (12, 0)], [(8, 0)]),
+        (["90a", "100"], [(9, 0), (10, 0), (10, 3), (12, 0)], [(8, 0), (8, 9)]),
+        (["100f"], [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ],
+)
+def test_a_library_serves_the_devices_that_it_has_code_for(
+    built: list[str], yes: list[tuple[int, int]], no: list[tuple[int, int]]
+) -> None:
+    assert [c for c in yes + no if _cuda.has_code(built, c)] == yes
+
+
+def test_a_device_without_code_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a made-up device: what a launch would have ended in is known before it."""
+    monkeypatch.setattr(_cuda, "_reason", None)
+    monkeypatch.setattr(_cuda._cpp, "report", lambda: {"cuda": {"architectures": ["90a"]}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for devices, told in (
+        ([(9, 0), (9, 0)], None),
+        (
+            [(9, 0), (8, 0)],
+            "it was built for sm_90a, the device has (8, 0); install it again with SEDA_FAST_CUDA_ARCHS=80",
+        ),
+        ([(9, 0), (7, 5)], "its kernels need compute capability 8.0, the device has (7, 5)"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", devices.__getitem__)
+        for cached in (_cuda._weakest_capability, _cuda._without_code):
+            cached.cache_clear()
+        assert _cuda.unavailable("cuda") == told
+    for cached in (_cuda._weakest_capability, _cuda._without_code):
+        cached.cache_clear()
 
 
 def test_the_choice_ends_with_the_block_even_after_an_error() -> None:
