@@ -49,8 +49,9 @@ INSTRUCTION_SETS = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": (
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
-        # GCC 12's own AVX-512 header trips this warning at every use.
+        # GCC 12's own AVX-512 header trips these warnings where it is used.
         "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
     ),
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import ConfigError, TrainConfig
 from .nn import Losses, SeDA, Shard
-from .ops import AttentionChoice, attention_choice
+from .ops import AttentionChoice, attention_choice, gradient_norm, updates_in_one_pass, weight_update
 from .ranks import ALONE, Ranks
 
 EngineName = Literal["auto", "eager", "compile", "graph"]
@@ -118,13 +118,17 @@ class MovingAverage:
         self._current = list(parameters)
         self.values = [p.detach().clone() for p in self._current]
 
+    def moved(self, n: int) -> float:
+        """Share of the way to the parameters that update number ``n`` goes."""
+        return 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+
     @torch.no_grad()
     def update(self, n: int) -> None:
         """Update number ``n``, known to the host."""
         if n == 0:
             torch._foreach_copy_(self.values, self._current)
         else:
-            torch._foreach_lerp_(self.values, self._current, 1 - min(self.decay, (1 + n) / (10 + n)))
+            torch._foreach_lerp_(self.values, self._current, self.moved(n))
 
     @torch.no_grad()
     def update_on_device(self, n: Tensor) -> None:
@@ -233,6 +237,8 @@ class Stepper:
                 "step": zero, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
             }  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        # A scaler skips steps and needs the optimiser itself.
+        self.one_pass = precision != "fp16" and updates_in_one_pass(list(model.parameters()))
         self.objective = Objective(model, settings, precision)
         # Settled here: a measurement has no place in a compilation or a capture.
         self.attention = self._attention(self.objective.dtype or self.average.values[0].dtype)
@@ -353,11 +359,44 @@ class Stepper:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self._gradients(batch, self._losses_of(batch, self._shard(batch, part), compiled), len(part))
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.average.update(self.done)
+        if self.one_pass:
+            self._update_in_one_pass(rate)
+        else:
+            self._clip()
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self.average.update(self.done)
         self.step += 1
         self.done += 1
+
+    @torch.no_grad()
+    def _update_in_one_pass(self, rate: float) -> None:
+        """What the optimiser and the average do one after the other, on the state that they keep."""
+        moved = self.average.moved(self.done)
+        averages = dict(zip(self.model.parameters(), self.average.values, strict=True))
+        norm = gradient_norm([p.grad for p in averages if p.grad is not None])
+        for group in self.optimiser.param_groups:
+            rows = []
+            for p in group["params"]:
+                if p.grad is None:
+                    averages[p].lerp_(p, moved)
+                else:
+                    state = self.optimiser.state[p]
+                    rows.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], averages[p], state["step"]))
+            if rows:
+                weight_update(
+                    *zip(*rows, strict=True),
+                    norm=norm,
+                    clip_norm=self.settings.clip_norm,
+                    learning_rate=rate,
+                    betas=group["betas"],
+                    epsilon=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    moved=moved,
+                )
+
+    def _clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
 
     def _shard(self, batch: Batch, part: Tensor) -> Shard | None:
         """Where the rows of ``batch``, which are this rank's, stand in ``part``, which are all ranks'."""
@@ -382,12 +421,11 @@ class Stepper:
             return self._losses(batch, self.seed, self.step, shard, False)  # type: ignore[no-any-return]
 
     def _gradients(self, batch: Batch, losses: Losses, rows: int) -> None:
-        """Losses of a batch of ``rows`` rows on all ranks to the sums, clipped gradients to the parameters."""
+        """Losses of a batch of ``rows`` rows on all ranks to the sums, gradients to the parameters."""
         self.optimiser.zero_grad(set_to_none=True)
         # DistributedDataParallel takes the mean of the ranks' gradients; ours are shares, to be added.
         self.scaler.scale(losses.total * self.ranks.world).backward()
         self.scaler.unscale_(self.optimiser)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         values = torch.stack([term.detach().double() for term in losses])
         self.sums += values * rows
         bad = ~values.isfinite()
@@ -402,6 +440,7 @@ class Stepper:
         for group in self.optimiser.param_groups:
             group["lr"].copy_(self._rates.index_select(0, self.step[None])[0])
         self._gradients(batch, self._losses_of(batch, None, False), len(batch[0]))
+        self._clip()
         self.optimiser.step()
         self.average.update_on_device(self.step)
         self.step += 1

@@ -662,3 +662,53 @@ def reverse_chain(
             if noisy:
                 x = x + e[i] * normals(seed, step + 1 + i, sample_ids, x.shape[1], stream).to(x.dtype)
     return result
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The optimiser's step
+
+
+def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Norm () of all gradients together, as `torch.nn.utils.clip_grad_norm_` takes it."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+    return norm
+
+
+def weight_update(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    average: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    norm: Tensor,
+    clip_norm: float,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    moved: float,
+) -> None:
+    """Clipping, AdamW (Loshchilov and Hutter 2019, algorithm 2) and a moving average, all in place.
+
+    For each weight w with gradient g, moments m and v, average e and number of steps n ()::
+
+        g <- g min(1, clip_norm / (norm + 1e-6))        n <- n + 1
+        m <- m + (1 - beta1) (g - m)                    v <- beta2 v + (1 - beta2) g**2
+        w <- w (1 - learning_rate weight_decay)
+               - learning_rate / (1 - beta1**n) m / (sqrt(v / (1 - beta2**n)) + epsilon)
+        e <- e + moved (w - e)
+
+    ``norm`` () is `gradient_norm` of the whole model; the gradients themselves stay.
+    """
+    clip = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    for w, g, m, v, e, n in zip(weights, grads, exp_avg, exp_avg_sq, average, steps, strict=True):
+        n += 1
+        g = g * clip
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        first, second = (1 - beta ** n.double() for beta in (beta1, beta2))
+        root = (v / second.to(v.dtype)).sqrt() + epsilon
+        w.mul_(1 - learning_rate * weight_decay).sub_((learning_rate / first).to(w.dtype) * m / root)
+        e.lerp_(w, moved)

@@ -15,6 +15,7 @@ from seda_fast.checkpoint import Checkpoints
 from seda_fast.config import ConfigError
 from seda_fast.engine import Plan, Stepper, plan
 from seda_fast.loop import Keeping, Trainer, TrainingError, TrainingSet
+from seda_fast.ops import cpp_status, use_backend
 
 CONFIG = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=1, time_embedding=8, diffusion_steps=60)
 # 4 batches of 14 rows and one of 4 an epoch: 50 steps.
@@ -65,6 +66,59 @@ def test_compiled_training_agrees_with_eager_over_fifty_steps() -> None:
     assert report["fallbacks"] == [
         {"what": "a batch of 4 rows", "used": "eager", "reason": "a new shape would be compiled anew", "steps": 10}
     ]
+
+
+# ------------------------------------------------------------------------------------------ one pass over the weights
+
+
+needs_cpp = pytest.mark.skipif(cpp_status()["reason"] is not None, reason="the C++ half was not built")
+
+
+def by_pytorch(settings: TrainConfig = SETTINGS, **options: Any) -> Trainer:
+    """A trainer whose weights PyTorch's own optimiser updates."""
+    with use_backend("reference"):
+        found = trainer(settings=settings, **options)
+    assert not found.stepper.one_pass
+    return found
+
+
+@needs_cpp
+@pytest.mark.parametrize("clip_norm", [0.05, 1e3])
+def test_one_pass_over_the_weights_agrees_with_pytorchs_optimiser(clip_norm: float) -> None:
+    settings = dataclasses.replace(SETTINGS, clip_norm=clip_norm)
+    one, other = trainer(settings=settings), by_pytorch(settings)
+    assert one.stepper.one_pass
+    one.run()
+    other.run()
+    assert one.stepper.done == other.stepper.done == 50
+    agree(other, one, 1e-5)
+    states = one.stepper.tensors(), other.stepper.tensors()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        scale = states[1][name].abs().max().item()
+        torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-3 * scale, msg=name)
+        if name.startswith("optimiser.step."):
+            assert value == 50
+
+
+@needs_cpp
+def test_one_pass_leaves_weights_without_a_gradient() -> None:
+    found = trainer(), by_pytorch()
+    for one in found:
+        frozen = one.model.visual.head.weight.requires_grad_(False)
+        before = frozen.clone()
+        for _ in one.stepper.steps([torch.arange(14), torch.arange(14, 28)]):
+            pass
+        assert torch.equal(frozen, before)
+        assert one.stepper.optimiser.state[frozen]["step"] == 0
+    averages = [one.stepper.average.values for one in found]
+    for a, b in zip(*averages, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scaler_keeps_pytorchs_optimiser() -> None:
+    assert not trainer(precision="fp16").stepper.one_pass
+    assert trainer(precision="bf16").stepper.one_pass == trainer().stepper.one_pass
 
 
 # ------------------------------------------------------------------------------------------ the step without the host

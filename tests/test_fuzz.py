@@ -83,11 +83,11 @@ def value(name, kind):
         "shift": (T, D), "scale": (T, D), "alpha": (T, D), "signal": (T,), "noise": (T,), "state": (B, 4),
         "log_normaliser": (B,), "initial": (B, D), "source": (B, D), "condition": (B, C), "coefficients": (S, 5),
         "modulation": (S if CHAIN else T, L, 3, W), "x": (B, D), "prediction": (B, D),
-        "w_x": (W, D), "b_x": (W,), "w_c": (W, C), "b_c": (W,), "w_g": (L * M, W),
+        "norm": (), "w_x": (W, D), "b_x": (W,), "w_c": (W, C), "b_c": (W,), "w_g": (L * M, W),
         "b_g": (L * M,), "w_y": (D, W), "b_y": (D,), "w_h": (M, W), "b_h": (M,), "w_o": (W, M), "b_o": (W,),
     }
     if kind == "Tensor[]":
-        return many(name)
+        return optimised(name) if UPDATE else many(name)
     if name in ("seed", "step"):
         return odd(torch.tensor(rng.choice((0, 3, -(2**63), 2**63 - 1))))
     if name == "words":
@@ -101,6 +101,12 @@ def value(name, kind):
 def drawn(shape, name):
     t = torch.randn(shape)
     return t if name in TABLES else t.to(STORAGE)
+
+
+def optimised(name):
+    """A list of the optimiser's: like the weights, which are of any shape."""
+    shapes = [(D,), (B, D), ()] if name != "steps" else [()] * 3
+    return [odd(drawn(shape, "state")) for shape in shapes[: rng.choice((3,) * 20 + (2, 0))]]
 
 
 def many(name):
@@ -127,7 +133,7 @@ def many(name):
 
 
 TABLES = {"shift", "scale", "alpha", "signal", "noise", "state", "log_normaliser", "coefficients", "modulation",
-          "grad_features"} | ({"b_x", "b_c", "b_g", "b_h", "b_o", "b_y"} if half == "cpp" else set())
+          "grad_features", "norm"} | ({"b_x", "b_c", "b_g", "b_h", "b_o", "b_y"} if half == "cpp" else set())
 names = sys.argv[5:]
 served = dict.fromkeys(names, 0)
 
@@ -146,6 +152,7 @@ for _ in range(int(sys.argv[2])):
     STORAGE = rng.choice((torch.float32, torch.bfloat16))
     op = getattr(ops, rng.choice(names)).default
     arguments = op._schema.arguments
+    UPDATE = op._schema.name.endswith(("gradient_norm", "weight_update"))
     CHAIN, WIDTHS = "coefficients" in [a.name for a in arguments], (C // 2, C - C // 2)
     if CHAIN and half == "cuda":
         # The kernel's own sizes, mostly.

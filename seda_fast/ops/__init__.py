@@ -14,6 +14,7 @@ from .memory import AttentionChoice, attention_choice, memory_read
 from .noising import q_sample
 from .projection import semantic_projection
 from .reverse_chain import ChainWeights, reverse_chain
+from .weight_update import gradient_norm, updates_in_one_pass, weight_update
 
 __all__ = [
     "BACKENDS",
@@ -28,6 +29,7 @@ __all__ = [
     "cuda_status",
     "embed_condition",
     "forced",
+    "gradient_norm",
     "interaction_block",
     "interaction_network",
     "layer_norm",
@@ -39,5 +41,7 @@ __all__ = [
     "reverse_chain",
     "semantic_projection",
     "stratified_timesteps",
+    "updates_in_one_pass",
     "use_backend",
+    "weight_update",
 ]

@@ -27,6 +27,7 @@ _OPERATORS = (
     "gated_residual_backward",
     "gated_silu",
     "gated_silu_backward",
+    "gradient_norm",
     "interaction_network",
     "interaction_network_backward",
     "logits_block",
@@ -37,6 +38,7 @@ _OPERATORS = (
     "q_sample",
     "q_sample_backward",
     "reverse_chain",
+    "weight_update",
 )
 _LIBRARY = "libseda_fast_cpu.so"
 _REPORT = "_build.json"
@@ -109,17 +111,23 @@ def unavailable(device_type: str) -> str | None:
     return None if device_type == "cpu" else "it has code for the CPU only"
 
 
-def implement_with_cpp(op: str, function: Callable[..., Any], operands: slice, reference: Callable[..., Any]) -> None:
+def implement_with_cpp(
+    op: str,
+    function: Callable[..., Any],
+    operands: slice,
+    reference: Callable[..., Any],
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> None:
     """Register ``function`` for ``op`` on the CPU.
 
-    ``operands`` says which arguments must share one dtype of `DTYPES` (integer ones and None aside); a call that mixes
-    dtypes goes to ``reference``, which promotes or refuses as PyTorch does.
+    ``operands`` says which arguments must share one dtype of ``dtypes`` (integer ones and None aside); a call that
+    mixes dtypes goes to ``reference``, which promotes or refuses as PyTorch does.
     """
 
     def run(*args: Any) -> Any:
         return (function if _share_a_dtype(args[operands]) else reference)(*args)
 
-    implement(op, "cpp", run, devices=("cpu",), unavailable=unavailable, dtypes=DTYPES)
+    implement(op, "cpp", run, devices=("cpu",), unavailable=unavailable, dtypes=dtypes)
 
 
 def _share_a_dtype(arguments: Iterable[Any]) -> bool:

@@ -26,7 +26,7 @@ class Implementation:
         function: called with the op's own arguments.
         devices: device types it serves by default ("cpu", "cuda").
         unavailable: gives the reason why it cannot run here for a device type, or None when it can.
-        dtypes: dtypes of the op's first argument that it computes in; empty means all.
+        dtypes: dtypes of the op's first argument (a list's first tensor) that it computes in; empty means all.
     """
 
     function: Callable[..., Any]
@@ -163,7 +163,8 @@ def define(
 
     def kernel(device_type: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            return choose(name, device_type, args[0].dtype)[1].function(*args, **kwargs)
+            first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+            return choose(name, device_type, first.dtype)[1].function(*args, **kwargs)
 
         return run
 

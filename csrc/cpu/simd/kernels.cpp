@@ -3,6 +3,7 @@
 #include "noising.h"
 #include "projection.h"
 #include "reverse_chain.h"
+#include "weight_update.h"
 
 #define SEDA_JOIN_(a, b) a##b
 #define SEDA_JOIN(a, b) SEDA_JOIN_(a, b)
@@ -34,6 +35,8 @@ const RowKernels& SEDA_JOIN(SEDA_ISA, _kernels)() {
       .logits_backward = SEDA_ISA::logits_backward,
       .centre = SEDA_ISA::centre,
       .centre_backward = SEDA_ISA::centre_backward,
+      .squares = SEDA_ISA::squares,
+      .weight_update = SEDA_ISA::weight_update,
   };
   return kernels;
 }

@@ -145,6 +145,13 @@ struct CentreArguments {
   float scale;      // backward: grad += scale * (features - centre), and the class's sum loses the same
 };
 
+// The optimiser's step on one tensor: grad *= clip, then AdamW, then average moves by `moved` of the way to the weight.
+struct UpdateArguments {
+  const float* grad;
+  float *weight, *exp_avg, *exp_avg_sq, *average;
+  float clip, decay, new_average, old_square, new_square, step_size, square_scale, epsilon, moved;
+};
+
 // Where a backward part leaves sums over rows, in an order that the number of threads does not change.
 struct SegmentedSums {
   int64_t columns;
@@ -185,6 +192,9 @@ struct RowKernels {
   void (*logits_backward)(const LogitsArguments&, const SegmentedSums&, int64_t chunk, int64_t begin, int64_t end);
   void (*centre)(const CentreArguments&, int64_t begin, int64_t end);
   void (*centre_backward)(const CentreArguments&, const SegmentedSums&, int64_t chunk, int64_t begin, int64_t end);
+  // The sum of squares of n elements.
+  float (*squares)(const float* x, int64_t n);
+  void (*weight_update)(const UpdateArguments&, int64_t begin, int64_t end);
 };
 
 const RowKernels& baseline_kernels();
