@@ -104,3 +104,51 @@ def test_it_is_deterministic_and_keeps_nothing_in_the_state_dict() -> None:
     assert torch.equal(one(v, t), two(v, t))
     assert isinstance(one, PairTeacher)
     assert not one.state_dict()
+
+
+def test_unlabelled_pairs_with_other_class_shares_are_labelled_by_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    v, t, y = pairs(6000, classes=8, noise=(2.0, 2.0))
+    # Sixteen labels of each class, while nineteen in twenty of the other pairs of the classes 1 to 7 are missing.
+    place = torch.arange(6000)
+    kept = (place < 128) | (y == 0) | (place // 8 % 20 == 0)
+    v, t, y = v[kept], t[kept], y[kept]
+    labels = few_labels(y, 16)
+
+    def right() -> float:
+        return float((fit_teacher(v, t, labels, 8, seed=0)(v, t).argmax(1) == y)[labels < 0].float().mean())
+
+    with_shares = right()
+    monkeypatch.setattr(module, "SHIFT_FLOOR", float("inf"))
+    assert with_shares > right() + 0.05
+
+
+def test_equal_class_shares_leave_the_labels_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(3)
+    y = torch.arange(900) % 3
+    logits = functional.one_hot(y, 3) * 2.0 + torch.randn(900, 3, generator=generator)
+    proba = logits.softmax(1)
+    assert torch.equal(module.shifted(proba, torch.full((3,), 1 / 3)), proba)
+
+
+def test_shifted_probabilities_are_bayes_under_the_new_shares() -> None:
+    generator = torch.Generator().manual_seed(4)
+    shares = torch.tensor([0.9, 0.08, 0.02])
+    y = torch.multinomial(shares, 20000, replacement=True, generator=generator)
+    x = 1.5 * functional.one_hot(y, 3) + torch.randn(20000, 3, generator=generator)  # x . e_k is sufficient
+    before, after = (1.5 * x).softmax(1), (1.5 * x + shares.log()).softmax(1)
+    found = module.shifted(before, torch.full((3,), 1 / 3))
+    ratio = (found[0] / before[0]).log() - (found[0] / before[0]).log()[0]
+    exact = (after[0] / before[0]).log() - (after[0] / before[0]).log()[0]
+    power = (ratio / exact)[1:]
+    gain = float((before @ (3 * shares)).log().mean())
+    torch.testing.assert_close(power, torch.full((2,), 1 - module.SHIFT_FLOOR / gain), rtol=0.08, atol=0)
+    torch.testing.assert_close(found.sum(1), torch.ones(20000))
+
+
+def test_a_class_without_a_label_gets_none_by_the_shares() -> None:
+    v, t, y = pairs(600)
+    labels = few_labels(y, 4)
+    labels[labels == 3] = -1
+    found = fit_teacher(v, t, labels, 4, seed=0)(v, t)
+    assert found.isfinite().all()
+    assert (found.argmax(1) == 3).float().mean() < 0.01
