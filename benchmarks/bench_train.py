@@ -260,6 +260,7 @@ def point(name: str, value: int, device: torch.device, quick: bool) -> Callable[
     return (lambda: [step() for _ in range(value // rows)]) if name == "rows" else step
 
 
+@pytest.mark.timeout(1800)  # the largest points take minutes on a slow CPU
 @pytest.mark.parametrize("what", list(GROWTH))
 def bench_growth(contest: Any, device: torch.device, quick: bool, growth: Any, what: str) -> None:
     """How time grows with one size while the others stay."""

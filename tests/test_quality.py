@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import methods, selection, summary
+from benchmarks.quality import methods, page, selection, summary
 from benchmarks.quality.regimes import REGIMES, SETS, DataSet, Rows, Task, apply, fold, load
 from benchmarks.quality.runs import Job, Record, Runs, measure
 
@@ -225,7 +225,7 @@ def test_command_writes_tables_and_pictures_and_goes_on(folder: Path, capsys: py
     assert {"difference", "interval", "best_baseline"} <= set(rows[0])
     text = (out / "docs" / "quality.md").read_text()
     assert "| full |" in text
-    assert (out / "docs" / "quality" / "cub10.png").stat().st_size > 1000
+    assert (out / "docs" / "quality" / "full.png").stat().st_size > 1000
     assert command.main(["--data", str(folder / "none"), *paths]) == 2
     assert "give --data" in capsys.readouterr().err
 
@@ -235,3 +235,38 @@ def test_measure_reports_alignment_where_a_method_maps(task: Task) -> None:
     assert found.alignment is not None
     assert {"frechet", "cosine", "recall_at_10"} <= set(found.alignment)
     assert measure(Job("cub10", "full", "linear", "test", 0), task).alignment is None
+
+
+def row(name: str, regime: str, difference: float) -> dict[str, object]:
+    return {
+        "set": name, "regime": regime, "difference": difference, "interval": [difference - 1, difference + 1],
+        "methods": {"seda": {"top1": 50.0, "deviation": None, "seeds": 2, "seconds": 30.0, "alignment": None,
+                             "alignment_point": None}},
+    }  # fmt: skip
+
+
+def test_targets_are_reached_or_not_by_the_figures() -> None:
+    good = [row("cub10", "full", 0.9), row("wikipedia", "full", 0.3), row("cub10", "labels-4", 3.1)]
+    assert [t.reached for t in summary.targets([*good, row("cub10", "tail", -0.4)])] == [True] * 4
+    bad = [row("cub10", "full", 0.9), row("wikipedia", "full", -0.4), row("cub10", "labels-4", 2.9)]
+    found = summary.targets([*bad, row("cub10", "tail", -0.6)])
+    assert not any(t.reached for t in found)
+    assert found[-1].found == "cub10 tail -0.6"
+    aligned = row("fashion_products", "full", 0.0)
+    aligned["methods"] = {
+        "seda": {"alignment": {"frechet": 61.0}, "alignment_point": {"cosine": 0.4, "recall_at_10": 49.0}},
+        "one_step_mse": {"alignment": {"cosine": 0.3, "recall_at_10": 50.0}},
+    }
+    assert [t.reached for t in summary.targets([aligned])[2:]] == [False, True, False]
+
+
+def test_page_says_where_it_helps_and_how_to_make_it_again() -> None:
+    rows = [row("cub10", "full", 1.5), row("wikipedia", "full", -1.5), row("fashion_products", "full", 0.5)]
+    for r in rows:
+        keys = ("frechet", "frechet_floor", "cosine", "recall_at_1", "recall_at_10")
+        r["methods"]["seda"]["alignment"] = dict.fromkeys(keys, 1.0)  # type: ignore[index]
+        r["best_baseline"] = "mlp"
+    text = page.markdown(rows, {}, "python -m benchmarks.quality")
+    assert "| full | +0.2 | cub10 | wikipedia | fashion_products |" in text
+    assert "| `python -m benchmarks.quality --regimes full` | 6 | 3 |" in text
+    assert "![full](quality/full.png)" in text

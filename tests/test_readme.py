@@ -1,6 +1,7 @@
 """The README's commands and code work as written."""
 
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
@@ -77,3 +78,17 @@ def test_make_targets_and_options_exist(readme: str, repository: Path) -> None:
     known |= {"--quick"}  # of benchmarks.quality
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)):
         assert option in known, option
+
+
+def test_table_of_few_labels_is_that_of_the_measured_quality(readme: str, repository: Path) -> None:
+    source = json.loads((repository / "benchmarks/results/quality.json").read_text(encoding="utf-8"))
+    measured = {(row["set"], row["regime"]): row["methods"] for row in source["rows"]}
+    table = re.findall(r"^\| (\w+), (\d+) \| ([\d.*]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.*]+) \(", readme, flags=re.M)
+    assert len(table) >= 7
+    for name, labels, *cells in table:
+        methods = measured[name, f"labels-{labels}"]
+        others = [methods[m]["top1"] for m in ("one_step", "one_step_mse", "mlp_pseudo")]
+        expected = [*(methods[m]["top1"] for m in ("seda", "linear", "mlp")), max(others)]
+        assert [cell.strip("*") for cell in cells] == [f"{value:.1f}" for value in expected], (name, labels)
+        best = max(range(4), key=lambda i: expected[i])
+        assert [i for i, cell in enumerate(cells) if cell.startswith("*")] == [best], (name, labels)

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from . import selection, summary
 from .methods import ABLATIONS, METHODS, SEDA
+from .page import markdown
+from .plots import plot
 from .regimes import REGIMES, SETS, DataSet, apply, load
 from .runs import TEST, Job, Runs
 from .selection import Selected
@@ -108,9 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps({"selected": selected, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     chosen.docs.mkdir(parents=True, exist_ok=True)
-    text = summary.markdown(rows, selected, "python -m benchmarks.quality")
+    text = markdown(rows, selected, "python -m benchmarks.quality")
     (chosen.docs / "quality.md").write_text(text, encoding="utf-8")
-    summary.plot(rows, chosen.docs / "quality")
+    plot(rows, chosen.docs / "quality")
     print(text)
     return 0
 

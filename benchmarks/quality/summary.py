@@ -1,19 +1,16 @@
-"""From records to tables: means and deviations over seeds, and bootstrap intervals of SeDA minus the best baseline."""
+"""From records to figures: means and deviations over seeds, bootstrap intervals of SeDA minus the best baseline, and
+whether they reach what was asked of the method."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
-from .methods import ABLATIONS, BASELINES, METHODS, SEDA
-from .regimes import ABOUT, REGIMES, SETS
+from .methods import BASELINES, METHODS, SEDA
+from .regimes import REGIMES, SETS
 from .runs import TEST, Record, of
 from .selection import Selected, settings_of
 
@@ -74,122 +71,46 @@ def _statistics(records: Sequence[Record]) -> dict[str, Any]:
     return result
 
 
-def markdown(rows: Sequence[dict[str, Any]], selected: Selected, command: str) -> str:
-    """``docs/quality.md``."""
-    lines = [
-        "# When SeDA helps and when it does not",
-        "",
-        "<!-- Written by `python -m benchmarks.quality`; edit that, not this. -->",
-        "",
-        f"Top-1 on the test parts in percent, mean ± standard deviation over seeds; made by `{command}`, which keeps",
-        "what it has and goes on where it was stopped. *Difference* is SeDA minus the row's best baseline, with its",
-        "paired bootstrap 95 % interval over test rows. Baselines get the unlabelled pairs too (`one_step` by its",
-        "squared error, `mlp_pseudo` by labels that a text classifier gives them).",
-        "",
-        *(f"- **{name}**: {about}" for name, about in ABOUT.items()),
-        "",
-    ]
-    for name in SETS:
-        of_set = [row for row in rows if row["set"] == name]
-        if of_set:
-            lines += [f"## {name}", "", *_accuracy_table(of_set), ""]
-            lines += [f"![{name}](quality/{name}.png)", ""]
-            lines += _alignment_table(of_set)
-            lines += _ablation_table(of_set)
-    lines += _selection_table(selected)
-    return "\n".join(lines).rstrip() + "\n"
+@dataclass(frozen=True)
+class Target:
+    """Something asked of the method: what was asked in words, what was found in words, and whether it was reached."""
+
+    asked: str
+    found: str
+    reached: bool
 
 
-def _selection_table(selected: Selected) -> list[str]:
-    if not selected:
-        return ["## Settings", "", "Selection was not run: every method has its defaults.", ""]
-    lines = [
-        "## Settings",
-        "",
-        "Chosen by cross-validation of training parts, equally many tried for each (`--select`); SeDA is measured with",
-        "its defaults whatever is chosen. Mean top-1 of the folds:",
-        "",
-        "| method and set | settings tried | defaults | best | best settings |",
-        "|---|---|---|---|---|",
-    ]
-    for name, found in sorted(selected.items()):
-        settings = ", ".join(f"{k} {v}" for k, v in found["settings"].items()) or "the defaults"
-        cells = (name, found["tried"], f"{found['default_top1']:.1f}", f"{found['top1']:.1f}", settings)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return [*lines, ""]
+def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
+    """What the method was built to show, as far as ``rows`` of `summarise` can tell."""
+    gaps = {(row["set"], row["regime"]): row["difference"] for row in rows if "difference" in row}
+    full = {name: gap for (name, regime), gap in gaps.items() if regime == "full"}
+    few = [gap for (_, regime), gap in gaps.items() if regime.startswith("labels")]
+    others = {key: gap for key, gap in gaps.items() if key[1] != "full" and not key[1].startswith("labels")}
+    found = []
+    if full:
+        mean = float(np.mean(list(full.values())))
+        each = ", ".join(f"{name} {gap:+.1f}" for name, gap in full.items())
+        found.append(Target("full sets: mean at least +0.5", f"{mean:+.1f}", mean >= 0.5))
+        found.append(Target("full sets: none below -0.3", each, min(full.values()) >= -0.3))
+    if few:
+        mean = float(np.mean(few))
+        found.append(Target("few labels, many pairs: mean at least +3", f"{mean:+.1f}", mean >= 3))
+    if others:
+        below = [f"{name} {regime} {gap:+.1f}" for (name, regime), gap in others.items() if gap < -0.5]
+        found.append(Target("all other regimes: none below -0.5", ", ".join(below) or "none is", not below))
+    return [*found, *_fashion_targets(rows)]
 
 
-def _cell(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.1f}"
-    return f"{found['top1']:.1f}{deviation}"
-
-
-def _accuracy_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    shown = [SEDA, *BASELINES]
-    lines = ["| regime | " + " | ".join(shown) + " | difference | seeds |", "|" + "---|" * (len(shown) + 3)]
-    for row in rows:
-        cells = [_cell(row["methods"].get(m)) for m in shown]
-        low, high = row.get("interval", (0, 0))
-        gap = f"{row['difference']:+.1f} ({low:+.1f} .. {high:+.1f})" if "interval" in row else "-"
-        lines.append(f"| {row['regime']} | " + " | ".join(cells) + f" | {gap} | {row['methods'][SEDA]['seeds']} |")
-    return lines
-
-
-def _alignment_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    keys = ("frechet", "cosine", "recall_at_1", "recall_at_10")
-    lines = []
-    for row in rows:
-        if row["regime"] != "full":
-            continue
-        lines = ["Alignment with the test part's texts (full set):", "", "| | " + " | ".join(keys) + " |"]
-        lines.append("|" + "---|" * (len(keys) + 1))
-        for method, found in row["methods"].items():
-            for kind, label in (("alignment", method), ("alignment_point", f"{method}, point estimate")):
-                values = found[kind]
-                if values and (kind == "alignment" or values != found["alignment"]):
-                    lines.append(f"| {label} | " + " | ".join(f"{values[k]:.3g}" for k in keys) + " |")
-        floor = row["methods"][SEDA]["alignment"]["frechet_floor"]
-        lines += ["", f"The Frechet distance between two halves of the real texts is {floor:.3g}.", ""]
-    return lines
-
-
-def _ablation_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    shown = [row for row in rows if any(m in row["methods"] for m in ABLATIONS)]
-    if not shown:
+def _fashion_targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
+    """Alignment and time on the main set."""
+    methods = next((r["methods"] for r in rows if (r["set"], r["regime"]) == ("fashion_products", "full")), {})
+    if not {SEDA, "one_step_mse"} <= set(methods):
         return []
-    names = [SEDA, *ABLATIONS]
-    lines = ["Ablations:", "", "| regime | " + " | ".join(n.removeprefix("seda:") for n in names) + " |"]
-    lines.append("|" + "---|" * (len(names) + 1))
-    for row in shown:
-        lines.append(f"| {row['regime']} | " + " | ".join(_cell(row["methods"].get(n)) for n in names) + " |")
-    return [*lines, ""]
-
-
-def plot(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """One picture per set: every regime's methods side by side, with their deviation over seeds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = [SEDA, *BASELINES]
-    width = 0.9 / len(shown)
-    for name in SETS:
-        of_set = [row for row in rows if row["set"] == name]
-        if not of_set:
-            continue
-        figure, axis = plt.subplots(figsize=(12, 4), layout="constrained")
-        for i, method in enumerate(shown):
-            found = [(x, row["methods"][method]) for x, row in enumerate(of_set) if method in row["methods"]]
-            places = [x + (i - len(shown) / 2) * width for x, _ in found]
-            axis.bar(
-                places,
-                [f["top1"] for _, f in found],
-                width=0.95 * width,
-                yerr=[f["deviation"] or 0 for _, f in found],
-                label=method,
-            )
-        axis.set_xticks(range(len(of_set)), [row["regime"] for row in of_set])
-        axis.set_ylabel("top-1, %")
-        axis.set_title(name)
-        axis.legend(ncols=len(shown), fontsize="small")
-        figure.savefig(folder / f"{name}.png", dpi=90, metadata={"Software": None})
-        plt.close(figure)
+    point, mapping = methods[SEDA]["alignment_point"], methods["one_step_mse"]["alignment"]
+    frechet = methods[SEDA]["alignment"]["frechet"]
+    found = [Target("fashion_products: Frechet distance at most 60", f"{frechet:.1f}", frechet <= 60)]
+    for key, name, form in (("cosine", "cosine", ".3f"), ("recall_at_10", "recall@10", ".1f")):
+        text = f"{point[key]:{form}} against {mapping[key]:{form}}"
+        asked = f"fashion_products, point estimate: {name} at least that of one_step_mse"
+        found.append(Target(asked, text, point[key] >= mapping[key]))
+    return found

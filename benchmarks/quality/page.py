@@ -1,0 +1,164 @@
+"""``docs/quality.md``: what the records say, written for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .methods import ABLATIONS, BASELINES, SEDA
+from .regimes import ABOUT, REGIMES, SETS
+from .selection import Selected
+from .summary import targets
+
+
+def markdown(rows: Sequence[dict[str, Any]], selected: Selected, command: str) -> str:
+    """``docs/quality.md``."""
+    lines = [
+        "# When SeDA helps and when it does not",
+        "",
+        "<!-- Written by `python -m benchmarks.quality`; edit that, not this. -->",
+        "",
+        f"Top-1 on the test parts in percent, mean ± standard deviation over seeds; made by `{command}`, which keeps",
+        "what it has and goes on where it was stopped. *Difference* is SeDA minus the row's best baseline, with its",
+        "paired bootstrap 95 % interval over test rows. Baselines get the unlabelled pairs too (`one_step` by its",
+        "squared error, `mlp_pseudo` by labels that a text classifier gives them).",
+        "",
+        *(f"- **{name}**: {about}" for name, about in ABOUT.items()),
+        "",
+    ]
+    lines += [*_where_it_helps(rows), *_target_table(rows)]
+    for name in SETS:
+        of_set = [row for row in rows if row["set"] == name]
+        if of_set:
+            lines += [f"## {name}", "", *_accuracy_table(of_set), ""]
+            lines += _alignment_table(of_set)
+            lines += _ablation_table(of_set)
+    lines += [*_pictures(rows), *_command_table(rows, command), *_selection_table(selected)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _regimes(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Each regime's rows, regimes in their usual order."""
+    found = {regime: [row for row in rows if row["regime"] == regime] for regime in REGIMES}
+    return {regime: of_regime for regime, of_regime in found.items() if of_regime}
+
+
+def _where_it_helps(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """By regime, from the intervals of the differences."""
+    lines = [
+        "## Where it helps, and where not",
+        "",
+        "SeDA minus the best of all other methods on the test part, in points. A set counts as *better* or *worse*",
+        "where the interval leaves out 0. The best of the others is picked by the same test part, which favours them.",
+        "",
+        "| regime | mean over sets | better | worse | no difference seen |",
+        "|---|---|---|---|---|",
+    ]
+    for regime, of_regime in _regimes(rows).items():
+        known = [row for row in of_regime if "difference" in row]
+        if not known:
+            continue
+        mean = sum(row["difference"] for row in known) / len(known)
+        better = [r["set"] for r in known if r["interval"][0] > 0]
+        worse = [r["set"] for r in known if r["interval"][1] < 0]
+        same = [r["set"] for r in known if r["set"] not in better + worse]
+        cells = (", ".join(names) or "-" for names in (better, worse, same))
+        lines.append(f"| {regime} | {mean:+.1f} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _target_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What was asked beforehand, and what came of it."""
+    lines = ["## What was asked of it", "", "| asked, in points or percent | found | reached |", "|---|---|---|"]
+    lines += [f"| {t.asked} | {t.found} | {'yes' if t.reached else 'no'} |" for t in targets(rows)]
+    return [*lines, ""]
+
+
+def _pictures(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return ["## Pictures", "", *(f"![{regime}](quality/{regime}.png)" for regime in _regimes(rows)), ""]
+
+
+def _command_table(rows: Sequence[dict[str, Any]], command: str) -> list[str]:
+    """How to make each regime's rows again, and what their trainings took."""
+    lines = [
+        "## Making it again",
+        "",
+        "Minutes are the sum of the trainings' wall times as they were recorded, two or three at a time on two cores",
+        "that had other work as well. What is recorded is not trained again: give another `--runs` to measure anew.",
+        "`--quick` tries two small sets in a few minutes.",
+        "",
+        "| command | trainings | minutes |",
+        "|---|---|---|",
+    ]
+    for regime, of_regime in _regimes(rows).items():
+        found = [m for row in of_regime for m in row["methods"].values()]
+        minutes = sum(m["seeds"] * m["seconds"] for m in found) / 60
+        lines.append(f"| `{command} --regimes {regime}` | {sum(m['seeds'] for m in found)} | {minutes:.0f} |")
+    return [*lines, ""]
+
+
+def _selection_table(selected: Selected) -> list[str]:
+    if not selected:
+        return ["## Settings", "", "Selection was not run: every method has its defaults.", ""]
+    lines = [
+        "## Settings",
+        "",
+        "Chosen by cross-validation of training parts, equally many tried for each (`--select`); SeDA is measured with",
+        "its defaults whatever is chosen. Mean top-1 of the folds:",
+        "",
+        "| method and set | settings tried | defaults | best | best settings |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in sorted(selected.items()):
+        settings = ", ".join(f"{k} {v}" for k, v in found["settings"].items()) or "the defaults"
+        cells = (name, found["tried"], f"{found['default_top1']:.1f}", f"{found['top1']:.1f}", settings)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return [*lines, ""]
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.1f}"
+    return f"{found['top1']:.1f}{deviation}"
+
+
+def _accuracy_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    shown = [SEDA, *BASELINES]
+    lines = ["| regime | " + " | ".join(shown) + " | difference | seeds |", "|" + "---|" * (len(shown) + 3)]
+    for row in rows:
+        cells = [_cell(row["methods"].get(m)) for m in shown]
+        low, high = row.get("interval", (0, 0))
+        gap = f"{row['difference']:+.1f} ({low:+.1f} .. {high:+.1f})" if "interval" in row else "-"
+        lines.append(f"| {row['regime']} | " + " | ".join(cells) + f" | {gap} | {row['methods'][SEDA]['seeds']} |")
+    return lines
+
+
+def _alignment_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    keys = ("frechet", "cosine", "recall_at_1", "recall_at_10")
+    lines = []
+    for row in rows:
+        if row["regime"] != "full":
+            continue
+        lines = ["Alignment with the test part's texts (full set):", "", "| | " + " | ".join(keys) + " |"]
+        lines.append("|" + "---|" * (len(keys) + 1))
+        for method, found in row["methods"].items():
+            for kind, label in (("alignment", method), ("alignment_point", f"{method}, point estimate")):
+                values = found[kind]
+                if values and (kind == "alignment" or values != found["alignment"]):
+                    lines.append(f"| {label} | " + " | ".join(f"{values[k]:.3g}" for k in keys) + " |")
+        floor = row["methods"][SEDA]["alignment"]["frechet_floor"]
+        lines += ["", f"The Frechet distance between two halves of the real texts is {floor:.3g}.", ""]
+    return lines
+
+
+def _ablation_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    shown = [row for row in rows if any(m in row["methods"] for m in ABLATIONS)]
+    if not shown:
+        return []
+    names = [SEDA, *ABLATIONS]
+    lines = ["Ablations:", "", "| regime | " + " | ".join(n.removeprefix("seda:") for n in names) + " |"]
+    lines.append("|" + "---|" * (len(names) + 1))
+    for row in shown:
+        lines.append(f"| {row['regime']} | " + " | ".join(_cell(row["methods"].get(n)) for n in names) + " |")
+    return [*lines, ""]
