@@ -603,6 +603,9 @@ def test_memory_that_runs_out_is_one_sentence(capfd: pytest.CaptureFixture[str])
     assert host.endswith("; give a smaller --batch-size or a smaller model, or --precision bf16 on a GPU")
     assert device.startswith("seda_fast.train: CUDA out of memory. Tried to allocate 2.00 GiB.; give a smaller")
     assert inside.startswith("seda_fast.train: memory ran out; give a smaller")
+    for program, advice in (("extract", "give a smaller --batch-size"), ("predict", "fewer rows at a time need less")):
+        assert run_command(on_a_gpu, f"seda_fast.{program}") == 2
+        assert capfd.readouterr().err.rstrip().endswith(f"; {advice}")
     with pytest.raises(RuntimeError, match="a fault of ours"):
         run_command(another, "seda_fast.train")
 
