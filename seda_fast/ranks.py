@@ -15,7 +15,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-
 # Seconds.
 _LETTING_GO = 0.2
 
