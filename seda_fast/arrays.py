@@ -15,7 +15,7 @@ from unicodedata import category
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import DataError
+from .files import STRINGS, DataError
 
 Unpaired = Literal["refuse", "keep"]
 Features = NDArray[Any]  # (N, D) float32, or a memory map of float16, float32 or float64
@@ -96,7 +96,7 @@ def check_layout(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Non
     """Raises DataError unless rank, dtype and size suit the array called `name`."""
     if dtype.hasobject:
         raise DataError(f"'{name}' holds Python objects, which are never used")
-    if name == "class_names":
+    if name in STRINGS:
         ranks, fits, needed = "1", dtype.kind == "U" and dtype.itemsize > 0, "strings are"
     elif name.startswith("label"):
         ranks, fits, needed = "1 or 2", dtype.kind in "iu", "integers are"
@@ -223,19 +223,26 @@ def labelled_rows(labels: Labels) -> Mask:
 
 def check_class_names(value: Any) -> tuple[str, ...]:
     """Checked names: at least one, different, not blank, without control characters."""
-    if isinstance(value, np.ndarray):
-        check_layout("class_names", value.shape, value.dtype)
-        codes = np.ascontiguousarray(value).view(np.dtype("u4").newbyteorder(value.dtype.byteorder))
-        if codes.max() > sys.maxunicode:
-            raise DataError("'class_names' holds characters that are not Unicode")
-        value = value.tolist()
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
-        raise DataError("'class_names' is not a list of strings")
+    names = check_names("class_names", value)
     first: dict[str, int] = {}
-    for i, name in enumerate(value):
-        if not name.strip() or any(category(character) in ("Cc", "Cs") for character in name):
-            raise DataError(f"'class_names' entry {i} is blank or holds control characters")
+    for i, name in enumerate(names):
         if name in first:
             raise DataError(f"'class_names' gives entries {first[name]} and {i} the same name")
         first[name] = i
+    return names
+
+
+def check_names(key: str, value: Any) -> tuple[str, ...]:
+    """Checked strings: at least one, none blank or with control characters."""
+    if isinstance(value, np.ndarray):
+        check_layout(key, value.shape, value.dtype)
+        codes = np.ascontiguousarray(value).view(np.dtype("u4").newbyteorder(value.dtype.byteorder))
+        if codes.max() > sys.maxunicode:
+            raise DataError(f"'{key}' holds characters that are not Unicode")
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
+        raise DataError(f"'{key}' is not a list of strings")
+    for i, name in enumerate(value):
+        if not name.strip() or any(category(character) in ("Cc", "Cs") for character in name):
+            raise DataError(f"'{key}' entry {i} is blank or holds control characters")
     return tuple(str(name) for name in value)

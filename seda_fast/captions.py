@@ -23,9 +23,10 @@ PARTS = ("train", "test")
 
 @dataclass(frozen=True)
 class Captions:
-    """N rows: ``images`` paths relative to the images' folder; ``texts``, "" where there is none; ``labels`` (N,)
-    int64, numbers of ``class_names``, or (N, K) int8 of 0 and 1 where a row may carry several, -1 where there is none;
-    ``train`` (N,) bool, or None without a column split."""
+    """N rows: ``images`` paths relative to the images' folder, of which one may stand in several rows, always in the
+    same part and with one label; ``texts``, "" where there is none; ``labels`` (N,) int64, numbers of ``class_names``,
+    or (N, K) int8 of 0 and 1 where a row may carry several, -1 where there is none; ``train`` (N,) bool, or None
+    without a column split."""
 
     images: tuple[str, ...]
     texts: tuple[str, ...]
@@ -45,8 +46,10 @@ def read_captions(path: Path, separator: str = "", *, by_class: bool = False) ->
         DataError: one sentence that names the file and the line.
     """
     with naming(path):
-        rows = _captions(path, tuple(name for name in COLUMNS if name != "text" or not by_class))
+        table = _captions(path, tuple(name for name in COLUMNS if name != "text" or not by_class))
+        rows = [row for _, row in table]
         labels = [_carried(row["label"].strip(), separator) for row in rows]
+        _check_images(table, labels, separator)
         named = {name for label in labels for name in label or ()}
         names = sorted(named, key=_order(named))
         if not names:
@@ -127,8 +130,9 @@ def _table(path: Path, columns: Sequence[str], also: str = "") -> list[tuple[int
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(_rows(file, columns, f"its header must name {', '.join(columns)}{may}"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot be read as a UTF-8 table ({error})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot be read as a UTF-8 table ({cause})") from error
     if not rows:
         raise DataError("holds no row below its header")
     return rows
@@ -136,31 +140,63 @@ def _table(path: Path, columns: Sequence[str], also: str = "") -> list[tuple[int
 
 def _rows(file: Iterator[str], columns: Sequence[str], rule: str) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.reader(file, strict=True)
-    header = [name.strip() for name in next(reader, [])]
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        _check_header(header, columns, rule)
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise DataError(f"line {reader.line_num} has {len(fields)} fields where the header has {len(header)}")
+            yield reader.line_num, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(f"cannot be read as a UTF-8 table (line {reader.line_num}: {error})") from error
+
+
+def _check_header(header: Sequence[str], columns: Sequence[str], rule: str) -> None:
     missing = [name for name in columns if name not in header]
     if missing:
+        # What a spreadsheet writes where the comma is a decimal sign.
+        other = next((sign for sign in ";\t|" if len(header) == 1 and sign in header[0]), None)
+        if other is not None:
+            raise DataError(
+                f"has one column, parted by {other!r}; a table whose columns are parted by commas is needed"
+            )
         raise DataError(f"lacks the column {missing[0]}; {rule}")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise DataError(f"has the column {show(twice[0])} twice")
-    for fields in reader:
-        if not fields:
-            continue
-        if len(fields) != len(header):
-            raise DataError(f"line {reader.line_num} has {len(fields)} fields where the header has {len(header)}")
-        yield reader.line_num, dict(zip(header, fields, strict=True))
 
 
-def _captions(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def _captions(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
     rows = []
     for line, row in _table(path, columns, "split"):
         image = PurePosixPath(row["image"])
         if not row["image"].strip() or image.is_absolute() or ".." in image.parts:
             raise DataError(f"line {line}: {show(row['image'])} is no path below the images' folder")
-        if row.get("split", "train") not in PARTS:
-            raise DataError(f"line {line}: the split {show(row['split'])} is neither train nor test")
-        rows.append(row)
+        given = {**row, "image": str(image)}  # one spelling: a/b.png for ./a//b.png
+        if "split" in row:
+            given["split"] = row["split"].strip()
+            if given["split"] not in PARTS:
+                raise DataError(f"line {line}: the split {show(row['split'])} is neither train nor test")
+        rows.append((line, given))
     return rows
+
+
+def _check_images(table: list[tuple[int, dict[str, str]]], labels: list[list[str] | None], separator: str) -> None:
+    """An image in several rows lies in one part, or the test part would hold what training saw, and has one label."""
+    part: dict[str, tuple[int, str]] = {}
+    label_of: dict[str, tuple[int, set[str]]] = {}
+    for (line, row), label in zip(table, labels, strict=True):
+        first, split = part.setdefault(row["image"], (line, row.get("split", "")))
+        if row.get("split", "") != split:
+            raise DataError(f"line {line}: the image {show(row['image'])} is in the other part in line {first}")
+        if label is None:
+            continue
+        first, named = label_of.setdefault(row["image"], (line, set(label)))
+        if set(label) != named:
+            hint = "" if separator else "; several classes of one image go into one label, with --label-separator"
+            raise DataError(f"line {line}: the image {show(row['image'])} has another label in line {first}{hint}")
 
 
 def _check_split(labels: list[list[str] | None], train: NDArray[np.bool_]) -> None:

@@ -24,6 +24,11 @@ from .loop import TrainingError
 from .ranks import RankLost
 
 BAD_INPUT = 2
+# What helps a command whose memory ran out.
+_FOR_MEMORY = {
+    "seda_fast.train": "give a smaller --batch-size or a smaller model, or --precision bf16 on a GPU",
+    "seda_fast.extract": "give a smaller --batch-size",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,7 +145,7 @@ def run(command: Callable[[], None], program: str) -> int:
         lacking = out_of_memory(error)
         if lacking is None:
             raise
-        report(program, f"{lacking}; give a smaller --batch-size or a smaller model, or --precision bf16 on a GPU")
+        report(program, f"{lacking}; {_FOR_MEMORY.get(program, 'fewer rows at a time need less')}")
         return BAD_INPUT
     except BrokenPipeError:
         # The reader of our output (head, less) has closed it; nothing is wrong and nobody is left to tell.

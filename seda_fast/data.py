@@ -30,6 +30,7 @@ from .arrays import (
     check_class_names,
     check_labels,
     check_layout,
+    check_names,
     check_text,
     check_visual,
     has_text,
@@ -49,12 +50,17 @@ __all__ = [
     "load_visual",
     "mean_and_scale",
     "rows",
+    "split_rows",
 ]
 
 KEYS = (
     "visual_train", "text_train", "label_train", "visual_test", "label_test", "text_test", "class_names",
     "text_classes",
 )  # fmt: skip
+
+
+# Names of the rows (images, say) of visual, visual_train and visual_test: optional, shown beside what is said of a row.
+ROW_NAMES = ("names", "names_train", "names_test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +95,8 @@ class EvaluationRows:
 class VisualRows:
     """Rows to predict.
 
-    visual (M, Dv); ids (M,) int64; where the source has them, labels as in `EvaluationRows`, and class_names.
+    visual (M, Dv); ids (M,) int64; where the source has them, labels as in `EvaluationRows`, class_names, and names
+    (M,) of the rows.
     """
 
     visual: Features
@@ -97,6 +104,7 @@ class VisualRows:
     class_names: tuple[str, ...] | None
     ids: Labels
     source: str
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +117,7 @@ class FeatureSet:
     text_test (M, Dt) or None; the text of the test part is there to measure alignment. ids_train (N,) and
     ids_test (M,) int64: the row number within the part, or within the whole set where it was split here.
     text_classes (K, Dt): one text a class instead of one a row; text_train is then (N, 0), and every labelled
-    row has its class's text.
+    row has its class's text. names_test (M,): names of the test rows, where the source has any.
     """
 
     visual_train: Features
@@ -123,6 +131,7 @@ class FeatureSet:
     ids_test: Labels
     source: str
     text_classes: Features | None = None
+    names_test: tuple[str, ...] | None = None
 
     @property
     def n_classes(self) -> int:
@@ -179,7 +188,8 @@ class FeatureSet:
         """
         if str(path) == "digits":
             return _load_digits(test_fraction, seed)
-        arrays = read_arrays(Path(path), wanted=KEYS, known=KEYS, layout=check_layout)
+        known = (*KEYS, *ROW_NAMES[1:])
+        arrays = read_arrays(Path(path), wanted=known, known=known, layout=check_layout)
         with naming(path):
             return _build(arrays, str(path), unpaired, test_fraction, seed, need_text)
 
@@ -252,8 +262,8 @@ def load_visual(
 ) -> VisualRows:
     """Reads rows to predict: the array `visual`, or else `visual_test`, or one single `.npy` array.
 
-    Text is not read. `label_test` and `class_names` are taken along where they are there. "digits" gives the
-    test part of that split. visual_dim: the model's, where known. Raises DataError.
+    Text is not read. `label_test`, `class_names` and `names` (or `names_test`) are taken along where they are there.
+    "digits" gives the test part of that split. visual_dim: the model's, where known. Raises DataError.
     """
     if str(path) == "digits":
         part = _load_digits(test_fraction, seed).test_part
@@ -263,8 +273,8 @@ def load_visual(
         with naming(path):
             found = _visual_rows(arrays, str(path))
     else:
-        wanted = ("visual", "visual_test", "label_test", "class_names")
-        arrays = read_arrays(Path(path), wanted=wanted, known=("visual", *KEYS), layout=check_layout)
+        wanted = ("visual", "visual_test", "label_test", "class_names", "names", "names_test")
+        arrays = read_arrays(Path(path), wanted=wanted, known=("visual", *KEYS, *ROW_NAMES), layout=check_layout)
         with naming(path):
             found = _visual_rows(arrays, str(path))
     with naming(path):
@@ -365,6 +375,7 @@ def _build(
     if need_text and not paired.any():
         raise DataError("'text_train' has no row with text (all are NaN)")
     ids = np.arange(len(visual), dtype=np.int64)
+    row_names = _row_names(arrays, "visual_train", len(visual))
     if any(key in arrays for key in ("visual_test", "label_test", "text_test")):
         test = _evaluation_rows(arrays, source, unpaired, names, labels.ndim == 2)
         _check_width("visual_test", test.visual, visual.shape[1], "'visual_train'")
@@ -372,10 +383,11 @@ def _build(
             _check_width("text_test", test.text, text.shape[1], "'text_train'")
         _check_known_classes(labels, test.labels)
         made = FeatureSet(
-            visual, text, labels, test.visual, test.labels, test.text, names, ids, test.ids, source, classes
-        )
+            visual, text, labels, test.visual, test.labels, test.text, names, ids, test.ids, source, classes,
+            _row_names(arrays, "visual_test", len(test.visual)),
+        )  # fmt: skip
     else:
-        train, held_out = _split(labels, test_fraction, seed)
+        train, held_out = split_rows(labels, test_fraction, seed)
         refuse_too_large(4 * (visual.size + text.size))
         made = FeatureSet(
             rows(visual, train), rows(text, train), labels[train],
@@ -383,6 +395,7 @@ def _build(
             class_text_rows(classes, labels[held_out]) if classes is not None
             else rows(text, held_out) if text.shape[1] else None,
             names, train, held_out, source, classes,
+            None if row_names is None else tuple(row_names[i] for i in held_out.tolist()),
         )  # fmt: skip
         paired = paired[train]
         if need_text and not paired.any():
@@ -476,9 +489,10 @@ def _check_known_classes(train: Labels, test: Labels) -> None:
 
 def _load_test_file(path: str | Path, unpaired: Unpaired, test_fraction: float, seed: int) -> EvaluationRows:
     wanted = ("visual_test", "label_test", "text_test", "class_names", "text_classes")
-    arrays = read_arrays(Path(path), wanted=wanted, known=KEYS, layout=check_layout)
+    known = (*KEYS, *ROW_NAMES[1:])
+    arrays = read_arrays(Path(path), wanted=wanted, known=known, layout=check_layout)
     if not set(arrays) - {"class_names", "text_classes"}:
-        whole = read_arrays(Path(path), wanted=KEYS, known=KEYS, layout=check_layout)
+        whole = read_arrays(Path(path), wanted=known, known=known, layout=check_layout)
         with naming(path):
             if "visual_train" not in whole:
                 _require(arrays, "visual_test", "label_test")
@@ -519,11 +533,27 @@ def _visual_rows(arrays: Mapping[str, Any], source: str) -> VisualRows:
         names = check_class_names(arrays["class_names"])
         if labels is not None:
             _check_named("label_test", labels, names)
-    return VisualRows(visual, labels, names, np.arange(len(visual), dtype=np.int64), source)
+    ids = np.arange(len(visual), dtype=np.int64)
+    return VisualRows(visual, labels, names, ids, source, _row_names(arrays, name, len(visual)))
 
 
-def _split(labels: Labels, test_fraction: float, seed: int) -> tuple[Labels, Labels]:
-    """Ascending row numbers of the training and of the test part: stratified, unlabelled rows in training."""
+def _row_names(arrays: Mapping[str, Any], of: str, length: int) -> tuple[str, ...] | None:
+    """The names of the rows of the array ``of``, where there are any."""
+    key = of.replace("visual", "names")
+    if key not in arrays:
+        return None
+    names = check_names(key, arrays[key])
+    if len(names) != length:
+        raise DataError(f"'{key}' has {len(names)} entries but '{of}' has {length} rows")
+    return names
+
+
+def split_rows(labels: Labels, test_fraction: float, seed: int) -> tuple[Labels, Labels]:
+    """Ascending row numbers of the training and of the test part: stratified, unlabelled rows in training.
+
+    Raises:
+        DataError: there are too few rows of some class.
+    """
     labelled = np.flatnonzero(labelled_rows(labels))
     if labels.ndim == 2:
         held_out = labelled[held_out_rows(labels[labelled], test_fraction, seed)]
@@ -554,7 +584,7 @@ def _load_digits(test_fraction: float, seed: int) -> FeatureSet:
     with naming("digits"):
         _check_options("refuse", test_fraction, seed)
         visual, labels = digits.pixels()
-        train, test = _split(labels, test_fraction, seed)
+        train, test = split_rows(labels, test_fraction, seed)
         texts = digits.compose_texts(labels)
         text_train, text_test = digits.text_features([texts[i] for i in train], [texts[i] for i in test])
         return FeatureSet(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 from collections.abc import Callable, Sequence, Set
@@ -24,12 +25,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .files import DataError, naming, show
-from .images import Scaling, shorter_side
+from .images import Scaling, probe_image, scaled, shorter_side
 
 # Numbers of PIL.Image.Resampling, as preprocessor_config.json gives them.
 _RESAMPLINGS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _NAMED = ("nearest", "bilinear", "bicubic", "lanczos")
+_PREPARATIONS = ("preprocessor_config.json", "processor_config.json")
 _TFIDF = "tfidf"
+_OF_ARCHITECTURE = {"num_classes"}
 
 
 @dataclass(frozen=True)
@@ -193,8 +196,16 @@ def _load_state(model: nn.Module, file: Path, may_have: Set[str] = frozenset()) 
 
 def _timm(name: str, architecture: str, about: dict[str, Any], weights: Path, device: torch.device) -> VisionEncoder:
     timm = optional("timm", "pip install timm (it wants a torchvision that fits your PyTorch)")
+    arguments = about.get("model_args") or {}
+    # They are the architecture's. Those of create_model itself could name a file of weights, which timm would unpickle.
+    others = sorted(inspect.signature(timm.create_model).parameters.keys() & arguments.keys() - _OF_ARCHITECTURE)
+    if others or ":" in architecture:
+        what = f"model_args of {others[0]!r}" if others else f"the architecture {show(architecture)}"
+        raise DataError(
+            f"{what} would have timm look for weights elsewhere; give the architecture and its own settings"
+        )
     try:
-        model = timm.create_model(architecture, pretrained=False, **(about.get("model_args") or {}))
+        model = timm.create_model(architecture, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"timm has no architecture {show(architecture)} with these settings") from error
     config = {**model.pretrained_cfg, **about.get("pretrained_cfg", {})}
@@ -254,7 +265,7 @@ def _quiet_transformers() -> Any:
 
 def _transformers(name: str, folder: Path, device: torch.device) -> VisionEncoder:
     transformers = _quiet_transformers()
-    scaling = _transformers_scaling(folder)
+    scaling = _transformers_scaling(folder, transformers)
     try:
         model = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
@@ -279,29 +290,67 @@ def _transformers(name: str, folder: Path, device: torch.device) -> VisionEncode
     return VisionEncoder(name, scaling, encode, fingerprint(folder))
 
 
-def _transformers_scaling(folder: Path) -> Scaling:
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        raise DataError(f"there is no {path.name}, which says how the model wants its images")
-    given = _json(path)
+def _transformers_scaling(folder: Path, transformers: Any) -> Scaling:
+    """How the model's own image processor prepares images, once its result and ours have been compared.
+
+    A file names little and leaves the rest to its class, and classes differ: in defaults, in what ``size`` means, in
+    steps of their own (a share to cut out, channels in another order).
+    """
+    if not any((folder / name).is_file() for name in _PREPARATIONS):
+        raise DataError(f"there is no {' or '.join(_PREPARATIONS)}, which says how the model wants its images")
     try:
-        size = given["size"]
-        if isinstance(size, int):
-            size = {"shortest_edge": size}
-        crop = given.get("crop_size") if given.get("do_center_crop") else None
-        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-        if "shortest_edge" in size:
-            edge = int(size["shortest_edge"])
-            height, width = (crop["height"], crop["width"]) if crop else (edge, edge)
-            squash = False
-        else:
-            height, width = size["height"], size["width"]
-            edge, squash = min(height, width), True
-        resampling: Any = _RESAMPLINGS[given.get("resample", 3)]
-        mean, std = tuple(map(float, given["image_mean"])), tuple(map(float, given["image_std"]))
-        return Scaling(int(height), int(width), edge, mean, std, resampling, squash)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path.name} does not say how the model wants its images ({error!r})") from error
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        scaling = _scaling_of(processor.to_dict())
+        probe = probe_image()
+        expected = processor(images=probe, return_tensors="pt")["pixel_values"][0]
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        cause = _first_line(error)
+        raise DataError(f"its files do not say how the model wants its images ({cause})") from error
+    found = prepared(scaled(probe, scaling)[None], scaling, torch.device("cpu"))[0]
+    std = torch.tensor(scaling.std)[:, None, None]
+    # On a picture of smooth slopes: the cut's edges, which others round to whole pixels, may lie half a pixel apart.
+    most = 0.005 + 0.7 / min(scaling.height, scaling.width)
+    if expected.shape != found.shape or not float(((expected - found) * std).abs().mean()) <= most:
+        kind = type(processor).__name__
+        raise DataError(f"{kind} prepares images in a way that is not known here; timm may have the same model")
+    return scaling
+
+
+def _scaling_of(given: dict[str, Any]) -> Scaling:
+    """From all settings of an image processor, defaults included."""
+    size, crop = given["size"], given.get("crop_size") if given.get("do_center_crop") else None
+    if "shortest_edge" in size:
+        edge, squash = int(size["shortest_edge"]), False
+        height, width = (int(crop["height"]), int(crop["width"])) if crop else (edge, edge)
+        if "crop_pct" in given:  # ConvNeXT: the size is that of the cut, unless it is large
+            edge, squash = (edge, True) if edge >= 384 else (int(edge / given["crop_pct"]), False)
+    else:
+        height, width = int(size["height"]), int(size["width"])
+        edge, squash = min(height, width), True
+    resampling: Any = _RESAMPLINGS[int(given.get("resample", 3))]
+    # The features' scale: theirs is (x * factor - mean) / std of bytes x, ours (x / 255 - mean) / std.
+    factor = 255 * float(given["rescale_factor"]) if given.get("do_rescale", True) else 255.0
+    mean, std = (given["image_mean"], given["image_std"]) if given.get("do_normalize", True) else ([0] * 3, [1] * 3)
+    return Scaling(
+        height,
+        width,
+        edge,
+        tuple(float(value) / factor for value in mean),
+        tuple(float(value) / factor for value in std),
+        resampling,
+        squash,
+    )
+
+
+def prepared(images: NDArray[np.uint8], scaling: Scaling, device: torch.device) -> Tensor:
+    """Scaled images (B, H, W, 3) as a model takes them, (B, 3, H, W) float32 on the device."""
+    mean, std = (torch.tensor(values, device=device)[None, :, None, None] for values in (scaling.mean, scaling.std))
+    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(255)
+    return (pixels - mean) / std
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -321,6 +370,7 @@ def text_encoder(name: str, device: torch.device, *, dim: int, batch_size: int) 
         return _tfidf(dim)
     folder = model_folder(name, ("modules.json",))
     with naming(folder):
+        _refuse_code(folder / "modules.json")
         _quiet_transformers()
         sentence_transformers = optional("sentence_transformers", "pip install 'seda_fast[extract]'")
         try:
@@ -339,6 +389,20 @@ def text_encoder(name: str, device: torch.device, *, dim: int, batch_size: int) 
         return np.asarray(found, dtype=np.float32)
 
     return TextEncoder(name, lambda texts: None, encode, fingerprint(folder))
+
+
+def _refuse_code(path: Path) -> None:
+    """A module of another kind would be imported from wherever the model names it, its own folder among others, even
+    without ``trust_remote_code``."""
+    try:
+        modules = [str(module["type"]) for module in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path.name} does not list the model's modules") from error
+    other = [module for module in modules if not module.startswith("sentence_transformers.")]
+    if other:
+        raise DataError(
+            f"{path.name} names {show(other[0])}, code that is not of sentence-transformers and is never run"
+        )
 
 
 def _tfidf(dim: int) -> TextEncoder:

@@ -293,8 +293,18 @@ def _checked_text(text: Any, visual: NDArray[Any]) -> tuple[NDArray[Any], Mask]:
     """Textual features (N, Dt) and which rows have any; without text one column of NaN."""
     if text is None:
         return np.full((len(visual), 1), np.nan, dtype=np.float32), np.zeros(len(visual), dtype=bool)
+    _refuse_no_features("text", text)
     check_consistent_length(visual, text)
     return check_text("text", text, "keep")
+
+
+def _refuse_no_features(name: str, value: Any) -> None:
+    """What somebody who has texts tries first."""
+    if issparse(value):
+        raise DataError(f"{name} is a sparse matrix; give a dense one, as TruncatedSVD makes of it")
+    found = np.asarray(value)
+    if found.dtype.kind in "US" or (found.dtype.kind == "O" and any(isinstance(v, str) for v in found.flat)):
+        raise DataError(f"{name} holds strings; give their features, as TfidfVectorizer and TruncatedSVD make them")
 
 
 def _checked_class_texts(value: Any, text: Any, classes: NDArray[Any]) -> NDArray[np.float32] | None:
@@ -303,6 +313,7 @@ def _checked_class_texts(value: Any, text: Any, classes: NDArray[Any]) -> NDArra
         return None
     if text is not None:
         raise ValueError("text and text_classes are both given; give one text of each row or one of each class")
+    _refuse_no_features("text_classes", value)
     texts = check_visual("text_classes", value)
     if len(texts) != len(classes):
         raise ValueError(f"text_classes has {len(texts)} rows but y has {len(classes)} classes")

@@ -7,8 +7,10 @@ is kept in a hidden folder beside the result until all is, so a run that was end
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -16,28 +18,34 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
 
 from . import _eval_extra  # noqa: F401 - checks first that what this needs is installed
+from .arrays import labelled_rows
 from .captions import Captions, read_captions, read_class_texts
 from .command import choose_device, progress, run, settings_of
 from .config import ConfigError, check_given, check_range, check_types, setting
-from .encoders import TextEncoder, VisionEncoder, text_encoder, vision_encoder
-from .files import DataError, atomic_path, output_file
+from .data import split_rows
+from .encoders import TextEncoder, VisionEncoder, prepared, text_encoder, vision_encoder
+from .files import STRINGS, DataError, atomic_path, output_file, printable
 from .images import LARGEST, BadImage, find_images, read_image, scaled
 
 PROGRAM = "seda_fast.extract"
 _THREADS = 8
 _TEXTS = 1024  # of one part; the encoder sorts them by length and makes its own batches
 _SHOWN = 5
+_LOCK = "lock"
+_HELD_OUT = 0.2  # of the images, as training does of the rows
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,31 +95,72 @@ class Seen:
 # ---- parts that survive a kill ---------------------------------------------------------------------------------------
 
 
-def parts_folder(out: Path, job: str) -> Path:
-    """The folder of the parts beside ``out``; parts of another job (other files, models or settings) are removed."""
+@contextmanager
+def parts_folder(out: Path, job: str) -> Iterator[Path]:
+    """The folder of the parts beside ``out``, for the one process that holds its lock; parts of another job (other
+    models or settings) are removed. It stays when the block ends, for a run that goes on, unless the block removed it.
+
+    Raises:
+        DataError: another process works on it, or it cannot be written.
+    """
     folder = out.absolute().parent / f".{out.name}.parts"
-    mark = folder / "job"
-    if folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != job):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(mark) as draft:
-        draft.write_text(job, encoding="utf-8")
-    return folder
+    with _locked(folder, out):
+        mark = folder / "job"
+        if not mark.is_file() or mark.read_text(encoding="utf-8") != job:
+            for file in folder.iterdir():
+                if file.name != _LOCK:
+                    file.unlink()
+        with atomic_path(mark) as draft:
+            draft.write_text(job, encoding="utf-8")
+        yield folder
 
 
-def job_of(config: ExtractConfig, images: Sequence[str], *fingerprints: str) -> str:
-    """Names a job: its images by path, size and time of change, its captions, its models, its settings."""
-    digest = hashlib.sha256()
-    for image in images:
-        path = Path(config.images, image)
-        stat = path.stat() if path.is_file() else None
-        digest.update(f"{image}\0{stat.st_size if stat else 0}\0{stat.st_mtime_ns if stat else 0}\n".encode())
-    for table in (config.captions, config.class_captions):
-        if table:
-            digest.update(hashlib.sha256(Path(table).read_bytes()).digest())
+def _locked(folder: Path, out: Path) -> IO[str]:
+    """The lock file, open; the system's lock on it ends with its process, however that ends."""
+    path = folder / _LOCK
+    try:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a", encoding="utf-8")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that ended just now took the folder, and this file, with it.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            file.close()
+    except BlockingIOError as error:
+        raise DataError(f"another run works on {out} (lock {path})") from error
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be written: {error.strerror or error}") from error
+
+
+def job_of(config: ExtractConfig, *fingerprints: str) -> str:
+    """Names what parts are made with: the models and the settings. What they are made of stands in their own names."""
     settings = (config.batch_size, config.max_pixels, config.device, config.text_dim)
-    digest.update(repr((settings, fingerprints, torch.__version__)).encode())
-    return digest.hexdigest()
+    versions = (torch.__version__, PIL.__version__)
+    return hashlib.sha256(repr((settings, fingerprints, versions)).encode()).hexdigest()
+
+
+def images_part(folder: str, start: int, batch: Sequence[str]) -> str:
+    """The name of a batch's part, another one after a change of an image: its path, size or time of change."""
+    digest = hashlib.sha256()
+    for image in batch:
+        digest.update(b"%b\0%b\n" % (os.fsencode(image), _stamp(Path(folder, image)).encode()))
+    return f"images_{start:09}_{digest.hexdigest()[:32]}.npz"
+
+
+def texts_part(start: int, texts: Sequence[str], learnt: Sequence[str]) -> str:
+    """The name of a part of the texts, another one after a change of one of them or of what the encoder learns from."""
+    digest = hashlib.sha256(json.dumps([texts, learnt]).encode())
+    return f"texts_{start:09}_{digest.hexdigest()[:32]}.npz"
+
+
+def _stamp(path: Path) -> str:
+    """Size and time of change of a file; "" where there is none, or a name that no file can have."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return ""
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def read_part(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
@@ -149,7 +198,7 @@ def see_images(
     """Read and encode all images, batch by batch, each kept as a part."""
     size = config.batch_size
     batches = {start: images[start : start + size] for start in range(0, len(images), size)}
-    files = {start: parts / f"images_{start:09}.npz" for start in batches}
+    files = {start: parts / images_part(config.images, start, batch) for start, batch in batches.items()}
     names = ("features", "problems", "notes")
     stored = {start: read_part(file, names) for start, file in files.items()}
     done = {start: part for start, part in stored.items() if part is not None}
@@ -192,13 +241,8 @@ def _encode(encoder: VisionEncoder, pixels: list[NDArray[np.uint8]], device: tor
     """Features (n, D) of scaled images (H, W, 3); (0, 0) of none."""
     if not pixels:
         return np.zeros((0, 0), dtype=np.float32)
-    mean, std = (
-        torch.tensor(values, device=device)[None, :, None, None]
-        for values in (encoder.scaling.mean, encoder.scaling.std)
-    )
     with torch.inference_mode():
-        images = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2).float().div(255)
-        found = encoder.encode((images - mean) / std).float()
+        found = encoder.encode(prepared(np.stack(pixels), encoder.scaling, device)).float()
     if found.ndim != 2 or not bool(found.isfinite().all()):
         raise DataError(f"the model {encoder.name} gives no finite vectors; are these its weights?")
     return found.cpu().numpy()
@@ -219,7 +263,7 @@ def see_texts(texts: Sequence[str], train: NDArray[np.bool_], encoder: TextEncod
     with progress(len(given), "texts") as bar:
         for start in range(0, len(given), _TEXTS):
             some = given[start : start + _TEXTS]
-            file = parts / f"texts_{start:09}.npz"
+            file = parts / texts_part(start, some, learnt)
             stored = read_part(file, ["features"])
             features = encoder.encode(some) if stored is None else stored[0]
             if stored is None:
@@ -234,25 +278,69 @@ def see_texts(texts: Sequence[str], train: NDArray[np.bool_], encoder: TextEncod
 # ---- the result ------------------------------------------------------------------------------------------------------
 
 
-def captioned(captions: Captions, kept: NDArray[np.bool_], visual: Features, text: Features | None) -> dict[str, Any]:
-    """The arrays that training reads, of the rows that were kept. ``text`` holds their texts, or None."""
+def training_rows(captions: Captions, kept: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], int]:
+    """Which rows (N,) are for training, and how many images were held out here.
+
+    By the column split, else all, for training to split. Training splits rows, though: where images stand in several of
+    them, a fifth of the images is held out here, so that none is in both parts.
+
+    Raises:
+        DataError: some class has too few images for that.
+    """
     train = np.ones(len(captions.labels), dtype=bool) if captions.train is None else captions.train
-    labels, left = _numbered_anew(captions, kept)
+    rows = np.flatnonzero(kept)
+    labelled = labelled_rows(captions.labels)
+    once = len({captions.images[row] for row in rows}) == len(rows)
+    if once or not train[rows].all() or not labelled[rows].any():
+        return train, 0
+    chosen: dict[str, int] = {}  # the row of each image that tells its label
+    for row in rows[np.argsort(~labelled[rows], kind="stable")].tolist():
+        chosen.setdefault(captions.images[row], row)
+    images, label_rows = list(chosen), list(chosen.values())
+    try:
+        _, test = split_rows(captions.labels[label_rows], _HELD_OUT, seed=0)
+    except DataError as error:
+        raise DataError(
+            "images stand in several rows, so a fifth of the images must become the test part, and some class has too "
+            "few for that; give a column split"
+        ) from error
+    held = {images[i] for i in test}
+    return np.array([image not in held for image in captions.images]), len(held)
+
+
+def captioned(
+    captions: Captions,
+    kept: NDArray[np.bool_],
+    train: NDArray[np.bool_],
+    visual: Features,
+    text: Features | None,
+) -> dict[str, Any]:
+    """The arrays that training reads, of the rows that were ``kept`` (N,), parted by ``train`` (N,). ``visual`` and
+    ``text`` hold the features of the kept rows alone; without texts of rows ``text`` is None."""
     train = train[kept]
+    labels, left = _numbered_anew(captions, kept, train)
+    names = row_names(image for image, keep in zip(captions.images, kept, strict=True) if keep)
     arrays: dict[str, Any] = {}
     for part, chosen in (("train", train), ("test", ~train)):
         if chosen.any():
             arrays[f"visual_{part}"], arrays[f"label_{part}"] = visual[chosen], labels[chosen]
+            arrays[f"names_{part}"] = names[chosen]
             if text is not None:
                 arrays[f"text_{part}"] = text[chosen]
     arrays["class_names"] = np.array([captions.class_names[k] for k in left])
     return arrays
 
 
-def _numbered_anew(captions: Captions, kept: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def row_names(images: Iterable[str]) -> NDArray[np.str_]:
+    """The paths of the rows' images, as one may print them."""
+    return np.array([printable(image) for image in images])
+
+
+def _numbered_anew(
+    captions: Captions, kept: NDArray[np.bool_], train: NDArray[np.bool_]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """The labels of the rows that were kept, and the numbers of the classes that still have a training image."""
     labels = captions.labels[kept]
-    train = np.ones(len(labels), dtype=bool) if captions.train is None else captions.train[kept]
     carried = labels > 0 if labels.ndim == 2 else labels[:, None] == np.arange(len(captions.class_names))
     left = np.flatnonzero(carried[train].any(0))
     if not len(left):
@@ -285,31 +373,33 @@ def with_texts(
     features: Features,
     words: TextEncoder,
     parts: Path,
-) -> dict[str, Any]:
-    """The arrays that training reads, of the rows whose image was ``used``, and their texts or their classes'."""
+) -> tuple[dict[str, Any], int]:
+    """The arrays that training reads, of the rows whose image was ``used``, with their texts or their classes', and how
+    many images were held out."""
     place = {image: i for i, image in enumerate(images)}
     index = np.array([place[image] for image in captions.images])
     kept = used[index]
     visual = features[(np.cumsum(used) - 1)[index[kept]]]
+    train, held_out = training_rows(captions, kept)
     if described is not None:
-        arrays = captioned(captions, kept, visual, None)
+        arrays = captioned(captions, kept, train, visual, None)
         texts = [described[name] for name in arrays["class_names"].tolist()]
-        return {**arrays, "text_classes": see_texts(texts, np.ones(len(texts), dtype=bool), words, parts)}
+        arrays["text_classes"] = see_texts(texts, np.ones(len(texts), dtype=bool), words, parts)
+        return arrays, held_out
     texts = [text for text, keep in zip(captions.texts, kept, strict=True) if keep]
-    train = np.ones(len(texts), dtype=bool) if captions.train is None else captions.train[kept]
-    return captioned(captions, kept, visual, see_texts(texts, train, words, parts))
+    return captioned(captions, kept, train, visual, see_texts(texts, train[kept], words, parts)), held_out
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """The arrays whole or not at all; class names go into a safetensors file's metadata."""
+    """The arrays whole or not at all; those of strings go into a safetensors file's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as draft:
         if path.suffix == ".npz":
             np.savez(draft, allow_pickle=False, **arrays)
             return
-        names = arrays.pop("class_names", None)
-        metadata = None if names is None else {"class_names": json.dumps(names.tolist())}
-        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, draft, metadata=metadata)
+        metadata = {name: json.dumps(value.tolist()) for name, value in arrays.items() if name in STRINGS}
+        tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items() if name not in STRINGS}
+        save_file(tensors, draft, metadata=metadata)
 
 
 def summary(about: dict[str, Any], arrays: dict[str, Any]) -> str:
@@ -319,7 +409,7 @@ def summary(about: dict[str, Any], arrays: dict[str, Any]) -> str:
         reasons = Counter(entry["problem"].partition(" (")[0] for entry in about["left_out"])
         lines.append("left out: " + ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())))
         shown = about["left_out"][:_SHOWN]
-        lines += [f"  {entry['image']}: {entry['problem']}" for entry in shown]
+        lines += [printable(f"  {entry['image']}: {entry['problem']}") for entry in shown]
         if len(about["left_out"]) > _SHOWN:
             lines.append(f"  and {len(about['left_out']) - _SHOWN} more")
     if about["converted"]:
@@ -328,6 +418,8 @@ def summary(about: dict[str, Any], arrays: dict[str, Any]) -> str:
         names = ", ".join(about["classes_left_out"][:_SHOWN])
         more = f" and {len(about['classes_left_out']) - _SHOWN} more" if len(about["classes_left_out"]) > _SHOWN else ""
         lines.append(f"classes with a text but no training image, left out: {names}{more}")
+    if about["images_held_out"]:
+        lines.append(f"test part: {about['images_held_out']} images held out, all their rows with them")
     for name, array in arrays.items():
         missing = int(np.isnan(array[:, 0]).sum()) if name.startswith("text") else 0
         lines.append(f"{name:<13} {tuple(array.shape)}" + (f", {missing} rows without text" if missing else ""))
@@ -349,28 +441,32 @@ def extract(config: ExtractConfig) -> str:
     device = choose_device(config.device)
     encoder = vision_encoder(config.vision, device)
     words = text_encoder(config.text, device, dim=config.text_dim, batch_size=config.batch_size) if captions else None
-    parts = parts_folder(out, job_of(config, images, encoder.fingerprint, words.fingerprint if words else ""))
-    seen = see_images(config, images, encoder, device, parts)
-    used = seen.problems == ""
-    arrays: dict[str, Any] = {"visual": seen.features}
-    if captions and words:
-        arrays = with_texts(captions, described, images, used, seen.features, words, parts)
-    about = {
-        "images": len(images),
-        "vision": config.vision,
-        "text": config.text if captions else None,
-        "used": [image for image, use in zip(images, used, strict=True) if use],
-        "left_out": [
-            {"image": image, "problem": str(why)} for image, why in zip(images, seen.problems, strict=True) if why
-        ],
-        "converted": dict(sorted(Counter(n for notes in seen.notes for n in notes.split(",") if n).items())),
-        "classes_left_out": sorted(set(described or ()) - set(arrays.get("class_names", np.array([])).tolist())),
-    }
-    told = summary(about, arrays)
-    write_arrays(out, arrays)
-    with atomic_path(out.with_name(f"{out.name}.json")) as draft:
-        draft.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(parts)
+    job = job_of(config, encoder.fingerprint, words.fingerprint if words else "")
+    with parts_folder(out, job) as parts:
+        seen = see_images(config, images, encoder, device, parts)
+        used = seen.problems == ""
+        arrays: dict[str, Any] = {"visual": seen.features, "names": row_names(np.array(images)[used])}
+        held_out = 0
+        if captions and words:
+            arrays, held_out = with_texts(captions, described, images, used, seen.features, words, parts)
+        about = {
+            "images": len(images),
+            "vision": config.vision,
+            "text": config.text if captions else None,
+            "used": [image for image, use in zip(images, used, strict=True) if use],
+            "left_out": [
+                {"image": image, "problem": str(why)} for image, why in zip(images, seen.problems, strict=True) if why
+            ],
+            "converted": dict(sorted(Counter(n for notes in seen.notes for n in notes.split(",") if n).items())),
+            "images_held_out": held_out,
+            "classes_left_out": sorted(set(described or ()) - set(arrays.get("class_names", np.array([])).tolist())),
+        }
+        told = summary(about, arrays)
+        # The features last: where they are, everything is.
+        with atomic_path(out.with_name(f"{out.name}.json")) as draft:
+            draft.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_arrays(out, arrays)
+        shutil.rmtree(parts)
     return told
 
 

@@ -25,6 +25,8 @@ Layout = Callable[[str, tuple[int, ...], "np.dtype[Any]"], None]
 
 # Deflate cannot do better than 1032 to 1; an entry that claims more lies about its size.
 _DEFLATE_LIMIT = 1032
+# Arrays of strings, which safetensors files hold as JSON in their metadata.
+STRINGS = ("class_names", "names", "names_train", "names_test")
 _SAFETENSORS_DTYPES = {
     "F16": "f2", "BF16": "f4", "F32": "f4", "F64": "f8",
     "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "U32": "u4", "U64": "u8",
@@ -35,8 +37,13 @@ class DataError(ValueError):
     """Input or output that cannot be used, told in one printable line; commands turn it into exit code 2."""
 
     def __init__(self, sentence: str) -> None:
-        # Names and paths come from outside: a line break or an escape code in them must not reach a terminal.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
+        super().__init__(printable(sentence))
+
+
+def printable(text: str) -> str:
+    """``text`` on one line. Names and paths come from outside: a line break or an escape code in them must not reach a
+    terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def show(name: str) -> str:
@@ -78,7 +85,7 @@ def read_arrays(path: Path, *, wanted: Collection[str], known: Collection[str], 
     layout: called with (name, shape, dtype) before any data of that name is read; raises DataError.
 
     Arrays keep their dtype, except that bfloat16 (safetensors) comes back as float32. Those of a folder are
-    read-only memory maps. `class_names` is an array of str, or from safetensors, which hold no strings, the
+    read-only memory maps. Those of `STRINGS` are arrays of str, or from safetensors, which hold no strings, the
     list of str found as JSON in the metadata under that name. Raises DataError.
     """
     with naming(path):
@@ -197,7 +204,7 @@ def _read_safetensors(path: Path, wanted: Collection[str], known: Collection[str
         safe_open(path, framework="pt") as archive,
     ):
         names = list(archive.keys())
-        _refuse_unknown(names, [name for name in known if name != "class_names"])
+        _refuse_unknown(names, [name for name in known if name not in STRINGS])
         for name in (name for name in names if name in wanted):
             part = archive.get_slice(name)
             dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
@@ -208,9 +215,9 @@ def _read_safetensors(path: Path, wanted: Collection[str], known: Collection[str
             tensor = archive.get_tensor(name)
             found[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         metadata = archive.metadata() or {}
-    if "class_names" in wanted and "class_names" in metadata:
-        with _refusing("'class_names' in the metadata is not a JSON list of strings"):
-            found["class_names"] = json.loads(metadata["class_names"])
+    for name in (name for name in STRINGS if name in wanted and name in metadata):
+        with _refusing(f"'{name}' in the metadata is not a JSON list of strings"):
+            found[name] = json.loads(metadata[name])
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from .files import DataError
+
 # What photographs and drawings come in; others (EPS runs a program, FITS holds no picture) are not tried.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Pillow itself refuses twice its own limit before it decodes anything.
 LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 _ORIENTATION = 0x0112
+_LARGEST_SIDE = 4096
 
 Resampling = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -44,6 +48,15 @@ class Scaling:
     interpolation: Resampling = "bicubic"
     squash: bool = False
 
+    def __post_init__(self) -> None:
+        sizes, values = (self.height, self.width, self.resize), (*self.mean, *self.std)
+        if not all(1 <= size <= _LARGEST_SIDE for size in sizes):
+            raise DataError(
+                f"images of {self.height} x {self.width} pixels are asked for; 1 .. {_LARGEST_SIDE} can be made"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, values)) or min(self.std) <= 0:
+            raise DataError("the mean and deviation of three colours are needed, to tell how images are normalised")
+
 
 def read_image(path: Path, max_pixels: int) -> tuple[Image.Image, tuple[str, ...]]:
     """The first frame as an 8-bit RGB image, and what it had to be converted from.
@@ -52,13 +65,14 @@ def read_image(path: Path, max_pixels: int) -> tuple[Image.Image, tuple[str, ...
     "animated", "rotated", "16-bit", "alpha", "CMYK" and "other colours".
 
     Raises:
-        BadImage: "missing", "not an image", "too large" (told from the header, before decoding), "damaged"
-            (truncated, too) or "unknown pixels".
+        BadImage: "missing", "cannot be read" (no right to), "not an image", "too large" (told from the header, before
+            decoding), "damaged" (truncated, too) or "unknown pixels".
     """
+    _refuse_no_file(path)
     try:
         opened = Image.open(path, formats=FORMATS)
-    except FileNotFoundError as error:
-        raise BadImage("missing") from error
+    except PermissionError as error:
+        raise BadImage("cannot be read", str(error.strerror)) from error
     except Image.DecompressionBombError as error:
         raise BadImage("too large", f"more than {LARGEST} pixels") from error
     except Exception as error:
@@ -72,6 +86,17 @@ def read_image(path: Path, max_pixels: int) -> tuple[Image.Image, tuple[str, ...
             raise
         except Exception as error:
             raise BadImage("damaged", str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+def _refuse_no_file(path: Path) -> None:
+    """A pipe would be waited for without end, and a name may be one that no file can have."""
+    try:
+        if path.is_file():
+            return
+        there = path.exists()
+    except OSError as error:  # the name is too long, or a folder on the way may not be entered
+        raise BadImage("cannot be read", str(error.strerror)) from error
+    raise BadImage("not an image", "not a file") if there else BadImage("missing")
 
 
 def _converted(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
@@ -119,10 +144,35 @@ def scaled(image: Image.Image, scaling: Scaling) -> NDArray[np.uint8]:
     return np.array(image.resize((scaling.width, scaling.height), resample, box=box))
 
 
+def probe_image() -> Image.Image:
+    """A picture of smooth slopes whose sides, directions and colours all differ, to compare two preparations on."""
+    x, y = np.meshgrid(np.linspace(0, 1, 333), np.linspace(0, 1, 251))
+    return Image.fromarray((np.stack([x, y * y, y * (np.sin(9 * x) + 1) / 2], axis=2) * 255).astype(np.uint8))
+
+
 def find_images(folder: Path) -> list[str]:
-    """Paths of all image files below ``folder`` by their suffix, relative to it, sorted."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    """Paths of all image files below ``folder`` by their suffix, relative to it, sorted. Links are followed, and a
+    folder that several lead to is read once.
+
+    Raises:
+        DataError: a folder below cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}")
+
+    found: list[str] = []
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, onerror=refuse, followlinks=True):
+        here = os.path.realpath(place)
+        if here in seen:
+            below.clear()
+            continue
+        seen.add(here)
+        below.sort()
+        paths = (Path(place, name) for name in names)  # dead links, too, which a summary then counts
+        found += [path.relative_to(folder).as_posix() for path in paths if path.suffix.lower() in SUFFIXES]
+    return sorted(found)
 
 
 def shorter_side(crop: int, share: float) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 280, 76, 12, 16, 44
 _WIDE = 1200  # pixels: a picture of more has several panels, and would be too small to read in a phone's width
-_FIGURE = re.compile(r"[-+]?\d|-?$")
+_WORD = re.compile(r"[^\W\d_]{2}")  # two letters; "p = 1e-05" is a figure
 # A table's first column stays while the rest is moved, and a shadow at the edge says that there is more.
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;padding:1rem;max-width:62rem;color:#1b1b1b;background:#fff}
@@ -74,7 +74,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return f"<td{' class=words' * (not _FIGURE.match(text))}>{escape(text)}</td>"
+    return f"<td{' class=words' * bool(_WORD.search(text))}>{escape(text)}</td>"
 
 
 def folded(title: str, content: str) -> str:

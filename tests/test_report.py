@@ -32,6 +32,7 @@ def make_set(path: Path) -> Path:
         "visual_test": (centres[test_labels] + rng.normal(size=(80, 8))).astype(np.float32),
         "text_test": (texts[test_labels] + rng.normal(size=(80, 5))).astype(np.float32),
         "label_test": test_labels,
+        "names_test": np.array([f"{i:03}_a picture.png" for i in range(80)]),
         "class_names": np.array(["ash", "beech", "cedar", EVIL]),
     }
     np.savez(path, **arrays)
@@ -130,6 +131,9 @@ def test_changes_and_confusions_are_counted(trained: Path, page: str) -> None:
     told = text_of(page, "Where prediction changed against the MLP")
     assert f"SeDA right {(a & b).sum()} {(a & ~b).sum()}" in told
     assert f"SeDA wrong {(~a & b).sum()} {(~a & ~b).sum()}" in told
+    (first, *_) = np.flatnonzero(a & ~b)
+    true = ["ash", "beech", "cedar", EVIL][labels[first]]
+    assert f"only SeDA is right name true SeDA MLP {first:03}_a picture.png {true} " in told
     wrong = list(zip(labels[~a].tolist(), ours[~a].tolist(), strict=True))
     most = max(wrong.count(pair) for pair in wrong)
     names = ["ash", "beech", "cedar", EVIL]
@@ -178,6 +182,7 @@ def test_without_baselines_or_data_the_page_says_so(
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "does not exist" in text_of(page, "Data and alignment")
     assert "The run trained no baselines" in text_of(page, "Where prediction changed against the MLP")
+    assert "picture.png" not in page
     assert report.main(["--model", str(out), "--data", str(tmp_path / "moved.npz")]) == 0
     assert "Alignment by step" in (out / "report.html").read_text(encoding="utf-8")
     assert report.main(["--model", str(out), "--data", "digits"]) == 2
