@@ -219,6 +219,38 @@ def test_operators_use_nothing_of_pytorch_but_the_stable_abi(library: str, reque
     assert newer == set()
 
 
+# Macros of the oldest PyTorch that the package admits; STABLE_TORCH_ERROR_CODE_CHECK, for one, came with 2.13.
+MACROS = {
+    *("STABLE_TORCH_LIBRARY_FRAGMENT", "STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX"),
+    *("TORCH_ABI_VERSION", "TORCH_ERROR_CODE_CHECK"),
+}
+
+
+def operators_sources(repository: Path) -> list[Path]:
+    return sorted(file for file in (repository / "csrc").rglob("*") if file.suffix in (".h", ".cpp"))
+
+
+def test_the_sources_use_the_oldest_pytorch_s_macros_alone(repository: Path) -> None:
+    texts = [file.read_text() for file in operators_sources(repository)]
+    used = {name for text in texts for name in re.findall(r"\b(?:STABLE_)?TORCH_[A-Z_]+\b", text)}
+    assert used == MACROS
+
+
+def test_the_sources_compile_with_another_pytorch_s_headers(repository: Path, build_module: ModuleType) -> None:
+    headers = os.environ.get("SEDA_FAST_OTHER_HEADERS")
+    if headers is None or COMPILER is None:
+        pytest.skip(
+            "test_the_sources_compile_with_another_pytorch_s_headers: SEDA_FAST_OTHER_HEADERS must name the include "
+            "folder of another PyTorch"
+        )
+    flags = ["-fsyntax-only", *build_module.FLAGS, f"-DTORCH_TARGET_VERSION={build_module.TARGET_VERSION}"]
+    flags += ["-DUSE_CUDA", "-isystem", headers]
+    for source in operators_sources(repository):
+        if source.suffix == ".cpp" and source.parent.name in ("cpu", "cuda"):
+            done = subprocess.run([COMPILER, *flags, str(source)], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{source}: {done.stderr[:1000]}"
+
+
 def test_the_cuda_library_names_pytorch_s_for_the_loader(compiled_cuda: Path) -> None:
     if shutil.which("readelf") is None:
         pytest.skip("test_the_cuda_library_names_pytorch_s_for_the_loader needs readelf")

@@ -37,6 +37,7 @@ cudaError_t start_split(const ChainLaunch& launch, int blocks, int device, cudaS
 }  // namespace
 
 const char* plan_chain(const ChainShape& shape, int64_t rows, int device, ChainPlan& plan) {
+  const CaptureMayLoad loading;
   int processors = 0, room = 0, major = 0, minor = 0;
   cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
