@@ -156,9 +156,18 @@ def test_the_cuda_half_is_built_without_a_gpu_and_loaded_only_where_pytorch_has_
 
 
 def test_architectures_are_checked_and_the_lowest_serves_later_gpus(
-    build_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    build_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert build_module.cuda_architectures() == ["80", "90a", "100"]
+    nvcc = tmp_path / "nvcc"
+    for listed, expected in (
+        (("75", "80", "90", "100", "120"), ["80", "90a", "100"]),
+        # CUDA 12.4's, and one that does not say.
+        (("50", "80", "86", "90"), ["80", "90a"]),
+        ((), ["80", "90a", "100"]),
+    ):
+        nvcc.write_text("#!/bin/sh\necho\n" + "".join(f"echo compute_{name}\n" for name in listed))
+        nvcc.chmod(0o755)
+        assert build_module.cuda_architectures(str(nvcc)) == expected
     flags = build_module.architecture_flags(["100", "90a", "80"])
     assert [flag for flag in flags if "code=compute" in flag] == ["-gencode=arch=compute_80,code=compute_80"]
     only = build_module.architecture_flags(["90a"])
@@ -167,7 +176,7 @@ def test_architectures_are_checked_and_the_lowest_serves_later_gpus(
     for wrong in ("75", "ninety", "80;", "80 90"):
         monkeypatch.setenv("SEDA_FAST_CUDA_ARCHS", wrong)
         with pytest.raises(SystemExit, match="SEDA_FAST_CUDA_ARCHS must list architectures from 80 on"):
-            build_module.cuda_architectures()
+            build_module.cuda_architectures("nvcc")
 
 
 def test_a_missing_nvcc_is_named(build_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
