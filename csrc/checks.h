@@ -48,9 +48,16 @@ inline bool shape_fits(const Tensor& tensor, std::initializer_list<int64_t> shap
   return true;
 }
 
+// Tensor::layout came with PyTorch 2.11.
+inline bool is_strided(const Tensor& tensor) {
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  return layout == aoti_torch_layout_strided();
+}
+
 // Refuses a tensor that is not strided, of another shape (-1: any size) or misaligned for its dtype.
 inline void check_form(const Tensor& tensor, const std::string& name, std::initializer_list<int64_t> shape) {
-  if (tensor.layout() != torch::headeronly::Layout::Strided) refuse(name, " must be a strided tensor");
+  if (!is_strided(tensor)) refuse(name, " must be a strided tensor");
   if (!shape_fits(tensor, shape)) {
     std::ostringstream wanted;
     for (const int64_t size : shape)

@@ -164,9 +164,18 @@ def find_nvcc() -> str:
     return found
 
 
-def cuda_architectures() -> list[str]:
-    """What SEDA_FAST_CUDA_ARCHS lists, as ``80`` or ``90a``."""
+def known_architectures(nvcc: str) -> set[str]:
+    """Numbers of the architectures that nvcc has code for, as ``90``; empty where it does not say."""
+    done = subprocess.run([nvcc, "--list-gpu-arch"], text=True, capture_output=True, check=False)
+    return set(re.findall(r"^compute_(\d+)$", done.stdout, re.M))
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """What SEDA_FAST_CUDA_ARCHS lists, as ``80`` or ``90a``; by default those of the usual ones that nvcc knows."""
     listed = (os.environ.get("SEDA_FAST_CUDA_ARCHS") or CUDA_ARCHITECTURES).split(";")
+    if not os.environ.get("SEDA_FAST_CUDA_ARCHS") and (known := known_architectures(nvcc)):
+        # CUDA 12.4, say, has none of 100, and would refuse the others with it.
+        listed = [name for name in listed if name.rstrip("af") in known]
     for name in listed:
         if re.fullmatch(r"\d{2,3}[af]?", name) is None or int(name.rstrip("af")) < 80:
             raise SystemExit(f"SEDA_FAST_CUDA_ARCHS must list architectures from 80 on, as in 80;90a, not {name!r}")
@@ -334,7 +343,7 @@ class BuildExtension(build_ext):
                 nvcc, missing = None, str(reason)
         targets = [cpu]
         if nvcc is not None:
-            architectures = cuda_architectures()
+            architectures = cuda_architectures(nvcc)
             targets.append(cuda_target(torch, architectures))
         elif build_mode() == "cuda":
             raise CannotBuildError(missing)

@@ -156,9 +156,18 @@ def test_the_cuda_half_is_built_without_a_gpu_and_loaded_only_where_pytorch_has_
 
 
 def test_architectures_are_checked_and_the_lowest_serves_later_gpus(
-    build_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    build_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert build_module.cuda_architectures() == ["80", "90a", "100"]
+    nvcc = tmp_path / "nvcc"
+    for listed, expected in (
+        (("75", "80", "90", "100", "120"), ["80", "90a", "100"]),
+        # CUDA 12.4's, and one that does not say.
+        (("50", "80", "86", "90"), ["80", "90a"]),
+        ((), ["80", "90a", "100"]),
+    ):
+        nvcc.write_text("#!/bin/sh\necho\n" + "".join(f"echo compute_{name}\n" for name in listed))
+        nvcc.chmod(0o755)
+        assert build_module.cuda_architectures(str(nvcc)) == expected
     flags = build_module.architecture_flags(["100", "90a", "80"])
     assert [flag for flag in flags if "code=compute" in flag] == ["-gencode=arch=compute_80,code=compute_80"]
     only = build_module.architecture_flags(["90a"])
@@ -167,7 +176,7 @@ def test_architectures_are_checked_and_the_lowest_serves_later_gpus(
     for wrong in ("75", "ninety", "80;", "80 90"):
         monkeypatch.setenv("SEDA_FAST_CUDA_ARCHS", wrong)
         with pytest.raises(SystemExit, match="SEDA_FAST_CUDA_ARCHS must list architectures from 80 on"):
-            build_module.cuda_architectures()
+            build_module.cuda_architectures("nvcc")
 
 
 def test_a_missing_nvcc_is_named(build_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +226,38 @@ def test_operators_use_nothing_of_pytorch_but_the_stable_abi(library: str, reque
     # Of the names that came after PyTorch 2.10, none: the oldest PyTorch that the package admits has them all.
     newer = {name for name in torch_symbols if name.startswith("torch_exception_") or name.endswith("_v2")}
     assert newer == set()
+
+
+# Macros of the oldest PyTorch that the package admits; STABLE_TORCH_ERROR_CODE_CHECK, for one, came with 2.13.
+MACROS = {
+    *("STABLE_TORCH_LIBRARY_FRAGMENT", "STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX"),
+    *("TORCH_ABI_VERSION", "TORCH_ERROR_CODE_CHECK"),
+}
+
+
+def operators_sources(repository: Path) -> list[Path]:
+    return sorted(file for file in (repository / "csrc").rglob("*") if file.suffix in (".h", ".cpp"))
+
+
+def test_the_sources_use_the_oldest_pytorch_s_macros_alone(repository: Path) -> None:
+    texts = [file.read_text() for file in operators_sources(repository)]
+    used = {name for text in texts for name in re.findall(r"\b(?:STABLE_)?TORCH_[A-Z_]+\b", text)}
+    assert used == MACROS
+
+
+def test_the_sources_compile_with_another_pytorch_s_headers(repository: Path, build_module: ModuleType) -> None:
+    headers = os.environ.get("SEDA_FAST_OTHER_HEADERS")
+    if headers is None or COMPILER is None:
+        pytest.skip(
+            "test_the_sources_compile_with_another_pytorch_s_headers: SEDA_FAST_OTHER_HEADERS must name the include "
+            "folder of another PyTorch"
+        )
+    flags = ["-fsyntax-only", *build_module.FLAGS, f"-DTORCH_TARGET_VERSION={build_module.TARGET_VERSION}"]
+    flags += ["-DUSE_CUDA", "-isystem", headers]
+    for source in operators_sources(repository):
+        if source.suffix == ".cpp" and source.parent.name in ("cpu", "cuda"):
+            done = subprocess.run([COMPILER, *flags, str(source)], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{source}: {done.stderr[:1000]}"
 
 
 def test_the_cuda_library_names_pytorch_s_for_the_loader(compiled_cuda: Path) -> None:

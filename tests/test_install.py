@@ -49,9 +49,7 @@ def run(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     inherited["SEDA_FAST_BUILD"] = "none"
-    done = subprocess.run(
-        command, cwd=folder, env=inherited | environment, text=True, capture_output=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=folder, env=inherited | environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -22,7 +22,7 @@ std::string element(const char* list, size_t i) { return std::string(list) + "["
 void check_vector(const Tensor& tensor, const std::string& name, const Tensor* like) {
   if (!tensor.defined()) refuse(name, " is undefined");
   if (!tensor.is_cpu()) refuse(name, " must be on the CPU");
-  if (tensor.layout() != torch::headeronly::Layout::Strided) refuse(name, " must be a strided tensor");
+  if (!is_strided(tensor)) refuse(name, " must be a strided tensor");
   check_dtype(tensor, name, ScalarType::Float);
   check_contiguous(tensor, name);
   if (like != nullptr && tensor.numel() != like->numel())

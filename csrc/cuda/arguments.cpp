@@ -10,7 +10,7 @@ Arguments::Arguments(const Tensor& first, const char* name) {
 
 void* Arguments::stream() const {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
   return stream;
 }
 

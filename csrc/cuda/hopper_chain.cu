@@ -2,6 +2,7 @@
 // The kernel's text is in hopper_chain.h.
 #include <cuda.h>
 
+#include "launch.h"
 #include "machine.h"
 // The machine above.
 #include "reverse_chain_launch.h"
@@ -37,7 +38,7 @@ Encode find_encode() {
 #else
   const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
-  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+  return explain(error) == nullptr && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
 }
 
 // Boxes of half a weight tile in the 128-byte swizzle; zeros beyond the weight's ends.
@@ -54,15 +55,14 @@ bool describe(Encode encode, const WeightMatrix& weight, TensorMap& map) {
 
 }  // namespace
 
-const char* launch_hopper(const ChainLaunch& launch, int blocks, void* stream) {
+const char* launch_hopper(const ChainLaunch& launch, int blocks, int device, void* stream) {
   static const Encode encode = find_encode();
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled";
   TensorMaps maps{};
   for (int i = 0; i < kBlockWeights + 2 * launch.shape.blocks; ++i)
     if (!describe(encode, launch.weights[i], maps.of[i])) return "the driver refuses a weight's tensor map";
-  const auto bytes = static_cast<int>(launch.shared.bytes);
-  cudaError_t error = cudaFuncSetAttribute(hopper_chain_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const cudaError_t error = allow_shared_memory(hopper_chain_kernel, device);
+  if (error != cudaSuccess) return explain(error);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = kRanks, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
@@ -70,8 +70,7 @@ const char* launch_hopper(const ChainLaunch& launch, int blocks, void* stream) {
   config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = launch.shared.bytes, config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute, config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, hopper_chain_kernel, launch, maps);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return explain(cudaLaunchKernelEx(&config, hopper_chain_kernel, launch, maps));
 }
 
 }  // namespace seda

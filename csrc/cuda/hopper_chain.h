@@ -63,7 +63,8 @@ class HopperEngine {
     machine::group_products_begin();
 #pragma unroll
     for (int k = 0; k < kSlice / 16; ++k)
-      machine::group_multiply_add(sums[0], rows + static_cast<uint32_t>(32 * k), tile + static_cast<uint32_t>(32 * k));
+      machine::group_multiply_add(sums[0], describe_operand(rows + static_cast<uint32_t>(32 * k)),
+                                  describe_operand(tile + static_cast<uint32_t>(32 * k)));
     machine::group_products_end();
     // Each warp frees the slot in both blocks: both write into each.
     if (machine::thread() % 32 < kHopperRanks)

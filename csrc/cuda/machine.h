@@ -147,11 +147,13 @@ SEDA_KERNEL void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// At the barrier in the same place of a block of the cluster.
+// At the barrier in the same place of a block of the cluster. What is handed over by these barriers was read and written by
+// matrix units and the copy engine, and was waited for: at the scope of the cluster each arrival would in addition wait for
+// the thread's own stores to reach the whole GPU (MEMBAR.ALL.GPU), and each wait empty its cache (CCTL.IVALL), every tile.
 SEDA_KERNEL void arrive_at_rank(uint32_t barrier, int rank) {
   asm volatile(
       "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -159,7 +161,7 @@ SEDA_KERNEL void arrive_at_rank(uint32_t barrier, int rank) {
 SEDA_KERNEL void wait_phase(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n\t.reg .pred done;\n\tagain:\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}" ::"r"(barrier),
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
@@ -180,13 +182,9 @@ SEDA_KERNEL void group_products_end() {
   asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
-// Rows of 128 bytes in the 128-byte swizzle, eight of them every 1024 bytes.
-SEDA_KERNEL uint64_t descriptor(uint32_t address) {
-  return uint64_t{(address & 0x3FFFFu) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
-
-// c (64 x 64, float32) += a (64 x 16) times b (64 x 16) turned, a warpgroup together, both in shared memory.
-SEDA_KERNEL void group_multiply_add(float (&c)[8][4], uint32_t a, uint32_t b) {
+// c (64 x 64, float32) += a (64 x 16) times b (64 x 16) turned, a warpgroup together, both in shared memory and
+// given by their descriptors (schedule.h).
+SEDA_KERNEL void group_multiply_add(float (&c)[8][4], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n\t.reg .pred add;\n\tsetp.eq.u32 add, 0, 0;\n\t"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -197,7 +195,7 @@ SEDA_KERNEL void group_multiply_add(float (&c)[8][4], uint32_t a, uint32_t b) {
         "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]),
         "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
         "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-      : "l"(descriptor(a)), "l"(descriptor(b)));
+      : "l"(a), "l"(b));
 }
 
 #endif

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include "launch.h"
 #include "noising.h"
 #include "normals.h"
 
@@ -28,18 +29,29 @@ __device__ int64_t timestep(const NoisingLaunch& a, int64_t row) {
   return a.long_timesteps ? static_cast<const int64_t*>(a.timesteps)[row] : static_cast<const int32_t*>(a.timesteps)[row];
 }
 
+__device__ void advance(int64_t& row, int64_t& quad, int64_t more_rows, int64_t more_quads, int64_t quads) {
+  row += more_rows, quad += more_quads;
+  if (quad >= quads) quad -= quads, ++row;
+}
+
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads) noising_kernel(const __grid_constant__ NoisingLaunch a) {
-  const int64_t quads = (a.columns + 3) / 4, all = a.rows * quads;
-  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < all; i += gridDim.x * int64_t{kThreads}) {
-    const int64_t row = i / quads, quad = i % quads, tau = timestep(a, row);
+  const int64_t quads = (a.columns + 3) / 4;
+  const int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x, stride = gridDim.x * int64_t{kThreads};
+  // Divided once a thread: a division of 64 bits takes as many instructions as the four normals.
+  const int64_t more_rows = stride / quads, more_quads = stride % quads;
+  const bool noisy = a.noise != nullptr;
+  const int64_t seed = noisy ? *a.seed : 0, step = noisy ? *a.step : 0;
+  int64_t row = first / quads, quad = first % quads;
+  for (; row < a.rows; advance(row, quad, more_rows, more_quads, quads)) {
+    const int64_t tau = timestep(a, row);
     // A timestep outside the tables reads nothing and makes its row NaN.
     const bool known = tau >= 0 && tau < a.steps;
     const float signal = known ? a.signal[tau] : nanf("");
     float noise = 0.0f, eps[4] = {};
-    if (a.noise != nullptr) {
+    if (noisy) {
       noise = known ? a.noise[tau] : nanf("");
-      four_normals(PhiloxRow(*a.seed, *a.step, a.sample_ids[row], a.stream), static_cast<uint32_t>(quad), eps);
+      four_normals(PhiloxRow(seed, step, a.sample_ids[row], a.stream), static_cast<uint32_t>(quad), eps);
     }
     const T* from = static_cast<const T*>(a.x0) + row * a.stride + 4 * quad;
     T* to = static_cast<T*>(a.x) + row * a.columns + 4 * quad;
@@ -75,6 +87,7 @@ void run(const NoisingLaunch& a, unsigned blocks, cudaStream_t stream) {
 const char* launch_noising(const NoisingLaunch& a, int device, void* stream) {
   const int64_t quads = (a.columns + 3) / 4 * a.rows;
   if (quads == 0) return nullptr;
+  const CaptureMayLoad loading;
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
     const int64_t wanted = (quads + kThreads - 1) / kThreads;
@@ -83,7 +96,7 @@ const char* launch_noising(const NoisingLaunch& a, int device, void* stream) {
                : run<float>(a, blocks, static_cast<cudaStream_t>(stream));
     error = cudaGetLastError();
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return explain(error);
 }
 
 }  // namespace seda

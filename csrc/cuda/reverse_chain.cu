@@ -1,4 +1,5 @@
 // The reverse chain on CUDA: one launch for a whole stage. The kernel's text is in reverse_chain.h.
+#include "launch.h"
 #include "machine.h"
 // The machine above.
 #include "reverse_chain.h"
@@ -15,10 +16,8 @@ __global__ void __launch_bounds__(Thread::kThreads, 1) reverse_chain_kernel(cons
 
 // Cooperative: all blocks of threads must be there at once, as they wait for each other.
 template <class Thread>
-cudaError_t start(const ChainLaunch& launch, int blocks, cudaStream_t stream, bool cooperative = false) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(reverse_chain_kernel<Thread>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(launch.shared.bytes));
+cudaError_t start(const ChainLaunch& launch, int blocks, int device, cudaStream_t stream, bool cooperative = false) {
+  const cudaError_t error = allow_shared_memory(reverse_chain_kernel<Thread>, device);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
@@ -30,21 +29,22 @@ cudaError_t start(const ChainLaunch& launch, int blocks, cudaStream_t stream, bo
   return cudaLaunchKernelEx(&config, reverse_chain_kernel<Thread>, launch);
 }
 
-cudaError_t start_split(const ChainLaunch& launch, int blocks, cudaStream_t stream) {
+cudaError_t start_split(const ChainLaunch& launch, int blocks, int device, cudaStream_t stream) {
   const cudaError_t error = cudaMemsetAsync(launch.scratch + launch.split.counter, 0, sizeof(uint32_t), stream);
-  return error == cudaSuccess ? start<SplitThread>(launch, blocks, stream, true) : error;
+  return error == cudaSuccess ? start<SplitThread>(launch, blocks, device, stream, true) : error;
 }
 
 }  // namespace
 
 const char* plan_chain(const ChainShape& shape, int64_t rows, int device, ChainPlan& plan) {
+  const CaptureMayLoad loading;
   int processors = 0, room = 0, major = 0, minor = 0;
   cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return explain(error);
 #if defined(SEDA_CODE_FOR_90A)
   const bool hopper = major == 9 && minor == 0;
 #else
@@ -56,13 +56,14 @@ const char* plan_chain(const ChainShape& shape, int64_t rows, int device, ChainP
 
 const char* launch_chain(const ChainLaunch& launch, const ChainPlan& plan, int device, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
+  const CaptureMayLoad loading;
   cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  if (plan.kernel == ChainKernel::tall) error = start<TallChain>(launch, plan.blocks, on);
-  else if (plan.kernel == ChainKernel::hopper) return launch_hopper(launch, plan.blocks, stream);
-  else if (plan.kernel == ChainKernel::wide) error = start<WideChain>(launch, plan.blocks, on);
-  else error = start_split(launch, plan.blocks, on);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error != cudaSuccess) return explain(error);
+  if (plan.kernel == ChainKernel::tall) error = start<TallChain>(launch, plan.blocks, device, on);
+  else if (plan.kernel == ChainKernel::hopper) return launch_hopper(launch, plan.blocks, device, stream);
+  else if (plan.kernel == ChainKernel::wide) error = start<WideChain>(launch, plan.blocks, device, on);
+  else error = start_split(launch, plan.blocks, device, on);
+  return explain(error);
 }
 
 }  // namespace seda

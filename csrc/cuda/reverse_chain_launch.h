@@ -93,6 +93,6 @@ SEDA_BOTH int64_t complete(ChainLaunch& launch, const ChainPlan& plan) {
 // Null, or what CUDA says went wrong.
 const char* plan_chain(const ChainShape& shape, int64_t rows, int device, ChainPlan& plan);
 const char* launch_chain(const ChainLaunch& launch, const ChainPlan& plan, int device, void* stream);
-const char* launch_hopper(const ChainLaunch& launch, int blocks, void* stream);
+const char* launch_hopper(const ChainLaunch& launch, int blocks, int device, void* stream);
 
 }  // namespace seda

@@ -35,6 +35,13 @@ SEDA_BOTH uint32_t swizzled(int row, int chunk) {
   return static_cast<uint32_t>(row * kSliceBytes + ((chunk ^ (row & 7)) << 4));
 }
 
+// What a warpgroup's product is told of an operand: rows of 128 bytes in that swizzle, eight of them every 1024 bytes. Bits
+// 0-13 hold the address, 16-29 an offset that this swizzle does not use, 32-45 that of the next eight rows, all in units
+// of 16 bytes; 49-51 are 0 where the pattern starts at multiples of 1024 bytes; 62-63 name the swizzle.
+SEDA_BOTH uint64_t describe_operand(uint32_t address) {
+  return uint64_t{(address & 0x3FFFFu) >> 4} | uint64_t{1} << 16 | uint64_t{8 * kSliceBytes / 16} << 32 | uint64_t{1} << 62;
+}
+
 struct ChainShape {
   int dim, condition_dim, width, hidden, blocks, steps;
 };
@@ -172,9 +179,18 @@ SEDA_BOTH int widest_row(const ChainShape& s) {
   return widest > s.hidden ? widest : s.hidden;
 }
 
-// Rows with 16 bytes between them, so that equal columns fall on different banks, and each warp's part of the sums.
+// Bytes from row to row: half of the banks' 128 bytes beside the other half, as eight lanes load 64 bytes of two rows at
+// a time.
+SEDA_BOTH uint32_t split_stride(const ChainShape& s) { return static_cast<uint32_t>(pieces(2 * widest_row(s), 128) * 128 + 64); }
+
+// Where a row's 16 bytes number `chunk` lie.
+SEDA_BOTH uint32_t split_place(uint32_t stride, int row, int chunk) {
+  return static_cast<uint32_t>(row) * stride + static_cast<uint32_t>(16 * chunk);
+}
+
+// The rows, and each warp's part of the sums.
 SEDA_BOTH uint32_t split_shared_bytes(const ChainShape& s) {
-  return static_cast<uint32_t>(kSplitRows * (2 * widest_row(s) + 16) + 8 * kSplitRows * kSplitColumns * 4);
+  return kSplitRows * split_stride(s) + 8 * kSplitRows * kSplitColumns * 4;
 }
 
 // Byte offsets in global memory: the counter of meetings, what blocks of threads exchange, what threads keep.

@@ -22,7 +22,7 @@ class SplitThread {
         shared_(machine::shared_base()),
         lane_(machine::thread() % 32),
         warp_(machine::thread() / 32),
-        stride_(2 * static_cast<uint32_t>(widest_row(launch.shape)) + 16) {}
+        stride_(split_stride(launch.shape)) {}
 
   SEDA_KERNEL void run() {
     const ChainShape& s = a_.shape;
@@ -171,9 +171,7 @@ class SplitThread {
 
   // ---- rows in shared memory -------------------------------------------------------------------------------------
 
-  SEDA_KERNEL uint32_t place_of(int row, int chunk) const {
-    return static_cast<uint32_t>(row) * stride_ + static_cast<uint32_t>(16 * chunk);
-  }
+  SEDA_KERNEL uint32_t place_of(int row, int chunk) const { return split_place(stride_, row, chunk); }
   SEDA_KERNEL uint32_t partial(int warp, int row, int column) const {
     const int number = (warp * kSplitRows + row) * kSplitColumns + column;
     return shared_ + kSplitRows * stride_ + static_cast<uint32_t>(4 * number);

@@ -127,7 +127,9 @@ def implement_with_cpp(
     def run(*args: Any) -> Any:
         return (function if _share_a_dtype(args[operands]) else reference)(*args)
 
-    implement(op, "cpp", run, devices=("cpu",), unavailable=unavailable, dtypes=dtypes)
+    # One operand shares its dtype with itself.
+    chosen = function if operands == slice(1) else run
+    implement(op, "cpp", chosen, devices=("cpu",), unavailable=unavailable, dtypes=dtypes)
 
 
 def _share_a_dtype(arguments: Iterable[Any]) -> bool:
@@ -148,7 +150,7 @@ def contiguous(arguments: Iterable[Any]) -> list[Any]:
 
 def table(tensor: Tensor) -> Tensor:
     """A vector or a small table as the operators read it: float32, each row's elements side by side."""
-    return rows(tensor.to(torch.float32))
+    return rows(tensor if tensor.dtype is torch.float32 else tensor.to(torch.float32))
 
 
 def status() -> dict[str, Any]:

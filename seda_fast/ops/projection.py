@@ -177,9 +177,9 @@ def _add_centre_gradient(
 ) -> None:
     """Add to ``total`` (B, D) the gradient of the centre loss with respect to the features."""
     labelled = labels != ignore_index
-    own = centres.to(features.dtype)[labels.masked_fill(~labelled, 0).long()]
-    pull = 2 * grad / (labelled.sum().clamp(min=1) * max(features.shape[1], 1))
-    total.addcmul_(features - own, (pull * labelled)[:, None].to(features.dtype))
+    away = centres.to(features.dtype).index_select(0, labels.masked_fill(~labelled, 0).long()).sub_(features)
+    pull = -2 * grad / (labelled.sum().clamp(min=1) * max(features.shape[1], 1))
+    total.addcmul_(away, (pull * labelled)[:, None].to(features.dtype))
 
 
 torch.library.register_autograd("seda_fast::semantic_projection", _backward, setup_context=_setup_context)

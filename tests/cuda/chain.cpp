@@ -47,8 +47,9 @@ extern "C" {
 
 // sizes: rows, dim, condition_dim, width, hidden, blocks, steps, stream, noisy, thread blocks, kernel (0 wide, 1 tall,
 // 2 split, 3 hopper), seed of the order, dropped barrier, early arrival, dropped meeting, dropped barrier of consumers,
-// what is forgotten (1 publishing, 2 waiting for an empty slot, 3 for a full one). pointers: initial, source, condition, result, coefficients, modulation, seed, step,
-// sample_ids, then w_x, b_x, w_c, b_c, w_g, b_g, w_y, b_y, then w_h, b_h, w_o, b_o of each block.
+// what is forgotten (1 publishing, 2 waiting for an empty slot, 3 for a full one, 4 telling the neighbour, 5 to begin
+// products), dropped meeting of the cluster. pointers: initial, source, condition, result, coefficients, modulation,
+// seed, step, sample_ids, then w_x, b_x, w_c, b_c, w_g, b_g, w_y, b_y, then w_h, b_h, w_o, b_o of each block.
 const char* emulate_chain(const int64_t* sizes, void* const* p) {
   ChainLaunch a{};
   a.rows = sizes[0];
@@ -60,7 +61,9 @@ const char* emulate_chain(const int64_t* sizes, void* const* p) {
   const ChainPlan plan{kKernels[sizes[10]], at(9)};
   const int64_t bytes = complete(a, plan);
   const bool hopper = plan.kernel == ChainKernel::hopper;
-  const machine::Faults faults{at(12), sizes[13] != 0, at(14), at(15), sizes[16] == 1, sizes[16] == 2, sizes[16] == 3};
+  const auto forgotten = [sizes](int what) { return sizes[16] == what; };
+  const machine::Faults faults{at(12),       sizes[13] != 0, at(14),       at(15),       forgotten(1),
+                               forgotten(2), forgotten(3),   forgotten(4), forgotten(5), at(17)};
   machine::Emulator emulator(hopper ? kHopperThreads : 256, a.shared.bytes, static_cast<unsigned>(sizes[11]), faults);
   const auto tensor = [&emulator](void* q, int64_t elements, int64_t size) {
     emulator.announce(q, elements * size);
@@ -125,6 +128,22 @@ int count_tiles(const int64_t* sizes) {
     ++given;
   }
   return given == tiles_of_a_pass(s) ? static_cast<int>(given) : -1;
+}
+
+// Eight lanes that load 16 bytes each at a time, four of a row: how many of them wait for another's bank.
+int lanes_on_the_same_banks(const int64_t* sizes) {
+  const auto at = [sizes](int i) { return static_cast<int>(sizes[i]); };
+  const uint32_t stride = split_stride({at(1), at(2), at(3), at(4), at(5), at(6)});
+  int waiting = 0;
+  for (int first = 0; first < 32; first += 8) {
+    unsigned banks = 0;
+    for (int lane = first; lane < first + 8; ++lane) {
+      const unsigned bank = 1u << split_place(stride, lane / 4, lane % 4) / 16 % 8;
+      waiting += (banks & bank) != 0;
+      banks |= bank;
+    }
+  }
+  return waiting;
 }
 
 // Normals of features 0 .. 3 of each of n counters' rows, as the kernels draw them: two ways.

@@ -7,7 +7,10 @@
 // - What blocks of threads exchange through global memory keeps the same rules between two meetings of all blocks.
 // - With clusters (`pairs`) threads wait at barriers of their own choice, so each carries a vector of clocks: what one
 //   thread did is before what another does only if barriers led from the one to the other. The copy engine is a further
-//   agent, whose bytes arrive at a random time; products of warpgroups read when they are waited for.
+//   agent, whose bytes arrive at a random time; products of warpgroups read when they are waited for. Where their operands
+//   lie is read off the descriptor's bits as PTX defines them, and must fit what the copy engine's swizzle asks of a place.
+// - No block of threads may send anything to one that has left.
+// - Eight rows that a matrix is loaded from at a time must lie on different banks.
 // - Global accesses must lie in memory that was announced.
 // - Warps run in a random order; those that wait for each other in vain are an error.
 #pragma once
@@ -56,7 +59,13 @@ struct Faults {
   int dropped_meeting = -1;    // of all blocks; its number, counted by the thread
   int dropped_consumers_barrier = -1;  // its number, counted by the thread
   bool no_publishing = false, no_waiting_for_empty = false, no_waiting_for_full = false;
+  bool no_word_to_the_neighbour = false;  // that a slot is empty: it is said to one's own block twice
+  bool no_beginning = false;              // of products
+  int dropped_cluster_meeting = -1;       // its number, counted by the thread
 };
+
+// Where a block's own shared memory begins; below lies what the system keeps, on GPUs from compute capability 8.0 on.
+constexpr uint32_t kSharedBase = 1024;
 
 class Emulator {
  public:
@@ -117,6 +126,7 @@ class Emulator {
   }
 
   void cluster_meet() {
+    if (fibre().cluster_meetings++ == faults_.dropped_cluster_meeting) return;
     fibre().state = State::at_cluster;
     leave();
   }
@@ -127,7 +137,20 @@ class Emulator {
     b.count = b.pending = arrivals, b.gathered.assign(agents(), 0), b.done = b.gathered;
   }
 
+  // A warpgroup's products are begun before the first of them, and again after they have been waited for.
+  void begin_products() { fibre().products_begun = !faults_.no_beginning; }
+  void end_products() { fibre().products_begun = false; }
+  void check_begun() {
+    if (!fibre().products_begun) fail("a product that was not begun", 0);
+  }
+
+  void arrive_at_rank(uint32_t address, int rank) {
+    const int own = block_->number % 2;
+    arrive(address, block_->number - own + (faults_.no_word_to_the_neighbour ? own : rank), 0);
+  }
+
   void arrive(uint32_t address, int block, int64_t expected) {
+    check_present(block, address);
     Barrier& b = barrier_at(block, address);
     b.bytes += expected;
     join(b.gathered, clocks_of(me()));
@@ -145,7 +168,16 @@ class Emulator {
     else leave();
   }
 
+  // What the driver asks of a map, and the engine of a box: the swizzle follows the address, not the place in the box.
+  void check_box(uint32_t to, const WeightBox& box, uint32_t barrier) {
+    if (to % 1024 != 0) fail("a box that does not start where the swizzle's pattern does", to);
+    if (barrier % 8 != 0) fail("a misaligned barrier", barrier);
+    if (reinterpret_cast<uintptr_t>(box.data) % 16 != 0 || box.columns % 8 != 0) fail("a weight that no map describes", to);
+    if (box.column < 0 || box.row < 0 || box.column >= box.columns) fail("a box beyond the weight", to);
+  }
+
   void copy_box(uint32_t to, const WeightBox& box, uint32_t barrier) {
+    check_box(to, box, barrier);
     for (int rank = 0; rank < 2; ++rank) {
       const int block = block_->number / 2 * 2 + rank;
       const int agent = static_cast<int>(blocks_.size()) * threads_ + (block - blocks_.front()->number);
@@ -171,6 +203,16 @@ class Emulator {
     const uint32_t value = read_word(address, reader);
     if (!owned(address, block_->number).published) fail("a matrix unit reads what was not published to it", address);
     return value;
+  }
+
+  // Eight rows of 16 bytes, loaded together.
+  void check_matrix(const uint32_t (&rows)[8]) {
+    unsigned banks = 0;
+    for (const uint32_t row : rows) {
+      if (row % 16 != 0) fail("a misaligned row of a matrix", row);
+      banks |= 1u << row / 16 % 8;
+    }
+    if (banks != 0xFFu) fail("rows of a matrix on the same banks", rows[0]);
   }
 
   // What a warp's matrix unit has read, each of its lanes knows to be over.
@@ -270,6 +312,8 @@ class Emulator {
     for (size_t i = 0; i < count; ++i) fibres_[first + i].state = State::ready;
   }
 
+  void refuse(const char* what) { fail(what, 0); }
+
   void check_global(const void* p, int64_t bytes) {
     const auto* begin = static_cast<const unsigned char*>(p);
     if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) != 0) fail("a misaligned access to global memory", 0);
@@ -295,7 +339,8 @@ class Emulator {
   struct Fibre {
     State state = State::ready;
     bool started = false;
-    int barriers = 0, consumers_barriers = 0;
+    int barriers = 0, consumers_barriers = 0, cluster_meetings = 0;
+    bool products_begun = false;
     std::pair<uint32_t, uint32_t> phase;
     std::vector<uint32_t> unpublished;
     const char* what = nullptr;
@@ -354,8 +399,8 @@ class Emulator {
     for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], from[i]);
   }
 
-  Owned& owned(uint32_t address, int block) { return owned_[static_cast<size_t>(local(block))][address / 4 % words_of_a_block_]; }
-  Word& word_of(int block, uint32_t address) { return blocks_[static_cast<size_t>(local(block))]->words[address / 4]; }
+  Owned& owned(uint32_t address, int block) { return owned_[static_cast<size_t>(local(block))][(address - kSharedBase) / 4 % words_of_a_block_]; }
+  Word& word_of(int block, uint32_t address) { return blocks_[static_cast<size_t>(local(block))]->words[(address - kSharedBase) / 4 % words_of_a_block_]; }
 
   // All that was done to a word must be before what `clocks` know.
   void own_word(uint32_t address, int block, int agent, const Clocks& clocks, const char* what, int clock = 0) {
@@ -382,6 +427,12 @@ class Emulator {
         return;
       }
     o.readers.push_back({reader, clocks[static_cast<size_t>(reader)]});
+  }
+
+  void check_present(int block, uint32_t address) {
+    for (const Fibre& f : blocks_[static_cast<size_t>(local(block))]->fibres)
+      if (f.state != State::done) return;
+    fail("something is sent to a block of threads that has left", address);
   }
 
   Barrier& barrier_at(int block, uint32_t address) {
@@ -412,6 +463,7 @@ class Emulator {
     const size_t i = random_() % flying_.size();
     const Flying copy = flying_[i];
     flying_.erase(flying_.begin() + static_cast<std::ptrdiff_t>(i));
+    check_present(copy.block, copy.to);
     for (uint32_t at = 0; at < copy.box.bytes(); at += 4) {
       Word& w = word_of(copy.block, copy.to + at);
       w.value = copy.box.word(at), w.state = Content::written;
@@ -462,7 +514,8 @@ class Emulator {
   Word& word(uint32_t address) {
     static Word nowhere;
     std::vector<Word>& words = block_->words;
-    if (address % 4 == 0 && address / 4 < words.size()) return words[address / 4];
+    const uint32_t place = address - kSharedBase;
+    if (place % 4 == 0 && place / 4 < words.size()) return words[place / 4];
     fail("an access outside shared memory", address);
     return nowhere;
   }
@@ -611,7 +664,7 @@ inline Emulator& emulator() { return *Emulator::current_emulator(); }
 inline int thread() { return emulator().thread(); }
 inline int block() { return emulator().block(); }
 inline int blocks() { return emulator().blocks(); }
-inline uint32_t shared_base() { return 0; }
+inline uint32_t shared_base() { return kSharedBase; }
 inline void barrier() { emulator().barrier(); }
 inline void store_shared(uint32_t address, uint32_t value) { emulator().write_word(address, value); }
 inline uint32_t load_shared(uint32_t address) { return emulator().read_word(address, thread()); }
@@ -666,13 +719,17 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   } mine{r, address};
   const int first = thread() / 32 * 32;
   emulator().meet("load_matrices", &mine, [first](void* const* lanes) {
-    for (int matrix = 0; matrix < 4; ++matrix)
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint32_t rows[8];
+      for (int row = 0; row < 8; ++row) rows[row] = static_cast<Mine*>(lanes[8 * matrix + row])->address;
+      emulator().check_matrix(rows);
       for (int lane = 0; lane < 32; ++lane) {
         const int giver = 8 * matrix + lane / 4;
         const uint32_t row = static_cast<Mine*>(lanes[giver])->address;
         static_cast<Mine*>(lanes[lane])->r[matrix] =
             emulator().read_word(row + 4 * static_cast<uint32_t>(lane % 4), first + giver);
       }
+    }
   });
 }
 
@@ -734,7 +791,7 @@ inline void take_registers() {}
 inline void give_registers() {}
 inline void start_barrier(uint32_t barrier, int arrivals) { emulator().start_barrier(barrier, arrivals); }
 inline void arrive_expecting(uint32_t barrier, uint32_t bytes) { emulator().arrive(barrier, block(), bytes); }
-inline void arrive_at_rank(uint32_t barrier, int rank) { emulator().arrive(barrier, block() / 2 * 2 + rank, 0); }
+inline void arrive_at_rank(uint32_t barrier, int rank) { emulator().arrive_at_rank(barrier, rank); }
 inline void wait_phase(uint32_t barrier, uint32_t parity) { emulator().wait_phase(barrier, parity); }
 inline void publish_to_matrix_units() { emulator().publish(); }
 
@@ -751,37 +808,60 @@ inline void copy_to_cluster(uint32_t to, const void* map, int column, int row, u
 // Products that a warpgroup has begun; they read shared memory when they begin and, for good, when they are waited for.
 struct GroupProduct {
   float (*c)[4];
-  uint32_t a, b;
+  uint64_t a, b;
 };
 inline std::vector<GroupProduct>& begun() {
   static std::map<int, std::vector<GroupProduct>> all;
   return all[block() * 1024 + thread()];
 }
 
-inline void group_products_begin() { begun().clear(); }
+inline void group_products_begin() {
+  begun().clear();
+  emulator().begin_products();
+}
 
-// Row `row` and column k of an operand in the 128-byte swizzle, from an address that may stand inside its 128 bytes.
-inline float operand(uint32_t start, int row, int k, int reader) {
-  const uint32_t plain = start + static_cast<uint32_t>(128 * row + 2 * k);
+// A descriptor's fields, in bytes (PTX ISA, "Matrix Descriptor Format" of wgmma): the address in bits 0-13, the offset of
+// the next eight rows in 32-45, the base offset in 49-51, the swizzle in 62-63, where 1 is that of 128 bytes. The leading
+// offset in 16-29 is not used by that swizzle where K is the inner dimension.
+struct Descriptor {
+  uint32_t start, eight_rows, base, swizzle;
+  bool other_bits;
+  explicit Descriptor(uint64_t d)
+      : start(static_cast<uint32_t>(d & 0x3FFF) << 4),
+        eight_rows(static_cast<uint32_t>(d >> 32 & 0x3FFF) << 4),
+        base(static_cast<uint32_t>(d >> 49 & 7)),
+        swizzle(static_cast<uint32_t>(d >> 62)),
+        other_bits((d & (uint64_t{3} << 14 | uint64_t{3} << 30 | uint64_t{7} << 46 | uint64_t{0x3FF} << 52)) != 0) {}
+  // The pattern repeats every 1024 bytes from an address that is a multiple of them, or of which `base` says the rest.
+  bool sound() const { return swizzle == 1 && !other_bits && base == (start >> 7 & 7); }
+};
+
+// Row `row` and column k of an operand: the swizzle turns bits 4-6 of an address by its bits 7-9.
+inline float operand(uint64_t described, int row, int k, int reader) {
+  const Descriptor d(described);
+  const uint32_t plain = d.start + static_cast<uint32_t>(row / 8) * d.eight_rows + static_cast<uint32_t>(128 * (row % 8) + 2 * k);
   const uint32_t address = plain ^ (plain >> 3 & 0x70u);
   const uint32_t two = emulator().matrix_word(address & ~3u, reader);
   return as_float(address % 4 ? two & 0xFFFF0000u : two << 16);
 }
 
-inline void group_multiply_add(float (&c)[8][4], uint32_t a, uint32_t b) {
+inline void group_multiply_add(float (&c)[8][4], uint64_t a, uint64_t b) {
   GroupProduct mine{c, a, b};
+  emulator().check_begun();
+  if (!Descriptor(a).sound() || !Descriptor(b).sound()) emulator().refuse("a descriptor that the matrix unit reads otherwise");
   begun().push_back(mine);
   emulator().meet_group("group_multiply_add", &mine, [](void* const* threads) {
     const GroupProduct& first = *static_cast<GroupProduct*>(threads[0]);
     for (int i = 1; i < 128; ++i) {
       const GroupProduct& other = *static_cast<GroupProduct*>(threads[i]);
-      if (other.a != first.a || other.b != first.b) emulator().matrix_word(~0u & ~3u, 0);
+      if (other.a != first.a || other.b != first.b) emulator().refuse("a warpgroup's threads give different operands");
     }
   });
 }
 
 inline void group_products_end() {
   const int group = thread() / 128 * 128;
+  emulator().end_products();
   emulator().meet_group("group_products_end", &begun(), [group](void* const* threads) {
     const auto& products = *static_cast<std::vector<GroupProduct>*>(threads[0]);
     for (size_t n = 0; n < products.size(); ++n) {

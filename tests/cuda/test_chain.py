@@ -103,6 +103,7 @@ def emulate(
     dropped_meeting: int = -1,
     dropped_consumers_barrier: int = -1,
     forgotten: str = "nothing",
+    dropped_cluster_meeting: int = -1,
 ) -> Outcome:
     initial, source, condition, coefficients, modulation, w_x, b_x, w_c, b_c, w_g, b_g, w_h, b_h, w_o, b_o = given[:15]
     result = torch.full((case.rows, case.dim), float("nan"), dtype=torch.bfloat16)
@@ -112,7 +113,8 @@ def emulate(
     operands += [t for layer in zip(w_h, b_h, w_o, b_o, strict=True) for t in layer]
     sizes = [*case[:7], keys["stream"], case.noisy, case.thread_blocks, case.kernel]
     sizes += [order, dropped_barrier, early_arrival, dropped_meeting, dropped_consumers_barrier]
-    sizes += [("nothing", "publishing", "empty", "full").index(forgotten)]
+    sizes += [("nothing", "publishing", "empty", "full", "neighbour", "beginning").index(forgotten)]
+    sizes += [dropped_cluster_meeting]
     said = machine.emulate_chain(
         (ctypes.c_int64 * len(sizes))(*map(int, sizes)),
         (ctypes.c_void_p * len(operands))(*(t.data_ptr() for t in operands)),
@@ -223,13 +225,28 @@ def test_every_barrier_of_the_consumers_is_needed_and_its_loss_is_found(machine:
     assert [i for i, error in enumerate(found) if not error] == []
 
 
-@pytest.mark.parametrize("forgotten", ["publishing", "empty", "full"])
+@pytest.mark.parametrize("forgotten", ["publishing", "empty", "full", "neighbour", "beginning"])
 def test_a_forgotten_step_of_the_ring_is_found(machine: ctypes.CDLL, forgotten: str) -> None:
     given, keys = arguments(SMALL_HOPPER)
     error = emulate(machine, SMALL_HOPPER, given, keys, forgotten=forgotten).error
-    assert any(
-        word in error for word in ("not published", "no barrier", "under way", "before any write", "more arrivals")
-    ), error
+    words = ("not published", "no barrier", "under way", "before any write", "more arrivals", "not begun")
+    assert any(word in error for word in words), error
+
+
+def test_the_cluster_meets_before_the_barriers_are_used_and_before_a_block_leaves(machine: ctypes.CDLL) -> None:
+    given, keys = arguments(SMALL_HOPPER)
+
+    def errors(dropped: int) -> set[str]:
+        # In some orders both blocks happen to be there.
+        found = [
+            emulate(machine, SMALL_HOPPER, given, keys, order=order, dropped_cluster_meeting=dropped)
+            for order in range(8)
+        ]
+        return {outcome.error.partition(" (")[0] for outcome in found}
+
+    assert "a barrier that was not started" in errors(0)
+    assert "something is sent to a block of threads that has left" in errors(1)
+    assert errors(2) == {""}
 
 
 @pytest.mark.parametrize(
@@ -266,6 +283,12 @@ def test_the_weight_stream_gives_as_many_tiles_as_were_counted(machine: ctypes.C
         draw = [int(v) for v in torch.randint(1, 9, (6,), generator=generator)]
         sizes = (100, 40 * draw[0], 24 * draw[1], 64 * draw[2], 64 * draw[3], draw[4], draw[5])
         assert machine.count_tiles((ctypes.c_int64 * 7)(*sizes)) > 0, sizes
+
+
+def test_a_few_rows_lie_on_different_banks(machine: ctypes.CDLL) -> None:
+    for dim in range(8, 520, 8):
+        sizes = (1, dim, 8, 64, 64, 1, 1)
+        assert machine.lanes_on_the_same_banks((ctypes.c_int64 * 7)(*sizes)) == 0, dim
 
 
 def test_a_wait_that_ends_too_early_is_found(machine: ctypes.CDLL) -> None:

@@ -66,19 +66,40 @@ def test_nothing_spills_on_any_architecture(compiled: tuple[Path, str]) -> None:
     assert {numbers for line in stack for numbers in line} == {"0"}, said
 
 
-def test_instructions_are_those_that_were_meant(compiled: tuple[Path, str]) -> None:
+def disassembled(built: Path, architecture: str) -> dict[str, list[str]]:
+    """Each kernel's instructions, in order and without their operands."""
     tool = cuobjdump()
     if tool is None:
-        pytest.skip("test_instructions_are_those_that_were_meant needs cuobjdump")
+        pytest.skip("tests/cuda/test_code.py needs cuobjdump")
+    command = [tool, "-sass", "-arch", f"sm_{architecture}", str(built)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"\n\s*Function : ", said)[1:]
+    assert functions
+    instruction = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)")
+    return {function.partition("\n")[0]: instruction.findall(function) for function in functions}
+
+
+def test_instructions_are_those_that_were_meant(compiled: tuple[Path, str]) -> None:
     for architecture in ARCHITECTURES:
-        command = [tool, "-sass", "-arch", f"sm_{architecture}", str(compiled[0])]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        functions = re.split(r"\n\s*Function : ", said)[1:]
-        assert functions
-        for function in functions:
+        for function, instructions in disassembled(compiled[0], architecture).items():
             expected = EXPECTED | (ON_90A if architecture == "90a" else {name: {"BPT.TRAP"} for name in ON_90A})
-            name = next(kernel for kernel in expected if kernel in function.partition("\n")[0])
-            found = set(re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", function))
+            name = next(kernel for kernel in expected if kernel in function)
+            found = set(instructions)
             for wanted in expected[name]:
                 assert any(i.startswith(wanted) for i in found), f"{name} for sm_{architecture} has no {wanted}"
             assert not {i for i in found if i.partition(".")[0] in FORBIDDEN}, f"{name} for sm_{architecture}"
+
+
+def test_warpgroups_have_their_registers_and_wait_for_no_more_than_they_must(compiled: tuple[Path, str]) -> None:
+    if "hopper_chain" not in compiled[0].name:
+        pytest.skip("warpgroups are in hopper_chain alone")
+    # Where the compiler finds accumulators touched between products it waits after each; where it cannot say how many
+    # registers a thread has it lets none change hands; of another number than a third of the processor's the threads
+    # that ask for more would wait for ever.
+    assert "serialized" not in compiled[1]
+    assert "setmaxnreg" not in compiled[1]
+    assert re.search(r"for 'sm_90a'\n.*\n.*\nptxas info\s*: Used 168 registers", compiled[1]), compiled[1]
+    ((_, instructions),) = disassembled(compiled[0], "90a").items()
+    # Stores that must reach the whole GPU and a cache that is emptied: where the cluster meets, at no tile's barriers.
+    assert instructions.count("MEMBAR.ALL.GPU") == 2
+    assert instructions.count("CCTL.IVALL") == 2

@@ -1,5 +1,7 @@
 """What only a GPU shows: captured graphs, launches on another device than the current one, peak memory."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -131,7 +133,11 @@ def plain_chain(given: dict[str, Any], dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize(
     "sizes",
-    [(1, 768, 512, 1024, 3, 5), (333, 384, 512, 1024, 3, 5), (20_000, 768, 512, 1024, 3, 2), (77, 64, 1024, 64, 1, 3)],
+    [
+        *((1, 768, 512, 1024, 3, 5), (333, 384, 512, 1024, 3, 5), (20_000, 768, 512, 1024, 3, 2)),
+        # Panels, chunks and tiles that end inside, of each kernel; more rows than tiles of a pass.
+        *((16, 136, 192, 320, 2, 3), (77, 64, 1024, 64, 1, 3), (4300, 136, 192, 320, 2, 3), (9000, 40, 64, 64, 1, 1)),
+    ],
     ids=str,
 )
 def test_the_persistent_chain_errs_no_more_than_twice_as_much_as_eager(sizes: tuple[int, ...]) -> None:
@@ -143,8 +149,10 @@ def test_the_persistent_chain_errs_no_more_than_twice_as_much_as_eager(sizes: tu
     assert (got.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
 
 
-def test_the_persistent_chain_is_captured_and_reads_the_step_at_every_replay() -> None:
-    given = chain_arguments(100, 64, 128, 256, 2, 3)
+# A row for each of the three ways that a call is spread over the GPU.
+@pytest.mark.parametrize("rows", [1, 100, 5000])
+def test_the_persistent_chain_is_captured_and_reads_the_step_at_every_replay(rows: int) -> None:
+    given = chain_arguments(rows, 64, 128, 256, 2, 3)
     with use_backend("cuda"):
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
@@ -157,3 +165,24 @@ def test_the_persistent_chain_is_captured_and_reads_the_step_at_every_replay() -
             given["step"].fill_(value)
             graph.replay()
             assert torch.equal(captured, reverse_chain(**given))
+
+
+# In a process of its own: nothing of the library has run there before.
+COLD = """
+import runpy, sys, torch
+here = runpy.run_path(sys.argv[1])
+given = here["chain_arguments"](int(sys.argv[2]), 64, 128, 256, 2, 3)
+graph = torch.cuda.CUDAGraph()
+with here["use_backend"]("cuda"):
+    with torch.cuda.graph(graph):
+        captured = here["reverse_chain"](**given)
+    graph.replay()
+    assert torch.equal(captured, here["reverse_chain"](**given))
+"""
+
+
+@pytest.mark.parametrize("rows", [1, 100, 5000])
+def test_the_persistent_chain_s_first_call_may_be_inside_a_capture(rows: int) -> None:
+    command = [sys.executable, "-c", COLD, __file__, str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -86,7 +86,10 @@ def _losses_and_gradients(
     cpp, (batch, dim), classes, dtype = torch.ops.seda_fast_cpp, features.shape, weight.shape[0], features.dtype
     scale = 1.0 / (max(1, int((labels != ignore_index).sum())) * temperature)
     d_features = torch.empty(batch if feature_gradient else 0, dim, dtype=dtype)
-    d_weight, d_bias = torch.zeros(weight.shape), torch.zeros(bias.shape)
+    # The first block's product is not added, where the total has its dtype.
+    assigned = batch > 0 and dtype == torch.float32
+    d_weight = torch.empty(weight.shape) if assigned else torch.zeros(weight.shape)
+    d_bias = torch.zeros(bias.shape)
     tall = max(_FEWEST_ROWS, _GRADIENT_LOGITS // max(1, classes))
     for row in range(0, batch, tall):
         rows = slice(row, min(row + tall, batch))
@@ -98,7 +101,7 @@ def _losses_and_gradients(
         )
         if feature_gradient:
             torch.mm(logits, weight, out=d_features[rows])
-        if row == 0 and dtype == torch.float32:
+        if row == 0 and assigned:
             torch.mm(logits.t(), features[rows], out=d_weight)
         else:
             _add_product(d_weight, logits.t(), features[rows])
