@@ -33,7 +33,7 @@ def bench_interaction_network(
         "seda_fast": lambda: gradients(net, net(x, condition, tau, dropout)),
         "eager": lambda: gradients(net, network(net, x, condition, tau, DROPOUT)),
     }
-    for name, variant in compile_variants(network, device).items():
+    for name, variant in compile_variants(network, device, large=True).items():
         competitors[name] = lambda variant=variant: gradients(net, variant(net, x, condition, tau, DROPOUT))
 
     # Dropout's masks differ, so values and gradients are compared without it.

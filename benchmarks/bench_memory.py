@@ -45,7 +45,7 @@ def bench_memory(
     given = operands(rows, dtype, device)
     leaves = list(given.values())
     weight = torch.randn(rows, WIDTH, device=device).to(dtype)
-    functions = {"seda_fast": memory_read, "eager": eager, **compile_variants(eager, device)}
+    functions = {"seda_fast": memory_read, "eager": eager, **compile_variants(eager, device, large=True)}
     competitors = {
         name: lambda function=function: torch.autograd.grad(function(**given, heads=HEADS), leaves, weight)
         for name, function in functions.items()

@@ -24,7 +24,7 @@ def liger_peer(bias: Tensor) -> Callable[..., Tensor] | None:
     """liger-kernel's fused linear cross entropy (no centre loss); None where it is absent or there is no GPU."""
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError:
+    except Exception:  # noqa: BLE001 - made for another Triton, it raises whatever it meets first
         return None
     if not bias.is_cuda:
         return None

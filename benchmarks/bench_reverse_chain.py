@@ -116,9 +116,11 @@ def bench_reverse_chain(
         "eager": lambda: loop(network, x, condition, steps),
     }
     competitors |= challengers("reverse_chain", device, competitors["seda_fast"])
-    variants = compile_variants(loop, device)
+    variants = compile_variants(loop, device, large=True)
     if device.type == "cuda":
-        variants["compiled, reduce-overhead"] = torch.compile(loop, mode="reduce-overhead", fullgraph=True)
+        variants["compiled, reduce-overhead"] = torch.compile(
+            loop, mode="reduce-overhead", fullgraph=True, dynamic=False
+        )
     for name, variant in variants.items():
         competitors[name] = lambda variant=variant: variant(network, x, condition, steps)
     if importlib.util.find_spec("diffusers"):
@@ -136,7 +138,7 @@ def bench_reverse_chain(
     parameters = sum(p.nbytes for p in network.parameters())
     title = f"reverse chain of {STEPS} steps, B = {rows} {str(dtype)[6:]}"
     contest(
-        workload(title, "reverse_chain", moved=parameters + 3 * x.nbytes, flops=flops, dtype=dtype),
+        workload(title, "reverse_chain", moved=parameters + 3 * x.nbytes, flops=flops, dtype=dtype, host=True),
         competitors,
         check,
     )

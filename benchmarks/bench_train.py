@@ -186,9 +186,14 @@ def bench_training_step(contest: Any, device: torch.device, quick: bool, workloa
     for engine in ("eager", "compile"):
         if engine != ("eager" if device.type == "cpu" else "graph"):  # what auto chooses
             steps[f"seda_fast, engine {engine}"] = ours(copy.deepcopy(model), data, rows, settings, engine)
-    variants: dict[str, Callable[..., Tensor]] = {"eager": plain_loss, **compile_variants(plain_loss, device)}
+    variants: dict[str, Callable[..., Tensor]] = {
+        "eager": plain_loss,
+        **compile_variants(plain_loss, device, large=True),
+    }
     if device.type == "cuda":
-        variants["compiled, reduce-overhead"] = torch.compile(plain_loss, mode="reduce-overhead", fullgraph=True)
+        variants["compiled, reduce-overhead"] = torch.compile(
+            plain_loss, mode="reduce-overhead", fullgraph=True, dynamic=False
+        )
     for name, loss in variants.items():
         steps[name] = Plain(copy.deepcopy(model), data, rows, loss, settings).step
 
@@ -204,7 +209,8 @@ def bench_training_step(contest: Any, device: torch.device, quick: bool, workloa
     # Weights, two moments and the average are read and written once, gradients once.
     moved = 10.0 * parameters + 4.0 * rows * (config.visual_dim + config.text_dim)
     title = f"training step, B = {rows}"
-    contest(workload(title, "interaction_block", moved, 6 * rows * products(model), dtype), steps, check)
+    flops = 6 * rows * products(model)
+    contest(workload(title, "interaction_block", moved, flops, dtype, host=True), steps, check)
 
 
 def bench_epoch(contest: Any, device: torch.device, quick: bool, workload: Any) -> None:
@@ -230,7 +236,7 @@ def bench_epoch(contest: Any, device: torch.device, quick: bool, workload: Any) 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     work = workload(
         f"an epoch, {batches} batches of {rows}", "interaction_block", moved,
-        6 * batches * rows * products(model), dtype,
+        6 * batches * rows * products(model), dtype, host=True,
     )  # fmt: skip
     contest(work, {name: epoch(step) for name, step in steps.items()}, check)
 

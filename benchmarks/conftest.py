@@ -1,6 +1,6 @@
 """The harness of all benchmarks: measures the machine, checks that competitors agree, times them interleaved, reports.
 
-    pytest benchmarks --benchmark-only [--quick] [--results DIR]
+    pytest benchmarks --benchmark-only [--quick] [--max-autotune] [--results DIR] [-k NAME]
 
 A benchmark takes the fixture ``contest`` and calls it once for each workload. Every figure of a table is from one run:
 the copy rate and the matrix rate too, against which a share of the ceiling is given. Times are kept from GPUs alone; on
@@ -34,6 +34,9 @@ QUICK_REPEATS = 3
 GROWTH_BUDGET = 20.0
 # A CPU timing shorter than this is noise; the call is repeated inside it.
 SHORTEST = 2e-3
+# Cycles that a GPU is kept waiting before an operation is timed, about half a millisecond: its launches take the host
+# longer than some kernels run, and inside a captured step they cost it nothing.
+HEAD_START = 1_000_000
 PACKAGES = ("torch", "triton", "numpy", "xformers", "liger_kernel", "diffusers")
 OURS = "seda_fast"
 
@@ -48,6 +51,7 @@ class Workload:
         moved: bytes that must be read and written.
         flops: floating-point operations of the matrix products; 0 without one.
         dtype: dtype of the products.
+        host: whether the host's time for launches counts, as it does where a user waits for the result.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Workload:
     moved: float
     flops: float = 0.0
     dtype: torch.dtype = torch.float32
+    host: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,16 @@ class Clock:
         self.device = device
         self._flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
-    def __call__(self, call: Callable[[], object], calls: int = 1) -> float:
-        """Seconds of one of ``calls`` calls."""
+    def __call__(self, call: Callable[[], object], calls: int = 1, *, host: bool = True) -> float:
+        """Seconds of one of ``calls`` calls; on a GPU without ``host`` the host runs ahead, see `HEAD_START`."""
         if self._flush is None:
             start = time.perf_counter()
             for _ in range(calls):
                 call()
             return (time.perf_counter() - start) / calls
         self._flush.zero_()
+        if not host:
+            torch.cuda._sleep(HEAD_START)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -108,6 +115,8 @@ class Contest:
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats, self.rows = device, repeats, list[Row]()
         self.growth, self.starts = dict[str, dict[str, Any]](), dict[str, dict[str, float]]()
+        # Competitors that cannot run here, by workload and name, and what they said.
+        self.left_out = dict[str, str]()
         self.clock = Clock(device)
         self.matrix_rate = {dtype: self._matrix_rate(dtype) for dtype in self._dtypes()}
         self.copy_rate = self._copy_rate(2**31 if device.type == "cuda" else 2**27)
@@ -135,19 +144,29 @@ class Contest:
         check: Callable[[str, Any], None],
         extra: dict[str, float] | None = None,
     ) -> None:
-        """Check and time the competitors, `OURS` among them.
+        """Check and time the competitors, `OURS` among them; another one that raises is left out and named.
 
         Args:
             check: called with each competitor's name and result; raises where the result is wrong.
             extra: further figures of our own row.
         """
-        for name, call in competitors.items():
-            check(name, call())
+        competitors = dict(competitors)
+        for name, call in list(competitors.items()):
+            try:
+                result = call()
+            except Exception as error:  # a peer or a compiler that does not know this device or this PyTorch
+                if name.startswith(OURS):
+                    raise
+                said = (str(error).splitlines() or [""])[0]
+                self.left_out[f"{workload.name}: {name}"] = f"{type(error).__name__}: {said}"[:200]
+                del competitors[name]
+                continue
+            check(name, result)
         counts = {name: self.clock.calls_for(call) for name, call in competitors.items()}
         times: dict[str, list[float]] = {name: [] for name in competitors}
         for _ in range(self.repeats):
             for name, call in competitors.items():
-                times[name].append(self.clock(call, counts[name]))
+                times[name].append(self.clock(call, counts[name], host=workload.host))
         floor, bound = self.floor(workload)
         ours = statistics.median(times[OURS])
         backend = "torch"  # a function of PyTorch's own operations
@@ -181,11 +200,13 @@ class Contest:
         return max((copy, "copy"), (matrix, "matrix"))
 
 
-def compiled(call: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
-    """``call`` as `torch.compile` makes it: by default, and on a GPU also with max-autotune."""
-    variants = {"compiled": torch.compile(call, fullgraph=True)}
-    if device.type == "cuda":
-        variants["compiled, max-autotune"] = torch.compile(call, fullgraph=True, mode="max-autotune-no-cudagraphs")
+def compiled(call: Callable[..., Any], device: torch.device, autotune: bool) -> dict[str, Callable[..., Any]]:
+    """``call`` as `torch.compile` makes it, for the one shape: by default, and with ``autotune`` on a GPU also with
+    max-autotune, which takes about a minute for half a dozen products."""
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+    variants = {"compiled": torch.compile(call, **options)}
+    if device.type == "cuda" and autotune:
+        variants["compiled, max-autotune"] = torch.compile(call, mode="max-autotune-no-cudagraphs", **options)
     return variants
 
 
@@ -216,7 +237,10 @@ def versions() -> dict[str, str]:
 def commit(root: Path) -> str:
     """The checkout's commit, marked where files differ from it."""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -233,7 +257,30 @@ def as_json(contest: Contest, root: Path) -> dict[str, Any]:
         "rows": [dataclasses.asdict(row) for row in contest.rows],
         "growth": contest.growth,
         "starts": contest.starts,
+        "left_out": contest.left_out,
     }
+
+
+def with_earlier(new: dict[str, Any], file: Path) -> dict[str, Any]:
+    """``new`` and what an earlier run on the same device, of the same commit and versions, wrote of other workloads.
+
+    So that benchmarks can be run a few at a time.
+    """
+    try:
+        old = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return new
+
+    def same(record: dict[str, Any]) -> list[Any]:
+        # The record itself, once written, makes a checkout dirty.
+        return [*(record.get(name) for name in ("device", "versions", "repeats")), record["commit"].split("-")[0]]
+
+    if same(old) != same(new):
+        return new
+    measured = {row["workload"] for row in new["rows"]}
+    rows = [row for row in old["rows"] if row["workload"] not in measured]
+    joined = {part: {**old.get(part, {}), **new[part]} for part in ("growth", "starts", "left_out")}
+    return {**new, "rows": rows + new["rows"], **joined}
 
 
 def as_table(rows: list[Row]) -> str:
@@ -340,6 +387,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--quick", action="store_true", help="few repeats of small workloads, nothing written: a check only"
     )
+    group.addoption("--max-autotune", action="store_true", help="on a GPU tune whole networks, too: minutes each")
     group.addoption("--results", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and PNG")
 
 
@@ -393,6 +441,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section(f"benchmarks on {device_name(contest.device)}")
     terminalreporter.write_line(as_table(contest.rows))
     terminalreporter.write_line(as_growth_table(contest))
+    for competitor, said in contest.left_out.items():
+        terminalreporter.write_line(f"left out: {competitor} ({said})")
     if contest.device.type != "cuda":
         terminalreporter.write_line("GPU workloads: not measured (no CUDA device).")
     if config.getoption("--quick") or terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
@@ -401,11 +451,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     folder: Path = config.getoption("--results")
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", device_name(contest.device).lower()).strip("-")
-    result = as_json(contest, Path(__file__).resolve().parents[1])
+    result = with_earlier(as_json(contest, Path(__file__).resolve().parents[1]), folder / f"{name}.json")
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    drawn = draw(contest.rows, f"{result['device']}, commit {result['commit']}", folder / f"{name}.png")
+    title = f"{result['device']}, commit {result['commit']}"
+    drawn = draw([Row(**row) for row in result["rows"]], title, folder / f"{name}.png")
     if contest.growth:
-        draw_growth(contest, f"{result['device']}, commit {result['commit']}", folder / f"{name}-growth.png")
+        contest.growth = result["growth"]
+        draw_growth(contest, title, folder / f"{name}-growth.png")
     picture = " and .png" if drawn else "; no picture, as matplotlib is not installed"
     terminalreporter.write_line(f"Written: {folder / name}.json{picture}")
 
@@ -462,9 +514,16 @@ def workload() -> type[Workload]:
 
 
 @pytest.fixture(scope="session")
-def compile_variants() -> Callable[[Callable[..., Any], torch.device], dict[str, Callable[..., Any]]]:
-    """`torch.compile` with the settings that this device is measured with."""
-    return compiled
+def compile_variants(request: pytest.FixtureRequest) -> Callable[..., dict[str, Callable[..., Any]]]:
+    """`torch.compile` with the settings that this device is measured with; a ``large`` call is tuned only on demand."""
+    tune = bool(request.config.getoption("--max-autotune"))
+
+    def variants(
+        call: Callable[..., Any], device: torch.device, *, large: bool = False
+    ) -> dict[str, Callable[..., Any]]:
+        return compiled(call, device, tune or not large)
+
+    return variants
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 # Found in the checkout that this file lies in.
-from seda_fast.kernels import interaction, noising, projection, tuning  # noqa: E402
+from seda_fast.kernels import interaction, noising, projection, timesteps, tuning  # noqa: E402
 from seda_fast.kernels.tuning import Tile  # noqa: E402
 
 TARGETS = (80, 90, 100)
@@ -206,6 +206,11 @@ def noising_launches(dtype: torch.dtype) -> list[Launch]:
     return forward + record(lambda: noising.q_sample_backward(x0, tau, table))
 
 
+def timesteps_launches() -> list[Launch]:
+    ids, key = empty(4096, dtype=torch.int64), empty(dtype=torch.int64)
+    return record(lambda: timesteps.stratified_timesteps(key, key, ids, STEPS, 2, 0, 4096))
+
+
 def interaction_launches(dtype: torch.dtype) -> list[Launch]:
     h, gate, tau, key = (
         empty(ROWS, WIDTH, dtype=dtype),
@@ -213,7 +218,9 @@ def interaction_launches(dtype: torch.dtype) -> list[Launch]:
         empty(ROWS, dtype=torch.int64),
         empty(dtype=torch.int64),
     )
-    w_h, w_o, table = empty(HIDDEN, WIDTH, dtype=dtype), empty(WIDTH, HIDDEN, dtype=dtype), empty(STEPS, WIDTH)
+    w_h, w_o = empty(HIDDEN, WIDTH, dtype=dtype), empty(WIDTH, HIDDEN, dtype=dtype)
+    # Autocast casts them as well.
+    table = empty(STEPS, WIDTH, dtype=dtype)
     b_h, b_o = empty(HIDDEN, dtype=dtype), empty(WIDTH, dtype=dtype)
     rest = (0.1, key, key, tau, 6)
     first = (h, gate, tau, table, table, table)
@@ -245,7 +252,7 @@ def projection_launches(dtype: torch.dtype) -> list[Launch]:
 def all_launches(dtypes: tuple[torch.dtype, ...]) -> list[Launch]:
     """Every kernel as the default model launches it, in each dtype."""
     makers = (noising_launches, interaction_launches, projection_launches)
-    return [launch for dtype in dtypes for maker in makers for launch in maker(dtype)]
+    return [*(launch for dtype in dtypes for maker in makers for launch in maker(dtype)), *timesteps_launches()]
 
 
 def tiles_of(launch: Launch) -> list[Launch]:

@@ -1,8 +1,8 @@
 """Semantic projection: centre loss and cross entropy of a class head without the (B, K) logits in memory.
 
 Forward, a program keeps a running log-sum-exp over its share of the classes. Backward, the gradient of the logits is
-there for one chunk of rows and classes at a time, at most 8 192 x 512 whatever B and K are, in the features' dtype and
-before its scaling: numbers in [-1, 1], which half precision holds well. Products accumulate in float32. A class id
+there for one chunk of rows and classes at a time, at most 2**22 of them whatever B and K are, in the features' dtype
+and before its scaling: numbers in [-1, 1], which half precision holds well. Products accumulate in float32. A class id
 outside 0 .. K-1 makes the cross entropy NaN.
 """
 
@@ -12,15 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .interaction import by_rows, precision
+from .interaction import Splits, add_weight_gradient, by_rows, precision, put_weight_gradient, splits_for
 from .tuning import launching_on
 
-# Widest chunk of classes. With 16 384 rows, 768 features and 21 841 classes its gradient and the float32 sum of the
-# features' gradient are 4.7 % of the logits in float32.
+# Most logits whose gradient is there at a time: 8 MiB in half precision, and enough work for a launch (11 us of
+# products at 768 features and 600 TFLOP/s). Their rows are a multiple of the step, so that tiles are full.
+LOGITS, ROW_STEP = 2**22, 128
+# Up to so many classes are one chunk: the features' gradient is then not added up in memory, which costs 8 bytes an
+# element and chunk.
+WHOLE = 1024
+# Classes of a chunk where there are several. With 16 384 rows, 768 features and 21 841 classes its gradient, the
+# float32 sum of the features' gradient and those of the splits are 4.7 % of the logits in float32.
 CHUNK = 512
-# Most rows of a chunk: 8 MiB in half precision, and enough work for a launch (11 us of products at 768 features and
-# 600 TFLOP/s).
-ROWS = 8192
 
 
 @triton.jit
@@ -221,38 +224,6 @@ def feature_gradient_kernel(
 
 # fmt: off
 @triton.jit
-def class_gradient_kernel(
-    logit_grad_ptr, features_ptr, factors_ptr, weight_ptr, bias_ptr,
-    rows, dim, chunk, features_stride, rows_per_split, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    # fmt: on
-    """Of one split of the rows: a chunk's weight gradient (chunk, dim) and bias gradient, scaled, float32."""
-    place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2).to(tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    bias = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    first = tl.program_id(2) * rows_per_split
-    end = tl.minimum(rows, first + rows_per_split)
-    for start in range(first, end, BLOCK_K):
-        row = start + tl.arange(0, BLOCK_K).to(tl.int64)
-        inside = (row < end)[:, None] & (place < chunk)[None, :]
-        grad = tl.load(logit_grad_ptr + row[:, None] * chunk + place[None, :], mask=inside, other=0.0)
-        inside = (row < end)[:, None] & (feature < dim)[None, :]
-        f = tl.load(features_ptr + row[:, None] * features_stride + feature[None, :], mask=inside, other=0.0)
-        bias += tl.sum(grad.to(tl.float32), axis=0)
-        acc = tl.dot(tl.trans(grad), f, acc, input_precision=PRECISION)
-    factor = tl.load(factors_ptr + 1)
-    inside = (place < chunk)[:, None] & (feature < dim)[None, :]
-    out = weight_ptr + (split * chunk + place[:, None]) * dim + feature[None, :]
-    tl.store(out, acc * factor, mask=inside)
-    if tl.program_id(1) == 0:
-        tl.store(bias_ptr + split * chunk + place, bias * factor, mask=place < chunk)
-
-
-# fmt: off
-@triton.jit
 def centre_gradient_kernel(
     features_ptr, labels_ptr, order_ptr, centres_ptr, factors_ptr, out_ptr,
     rows, dim, classes, features_stride, centres_stride, ignore_index, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -305,10 +276,10 @@ def semantic_projection(
     assert not gradient
     none = tuple(features.new_empty(0) for _ in range(3))
     (rows, dim), classes = features.shape, weight.shape[0]
-    centre_loss, entropy = (torch.zeros((), dtype=torch.float32, device=features.device) for _ in range(2))
+    centre_loss, entropy = (torch.empty((), dtype=torch.float32, device=features.device) for _ in range(2))
     normaliser = torch.empty((rows,), dtype=torch.float32, device=features.device)
     if rows == 0:
-        return centre_loss, entropy, normaliser, *none
+        return centre_loss.zero_(), entropy.zero_(), normaliser, *none
     features, weight, labels, bias = by_rows(features), by_rows(weight), labels.contiguous(), bias.contiguous()
     given = features if centres is None else by_rows(centres)
     # With 128 classes a tile it spills on sm_100 under Triton 3.6.
@@ -359,8 +330,9 @@ def semantic_projection_backward(
         return grad_features, grad_centres, grad_weight.zero_(), grad_bias.zero_()
     features, weight, labels, bias = by_rows(features), by_rows(weight), labels.contiguous(), bias.contiguous()
     centres = None if centres is None else by_rows(centres)
-    chunk = min(classes, CHUNK)
-    logit_grad = torch.empty((min(rows, ROWS) * _aligned(chunk),), dtype=features.dtype, device=features.device)
+    chunk, part_rows = chunks(classes)
+    part_rows = min(rows, part_rows)
+    logit_grad = torch.empty((part_rows * _aligned(chunk),), dtype=features.dtype, device=features.device)
     total = torch.empty((0,) if chunk == classes else (rows, dim), dtype=torch.float32, device=features.device)
     factors = torch.empty((2,), dtype=torch.float32, device=features.device)
     settings = (1 / temperature, label_smoothing, ignore_index)
@@ -370,22 +342,29 @@ def semantic_projection_backward(
         )
         for first in range(0, classes, chunk):
             width = min(chunk, classes - first)
-            sums: list[Tensor] = []
-            for top in range(0, rows, ROWS):
-                part = slice(top, top + ROWS)
+            splits = class_splits(features, _aligned(width), part_rows, chunk == classes)
+            for top in range(0, rows, part_rows):
+                part = slice(top, top + part_rows)
                 f, y, out = features[part], labels[part], grad_features[part]
                 _logit_gradient(f, y, weight, bias, log_normaliser[part], logit_grad, first, width, settings)
                 _feature_gradient(
                     logit_grad, weight, f, y, centres, factors, total[part], out, first, width, ignore_index
                 )
-                found = _class_gradient(logit_grad, f, factors, width)
                 # One part after the other, in float32: a fixed order.
-                sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else list(found)
-            grad_weight[first : first + width], grad_bias[first : first + width] = (s[:width] for s in sums)
+                add_weight_gradient(logit_grad, f, splits, first=top == 0)
+            own = slice(first, first + width)
+            put_weight_gradient(splits, factors[1:], grad_weight[own], grad_bias[own])
+            del splits  # before the next chunk's are made
         grad_centres = features.new_empty(0)
         if wanted is not None and centres is not None:
             grad_centres = _centre_gradient(features, labels, centres, factors, ignore_index)
     return grad_features, grad_centres, grad_weight, grad_bias
+
+
+def chunks(classes: int) -> tuple[int, int]:
+    """How many classes and how many rows there are in a chunk, for a head of ``classes``."""
+    chunk = classes if classes <= WHOLE else CHUNK
+    return chunk, max(1, LOGITS // (_aligned(chunk) * ROW_STEP)) * ROW_STEP
 
 
 def _aligned(width: int) -> int:
@@ -438,16 +417,13 @@ def _feature_gradient(
     )  # fmt: skip
 
 
-def _class_gradient(logit_grad: Tensor, features: Tensor, factors: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    (rows, dim), width = features.shape, _aligned(width)
-    tile, splits, per_split = tuning.split_rows(features.dtype, (width, dim), rows)
-    weight = torch.empty((splits, width, dim), dtype=torch.float32, device=features.device)
-    bias = torch.empty((splits, width), dtype=torch.float32, device=features.device)
-    class_gradient_kernel[triton.cdiv(width, tile.m), triton.cdiv(dim, tile.n), splits](
-        logit_grad, features, factors, weight, bias, rows, dim, width, features.stride(0), per_split,
-        PRECISION=precision(features.dtype), **tile.sizes(), **tile.options(),
-    )  # fmt: skip
-    return weight.sum(0), bias.sum(0)
+def class_splits(features: Tensor, width: int, rows: int, whole: bool) -> Splits:
+    """Room for the gradients of ``width`` classes' weights over parts of ``rows`` rows.
+
+    Where there are more classes than fit one chunk memory counts, and one program for each multiprocessor is enough.
+    """
+    programs = 2 * tuning.ENOUGH_PROGRAMS if whole else tuning.ENOUGH_PROGRAMS
+    return splits_for(features.dtype, (width, features.shape[1]), rows, features.device, programs)
 
 
 def _centre_gradient(features: Tensor, labels: Tensor, centres: Tensor, factors: Tensor, ignore_index: int) -> Tensor:

@@ -40,11 +40,11 @@ class Tile(NamedTuple):
 # Largest first; each fits the 99 KiB of shared memory that every GPU from compute capability 8.0 on gives a program,
 # and none spills registers (`benchmarks/machine_code.py`).
 HALF_TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(32, 64, 64, 4, 4))
-# Where the inner loop also computes an operand, a 128 x 128 tile spills.
-COMPUTED_TILES = (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3))
+# Where much follows the product: with 64 rows two programs fit a multiprocessor of sm_90 (at most 106 registers), so
+# that the one's loads and stores go beside the other's product; with 128 it would be one.
+EPILOGUE_TILES = HALF_TILES[1:]
 # Products in full float32 precision run without tensor cores, and their registers are the limit.
 FLOAT_TILES = (Tile(64, 64, 16, 8, 3), Tile(32, 64, 16, 4, 3))
-COMPUTED_FLOAT_TILES = (Tile(64, 64, 16, 8, 3), Tile(32, 64, 16, 8, 3))
 # For weight gradients, whose rows are split instead.
 HALF_WEIGHT_TILE, FLOAT_WEIGHT_TILE = Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)
 # Enough programs to give every multiprocessor of the larger GPUs one. A constant, so that results do not depend on
@@ -57,10 +57,10 @@ def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def candidates(dtype: torch.dtype, *, computed: bool = False, columns: int | None = None) -> tuple[Tile, ...]:
-    """Tiles for products in ``dtype``; ``computed``: of an operand made in the loop; ``columns`` fixes BLOCK_N."""
-    half, full = (COMPUTED_TILES, COMPUTED_FLOAT_TILES) if computed else (HALF_TILES, FLOAT_TILES)
-    tiles = full if dtype == torch.float32 else half
+def candidates(dtype: torch.dtype, *, epilogue: bool = False, columns: int | None = None) -> tuple[Tile, ...]:
+    """Tiles for products in ``dtype``; ``epilogue``: before a large one; ``columns`` fixes BLOCK_N."""
+    half = EPILOGUE_TILES if epilogue else HALF_TILES
+    tiles = FLOAT_TILES if dtype == torch.float32 else half
     if columns is None:
         return tiles
     # Wider than its own BLOCK_N a tile needs twice the threads for its registers.
@@ -76,13 +76,14 @@ def by_shape(tiles: tuple[Tile, ...], rows: int, columns: int) -> Tile:
     return tiles[-1]
 
 
-def split_rows(dtype: torch.dtype, shape: tuple[int, int], rows: int) -> tuple[Tile, int, int]:
+def split_rows(dtype: torch.dtype, shape: tuple[int, int], rows: int, programs: int) -> tuple[Tile, int, int]:
     """For a weight's gradient of ``shape``, a sum over ``rows``: the tile, the number of splits, the rows of a split.
 
-    Few tiles cover a weight, so the rows are split too; each split has at least four steps of the inner loop.
+    Few tiles cover a weight, so the rows are split too, into as many parts as make ``programs`` programs; each split
+    has at least four steps of the inner loop.
     """
     tile = FLOAT_WEIGHT_TILE if dtype == torch.float32 else HALF_WEIGHT_TILE
-    splits = max(1, min(triton.cdiv(2 * ENOUGH_PROGRAMS, tile.programs(*shape)), rows // (4 * tile.k)))
+    splits = max(1, min(round(programs / tile.programs(*shape)), rows // (4 * tile.k)))
     per_split = triton.cdiv(triton.cdiv(rows, splits), tile.k) * tile.k
     return tile, triton.cdiv(rows, per_split), per_split
 

@@ -134,14 +134,39 @@ class MovingAverage:
     def update_on_device(self, n: Tensor) -> None:
         """The same with ``n`` int64 () on the parameters' device, for a captured graph."""
         kept = ((1 + n) / (10 + n)).clamp(max=self.decay) * (n > 0)
-        difference = torch._foreach_sub(self._current, self.values)
-        torch._foreach_mul_(difference, (1 - kept).to(self.values[0].dtype))
-        torch._foreach_add_(self.values, difference)
+        # v + moved * (p - v), as a step of SGD whose rate lies on the device: one pass of two reads and a write. As a
+        # difference, its product and a sum it would be three passes of eight.
+        torch._fused_sgd_(
+            self.values, self._current, [],
+            weight_decay=-1.0, momentum=0.0, lr=(kept - 1).float(), dampening=0.0,
+            nesterov=False, maximize=False, is_first_step=False,
+        )  # fmt: skip
 
     @torch.no_grad()
     def store(self) -> None:
         """Write the average into the parameters."""
         torch._foreach_copy_(self._current, self.values)
+
+
+class _Halves(torch.autograd.Function):
+    """Weights in a half precision, all in one launch, and their gradients back in their own in one."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = weights[0].dtype
+        halves = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(halves, weights)
+        return tuple(halves)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [grad for grad in grads if grad is not None]
+        wide = [torch.empty_like(grad, dtype=ctx.dtype) for grad in given]
+        if given:
+            torch._foreach_copy_(wide, given)
+        found = iter(wide)
+        return None, *(None if grad is None else next(found) for grad in grads)
 
 
 class Objective(nn.Module):
@@ -163,6 +188,16 @@ class Objective(nn.Module):
         """The losses of ``batch`` at ``step``, both int64 () as in `SeDA.losses`."""
         call = self.compiled if compiled and self.compiled is not None else self.eager
         return call(batch, seed, step, shard)
+
+    def with_halves(self, batch: Batch, seed: Tensor, step: Tensor) -> Losses:
+        """`forward` with the weights of all products cast at once; an autocast region takes a launch for each of them,
+        and one for each of their gradients."""
+        assert self.dtype is not None
+        layers = [(name, layer) for name, layer in self.named_modules() if isinstance(layer, nn.Linear)]
+        named = {f"{name}.{part}": weight for name, layer in layers for part, weight in layer.named_parameters()}
+        halves = _Halves.apply(self.dtype, *named.values())
+        arguments = (batch, seed, step, None, False)
+        return torch.func.functional_call(self, dict(zip(named, halves, strict=True)), arguments)
 
     def eager(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
         """`forward` in eager PyTorch."""
@@ -439,7 +474,11 @@ class Stepper:
         assert self._rates is not None
         for group in self.optimiser.param_groups:
             group["lr"].copy_(self._rates.index_select(0, self.step[None])[0])
-        self._gradients(batch, self._losses_of(batch, None, False), len(batch[0]))
+        if self.objective.dtype is None:
+            losses = self._losses_of(batch, None, False)
+        else:
+            losses = self.objective.with_halves(batch, self.seed, self.step)
+        self._gradients(batch, losses, len(batch[0]))
         self._clip()
         self.optimiser.step()
         self.average.update_on_device(self.step)
@@ -507,19 +546,25 @@ class Graph:
             stepper.device_step(data.rows(self._order.index_select(0, self._cursor + self._within)))
             self._cursor += size
 
+        device = data.device
+        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         with _unchanged([*stepper.tensors().values(), stepper._first_bad, self._cursor]):
-            side = torch.cuda.Stream(data.device)
-            side.wait_stream(torch.cuda.current_stream(data.device))
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UP_STEPS):
-                    # From the start each time: near the end of a run there are not as many steps, and rates, left.
-                    stepper.step.zero_()
-                    self._cursor.zero_()
-                    whole_step()
-            torch.cuda.current_stream(data.device).wait_stream(side)
+            side.wait_stream(current)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UP_STEPS):
+                        # From the start each time: near the end of a run there are not as many steps, and rates, left.
+                        stepper.step.zero_()
+                        self._cursor.zero_()
+                        whole_step()
+            finally:
+                # Also after a failure: what a failed step still does must not come after the old values.
+                current.wait_stream(side)
         stepper.optimiser.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # On the data's device, whichever is current; and a capture that fails leaves its stream behind as the current
+        # one, which the outer block takes back.
+        with torch.cuda.stream(side), torch.cuda.graph(self._graph, stream=side):
             whole_step()
 
     def order(self, rows: Tensor) -> None:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .config import ConfigError
+
 # Seconds.
 _LETTING_GO = 0.2
 
@@ -98,6 +100,15 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def _own_gpu() -> int:
+    """The GPU of this rank: nccl refuses two ranks on one, late and in its own words."""
+    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    ranks = max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if ranks > gpus:
+        raise ConfigError(f"{ranks} ranks on this host need a GPU each, and it has {gpus}; start fewer, or use the CPU")
+    return rank
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Joins the ranks that ``torchrun`` announces in the environment; without it this process is alone.
@@ -105,6 +116,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     gloo carries what lies on the host, nccl what lies on a GPU; each rank of a host takes one GPU.
 
     Raises:
+        ConfigError: there are more ranks than GPUs on this host.
         RankLost: another rank ended while this one waited for it.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -112,7 +124,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         yield ALONE
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(_own_gpu())
     store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     # torchrun's store may outlive a restart, and with it the addresses of processes that are no more.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]

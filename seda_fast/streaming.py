@@ -85,6 +85,8 @@ class _Slot:
 
     def __init__(self, rows: int, widths: tuple[int, int], pinned: bool) -> None:
         self.visual, self.text = (torch.empty(rows, width, pin_memory=pinned) for width in widths)
+        # From memory that is not page-locked a copy waits for all that the device was told before.
+        self.index = torch.empty(rows, dtype=torch.int64, pin_memory=pinned)
         self.copied = torch.cuda.Event() if pinned else None
 
 
@@ -147,7 +149,7 @@ class StreamedSet:
                 slot = ready.get()
                 if isinstance(slot, Exception):
                     raise slot
-                batch = self._standardised(slot, part)
+                batch = self._standardised(slot, len(part))
                 if slot.copied is not None:
                     slot.copied.record()
                 free.put(slot)
@@ -172,17 +174,20 @@ class StreamedSet:
                 index: NDArray[np.int64] = part.numpy()
                 self.visual.into(slot.visual.numpy()[: len(index)], index)
                 self.text.into(slot.text.numpy()[: len(index)], index)
+                slot.index[: len(part)] = part
                 ready.put(slot)
         except OSError as error:
             ready.put(DataError(f"the training part cannot be read: {error.strerror or error}"))
         except Exception as error:  # noqa: BLE001 - raised where the batch is waited for
             ready.put(error)
 
-    def _standardised(self, slot: _Slot, part: Tensor) -> Batch:
-        index = part.to(self.device)
-        visual = (slot.visual[: len(part)].to(self.device, non_blocking=True) - self.visual_mean) / self.visual_scale
+    def _standardised(self, slot: _Slot, rows: int) -> Batch:
+        index, visual, text = (
+            own[:rows].to(self.device, non_blocking=True) for own in (slot.index, slot.visual, slot.text)
+        )
+        visual = (visual - self.visual_mean) / self.visual_scale
         rest: Any = (self.labels[index], self.paired[index], self.sample_ids[index])
         if self.text_classes is not None:
             return (visual, self.text_classes[rest[0].clamp(min=0)], *rest)
-        text = (slot.text[: len(part)].to(self.device, non_blocking=True) - self.text_mean) / self.text_scale
+        text = (text - self.text_mean) / self.text_scale
         return (visual, text.nan_to_num(nan=0.0), *rest)

@@ -85,6 +85,38 @@ def test_the_report_names_the_machine_and_the_commit(
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_competitor_that_cannot_run_is_left_out_and_named(contest: Any, harness: Any) -> None:
+    def fails() -> int:
+        raise RuntimeError("no kernel image\nand more")
+
+    work, ours = harness.Workload("sums", "q_sample", moved=1.0), spin([], "a", 1000)
+    contest(work, {"seda_fast": ours, "peer": fails}, lambda name, result: None)
+    assert [row.competitor for row in contest.rows] == ["seda_fast"]
+    assert contest.left_out == {"sums: peer": "RuntimeError: no kernel image"}
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        contest(work, {"seda_fast": ours, "seda_fast on cuda": fails}, lambda name, result: None)
+
+
+def test_a_later_run_keeps_what_an_earlier_one_measured_of_other_workloads(
+    harness: Any, contest: Any, repository: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "device.json"
+    for name in ("first", "second", "second"):
+        contest.rows.clear()
+        contest.growth = {name: {"slope": 1.0}}
+        work = harness.Workload(name, "q_sample", moved=1.0)
+        contest(work, {"seda_fast": spin([], "a", 1000)}, lambda name, result: None)
+        found = harness.with_earlier(harness.as_json(contest, repository), file)
+        file.write_text(json.dumps(found))
+    assert [row["workload"] for row in found["rows"]] == ["first", "second"]
+    assert list(found["growth"]) == ["first", "second"]
+    for change in ({"commit": "another"}, {"device": "another"}, {"repeats": 1}):
+        file.write_text(json.dumps({**found, **change}))
+        assert len(harness.with_earlier(harness.as_json(contest, repository), file)["rows"]) == 1
+    file.write_text("{")
+    assert len(harness.with_earlier(harness.as_json(contest, repository), file)["rows"]) == 1
+
+
 @pytest.mark.slow
 def test_a_quick_run_prints_one_table_and_writes_nothing(repository: Path, tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")

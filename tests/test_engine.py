@@ -210,6 +210,20 @@ def test_graph_agrees_with_eager_over_fifty_steps_without_waiting() -> None:
 
 
 @pytest.mark.gpu
+def test_the_eager_engine_waits_for_the_device_between_epochs_alone() -> None:
+    eager = trainer("cuda", engine="eager")
+
+    def look(done: int, total: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if 1 <= done % 5 <= 4 and done > 5 else "default")
+
+    try:
+        eager.run(on_step=look)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert eager.stepper.done == 50
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_graph_in_other_precisions_stays_near(precision: Any) -> None:
     exact, other = trainer("cuda", engine="eager"), trainer("cuda", engine="graph", precision=precision)

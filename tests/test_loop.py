@@ -1,9 +1,11 @@
 """The training loop's parts, and that a run is reproducible to the bit."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seda_fast import SeDA, SeDAConfig, TrainConfig
 from seda_fast.engine import MovingAverage, learning_rate_factor, parameter_groups
@@ -115,3 +117,28 @@ def test_a_loss_that_is_not_finite_stops_with_its_name() -> None:
     sentence = r"the loss term text is no longer finite, first in step 1 \(epoch 1\); no checkpoint yet"
     with pytest.raises(TrainingError, match=sentence):
         train(fresh(), data, TrainConfig(epochs=2, batch_size=64))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies from the host to a device inside it, and those of them that make the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = self.waiting = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            self.all += 1
+            self.waiting += not (kwargs or {}).get("non_blocking", False)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_epoch_s_row_numbers_go_to_the_device_in_one_copy() -> None:
+    """A copy from pageable memory waits for the device; one a batch would make each step wait for the one before."""
+    fields = (torch.zeros(60, 8), torch.zeros(60, 5), torch.zeros(60, dtype=torch.int64))
+    data = TrainingSet(*(f.to("meta") for f in (*fields, torch.ones(60, dtype=torch.bool), torch.arange(60))))
+    with Copies() as copies:
+        sizes = [len(batch[0]) for batch in data.batches(torch.arange(60).split(14))]
+    assert sizes == [14, 14, 14, 14, 4]
+    assert copies.all == 1
+    assert list(data.batches([])) == []

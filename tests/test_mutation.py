@@ -39,6 +39,8 @@ FAULTS = [
     Fault("gradient without its factor", "noising", "scaled = signal[:, None] * tl", "scaled = tl"),
     Fault("mask too narrow", "noising", "mask=inside)", "mask=(row < rows)[:, None] & (feature < 1)[None, :])", 2),
     Fault("first four features only", "noising", "quads = first // 4 +", "quads = 0 * first +"),
+    Fault("first row left out", "timesteps", "(first_row + row) << 25", "row << 25"),
+    Fault("product in 32 bits", "timesteps", "tl.cast(batch, tl.int64) << 25", "batch << 25"),
     Fault(
         "swapped Box-Muller pair",
         "philox",
@@ -69,6 +71,7 @@ FAULTS = [
         "rstd[:, None] * scale + shift",
         2,
     ),
+    Fault("forgotten 1 + alpha backward", "interaction", "(1.0 + alpha) * grad", "alpha * grad"),
     Fault("means of groups not joined", "interaction", "squares + count * away * away", "squares"),
     Fault(
         "first product without bias",
@@ -78,15 +81,27 @@ FAULTS = [
     ),
     Fault("half of silu's derivative", "interaction", "sigmoid * (1.0 + pre * (1.0 - sigmoid))", "sigmoid"),
     Fault("norm's projection left out", "interaction", " - normed * mean_product[:, None]", ""),
-    Fault("segments one row too long", "interaction", "below = tau < step + end", "below = tau <= step + end"),
+    Fault(
+        "segments one row too long",
+        "interaction",
+        "tl.store(bounds_ptr + entry, row",
+        "tl.store(bounds_ptr + entry, row + 1",
+    ),
+    Fault(
+        "bounds trusted though unsorted",
+        "interaction",
+        "unsorted = tl.max(falls, axis=0) != 0",
+        "unsorted = tl.max(falls, axis=0) < 0",
+    ),
+    Fault("timesteps without rows left out", "interaction", "tl.maximum(before, -1) + 1", "tl.maximum(own, 0)"),
     Fault("order of timesteps trusted", "interaction", "== step\n", ">= -1\n"),
     Fault(
         "last split of rows dropped",
         "interaction",
         "end = tl.minimum(rows, (split + 1) * rows_per_split)",
         "end = tl.minimum(rows - 1, (split + 1) * rows_per_split)",
-        2,
     ),
+    Fault("first split alone", "interaction", "for split in range(splits):", "for split in range(1):"),
     Fault(
         "wrong stride of a weight",
         "interaction",
@@ -101,7 +116,7 @@ FAULTS = [
         "logits = logits + 0.0",
     ),
     Fault("chunks not added up", "projection", "if not FIRST:", "if FIRST and not LAST:"),
-    Fault("only the last rows' classes", "projection", "[a + b for a, b in", "[b for _, b in"),
+    Fault("only the last rows' classes", "projection", "first=top == 0", "first=True"),
     Fault("smoothing left out of the gradient", "projection", " + smoothing / classes", ""),
     Fault(
         "ignored rows counted",
@@ -114,6 +129,7 @@ FAULTS = [
 ]
 # Which tests see a kernel's faults.
 TESTS = {
+    "timesteps": ["test_timesteps.py"],
     "noising": ["test_noising.py"],
     "philox": ["test_philox.py", "test_noising.py", "test_interaction.py"],
     "interaction": ["test_interaction.py"],

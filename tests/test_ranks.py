@@ -18,7 +18,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from seda_fast import evaluate, predict, train
-from seda_fast.ranks import Ranks
+from seda_fast.config import ConfigError
+from seda_fast.ranks import Ranks, joined
 from seda_fast.results import unfinished_folder
 
 # Runs as one of several processes, or alone; the first prints what the test compares, by dtype.
@@ -141,6 +142,20 @@ def test_ranks_leave_without_a_crash(tmp_path: Path) -> None:
     for _ in range(4):
         for ended in together(4, [sys.executable, "-c", ENDS_AT_ONCE], tmp_path):
             assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_more_ranks_than_gpus_are_refused_before_nccl_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("a GPU was taken"))
+    for name, value in {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    refusal = pytest.raises(ConfigError, match="3 ranks on this host need a GPU each, and it has 2; start fewer")
+    with refusal, joined(torch.device("cuda")):
+        pass
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with refusal, joined(torch.device("cuda")):
+        pass
 
 
 def differ(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:

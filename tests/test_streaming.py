@@ -1,5 +1,6 @@
 """Features that stay in their files train to the same bits, in constant memory."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seda_fast import DataError, train
 from seda_fast.arrays import check_visual, mean_and_scale, release
@@ -77,6 +79,41 @@ def test_batches_are_the_rows_asked_for_though_buffers_are_used_again(tmp_path: 
         np.testing.assert_array_equal(v.numpy(), visual[part])
         np.testing.assert_array_equal(t.numpy(), text[part])
         assert torch.equal(ids, part)
+
+
+def test_no_batch_waits_for_the_device(tmp_path: Path) -> None:
+    """On a device without data: what is copied there must not make the host wait."""
+    data = streamed(folder_of(tmp_path / "data"))
+    there = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}
+    there = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in there.items()}
+    waited = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default:
+                waited.append(not (kwargs or {}).get("non_blocking", False))
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        assert [len(batch[0]) for batch in StreamedSet(**there).batches(torch.arange(30).split(10))] == [10] * 3
+    assert waited == [False] * 9  # row numbers, visual and textual features
+
+
+@pytest.mark.gpu
+def test_batches_stay_what_they_are_while_a_busy_gpu_falls_behind(tmp_path: Path) -> None:
+    data = streamed(folder_of(tmp_path / "data"))
+    there = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}
+    there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in there.items()}
+    parts, kept = list(torch.randperm(90, generator=torch.Generator().manual_seed(1)).split(7)), []
+    torch.cuda.synchronize()
+    for batch in StreamedSet(**there).batches(parts):
+        # 10 ms: the host has filled both buffers again, and the reader waits for the copies out of them.
+        torch.cuda._sleep(20_000_000)
+        kept.append([field.clone() for field in batch])
+    for part, found, expected in zip(parts, kept, data.batches(parts), strict=True):
+        assert torch.equal(found[4].cpu(), part)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.cpu(), b)
 
 
 def test_a_loop_that_stops_early_leaves_no_reader(tmp_path: Path) -> None:

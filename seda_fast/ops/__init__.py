@@ -3,7 +3,7 @@
 Beside them the small pieces of the definition that need no kernel of their own.
 """
 
-from ..reference import embed_condition, layer_norm, stratified_timesteps
+from ..reference import embed_condition, layer_norm
 from . import cpp, cuda  # registers the C++ and the CUDA backend
 from ._cpp import status as cpp_status
 from ._cuda import status as cuda_status
@@ -14,6 +14,7 @@ from .memory import AttentionChoice, attention_choice, memory_read
 from .noising import q_sample
 from .projection import semantic_projection
 from .reverse_chain import ChainWeights, reverse_chain
+from .timesteps import stratified_timesteps
 from .weight_update import gradient_norm, updates_in_one_pass, weight_update
 
 __all__ = [

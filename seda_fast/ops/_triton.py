@@ -52,11 +52,14 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def implement_with_triton(op: str, kernel: str, function: str) -> None:
-    """Register ``kernels.<kernel>.<function>`` for ``op``; it serves CUDA, and when forced the interpreter."""
+def implement_with_triton(op: str, kernel: str, function: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Register ``kernels.<kernel>.<function>`` for ``op``; it serves CUDA, and when forced the interpreter.
+
+    ``dtypes`` are those that the op's first argument may have.
+    """
 
     def launch(*args: Any) -> Any:
         run: Callable[..., Any] = getattr(_kernels(kernel), function)
         return run(*args)
 
-    implement(op, "triton", launch, devices=("cuda",), unavailable=unavailable, dtypes=DTYPES)
+    implement(op, "triton", launch, devices=("cuda",), unavailable=unavailable, dtypes=dtypes)

@@ -139,6 +139,7 @@ implement_with_triton("semantic_projection_backward", "projection", "semantic_pr
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, labels, centres, weight, bias, *settings, gradient, feature_gradient = inputs
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
     ctx.has_centres = centres is not None
     # Category centres are a buffer as a rule; their (K, D) gradient is made only for whoever asks.
     ctx.centre_gradient = ctx.has_centres and ctx.needs_input_grad[2]
@@ -148,7 +149,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.settings = settings
 
 
-def _backward(ctx: Any, grad_centre: Tensor, grad_entropy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_centre: Tensor | None, grad_entropy: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    asked = grad_centre if grad_entropy is None else grad_entropy
+    if asked is None:
+        return (None,) * 10
+    # Zeros for the loss that nobody differentiates; PyTorch itself would make some for every output.
+    grad_centre = asked.new_zeros(()) if grad_centre is None else grad_centre
+    grad_entropy = asked.new_zeros(()) if grad_entropy is None else grad_entropy
     features, labels, *middle, weight, bias, log_normaliser, d_features, d_weight, d_bias = ctx.saved_tensors
     centres = middle[0] if ctx.has_centres else None
     if ctx.gradient and not ctx.centre_gradient:

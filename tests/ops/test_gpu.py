@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from seda_fast import reference
-from seda_fast.ops import ChainWeights, interaction_block, q_sample, reverse_chain, semantic_projection, use_backend
+from seda_fast.ops import (
+    ChainWeights,
+    cuda_status,
+    interaction_block,
+    q_sample,
+    reverse_chain,
+    semantic_projection,
+    stratified_timesteps,
+    use_backend,
+)
 
 pytestmark = pytest.mark.gpu
+needs_library = pytest.mark.skipif(not cuda_status()["available"], reason="the CUDA C++ operators were not built")
 
 
 def noised(x0: Tensor, step: Tensor) -> Tensor:
@@ -24,6 +34,7 @@ def noised(x0: Tensor, step: Tensor) -> Tensor:
 def test_a_captured_graph_reads_the_step_at_every_replay() -> None:
     x0, step = torch.randn(64, 100, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         noised(x0, step)
     torch.cuda.current_stream().wait_stream(side)
@@ -34,6 +45,18 @@ def test_a_captured_graph_reads_the_step_at_every_replay() -> None:
         step.fill_(value)
         graph.replay()
         assert torch.equal(captured, noised(x0, torch.tensor(value, device="cuda")))
+
+
+def test_captured_timesteps_follow_the_step() -> None:
+    seed, step, ids = torch.tensor(1, device="cuda"), torch.tensor(0, device="cuda"), torch.arange(99, device="cuda")
+    stratified_timesteps(seed, step, ids, 1000, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = stratified_timesteps(seed, step, ids, 1000, 2)
+    for value in (3, 2**33):
+        step.fill_(value)
+        graph.replay()
+        assert torch.equal(captured, reference.stratified_timesteps(seed, step, ids, 1000, 2))
 
 
 def test_a_whole_block_and_head_are_captured() -> None:
@@ -61,6 +84,7 @@ def test_a_whole_block_and_head_are_captured() -> None:
         return torch.autograd.grad(centre + entropy, leaves)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         gradients()
     torch.cuda.current_stream().wait_stream(side)
@@ -131,6 +155,7 @@ def plain_chain(given: dict[str, Any], dtype: torch.dtype) -> Tensor:
     return reference.reverse_chain(*first, *weights, **keys)
 
 
+@needs_library
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -150,11 +175,13 @@ def test_the_persistent_chain_errs_no_more_than_twice_as_much_as_eager(sizes: tu
 
 
 # A row for each of the three ways that a call is spread over the GPU.
+@needs_library
 @pytest.mark.parametrize("rows", [1, 100, 5000])
 def test_the_persistent_chain_is_captured_and_reads_the_step_at_every_replay(rows: int) -> None:
     given = chain_arguments(rows, 64, 128, 256, 2, 3)
     with use_backend("cuda"):
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             reverse_chain(**given)
         torch.cuda.current_stream().wait_stream(side)

@@ -1,0 +1,106 @@
+"""Whole runs on a GPU: each engine and precision by the command, predictions as on a CPU, a resumed run's bits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from seda_fast import SeDA, SeDAConfig, TrainConfig, train
+from seda_fast.checkpoint import Checkpoints
+from seda_fast.loop import Keeping, Trainer, TrainingSet
+
+pytestmark = pytest.mark.gpu
+
+SMALL = ["--width", "48", "--blocks", "2", "--diffusion-steps", "50", "--batch-size", "32", "--epochs", "2"]
+
+
+def data(folder: Path, labels: np.ndarray[Any, Any]) -> Path:
+    """90 training rows, some without label or text, and 12 test rows."""
+    rng = np.random.default_rng(3)
+    text = rng.normal(size=(90, 5)).astype(np.float32)
+    text[7:11] = np.nan
+    arrays = {
+        "visual_train": (3 + 2 * rng.normal(size=(90, 8))).astype(np.float32),
+        "text_train": text,
+        "label_train": labels,
+        "visual_test": rng.normal(size=(12, 8)).astype(np.float32),
+        "label_test": labels[1:13],
+    }
+    folder.mkdir()
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "more"),
+    [
+        ("graph", "fp32", ()),
+        ("graph", "tf32", ()),
+        ("graph", "bf16", ("--profile",)),
+        ("eager", "fp16", ()),
+        ("eager", "bf16", ("--memory-share", "0")),
+    ],
+)
+def test_the_command_trains(tmp_path: Path, engine: str, precision: str, more: tuple[str, ...]) -> None:
+    labels = np.where(np.arange(90) % 5, np.arange(90) % 3, -1)
+    labels[:13] = np.arange(13) % 3
+    out = tmp_path / "run"
+    command = ["--data", str(data(tmp_path / "data", labels)), "--unpaired", "keep", "--out", str(out), *SMALL]
+    command += ["--device", "cuda", "--engine", engine, "--precision", precision, "--no-baselines", *more]
+    assert train.main(command) == 0
+    told = json.loads((out / "metrics.json").read_text())["train"]
+    assert told["engine"]["used"] == engine
+    assert [fallback["what"] for fallback in told["engine"]["fallbacks"]] in ([], ["a batch of 26 rows"])
+    here, there = (SeDA.from_pretrained(out, device) for device in ("cpu", "cuda"))
+    visual = torch.from_numpy(np.load(tmp_path / "data" / "visual_test.npy"))
+    with torch.no_grad():
+        torch.testing.assert_close(there(visual.cuda()).cpu(), here(visual), rtol=1e-3, atol=1e-3)
+
+
+def test_several_labels_a_row_are_captured_too(tmp_path: Path) -> None:
+    labels = (np.random.default_rng(4).random((90, 4)) < 0.4).astype(np.int64)
+    out = tmp_path / "run"
+    command = ["--data", str(data(tmp_path / "data", labels)), "--unpaired", "keep", "--out", str(out), *SMALL]
+    assert train.main([*command, "--device", "cuda", "--engine", "graph", "--no-baselines"]) == 0
+    told = json.loads((out / "metrics.json").read_text())["train"]["engine"]
+    assert told["used"] == "graph"
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_resumed_graph_has_the_bits_of_one_run(tmp_path: Path) -> None:
+    config = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=2, time_embedding=8, diffusion_steps=60)
+    generator = torch.Generator().manual_seed(9)
+    fields = (torch.randn(60, 8, generator=generator), torch.randn(60, 5, generator=generator), torch.arange(60) % 3)
+    rows = TrainingSet(*(f.cuda() for f in (*fields, torch.ones(60, dtype=torch.bool), torch.arange(60))))
+
+    def trainer(folder: str) -> Trainer:
+        torch.manual_seed(0)
+        model = SeDA(config)
+        model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), fields[0], fields[2])
+        # 5 steps an epoch: a checkpoint after step 17, in the middle of one.
+        keeping = Keeping(Checkpoints(tmp_path / folder, print), every=17 / 5)
+        settings = TrainConfig(epochs=6, batch_size=14)
+        return Trainer(model.cuda(), rows, settings, engine="graph", precision="bf16", keeping=keeping)
+
+    def stop_at_18(done: int, total: int) -> None:
+        if done == 18:
+            raise Stop
+
+    whole = trainer("whole")
+    whole.run()
+    with pytest.raises(Stop):
+        trainer("cut").run(stop_at_18)
+    again = trainer("cut")
+    assert again.resume()
+    assert again.stepper.done == 17
+    again.run()
+    assert again.stepper.report()["used"] == "graph"
+    for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
