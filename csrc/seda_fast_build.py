@@ -5,7 +5,7 @@ and the name of its library are enough; they are found in the environment that p
 neither a GPU nor a PyTorch that has CUDA in it. Switches:
 
     SEDA_FAST_BUILD       auto (default: what this machine can build), cpu, cuda (both halves), none
-    SEDA_FAST_CUDA_ARCHS  80;90a;100 by default; PTX of the lowest one serves later GPUs
+    SEDA_FAST_CUDA_ARCHS  80;90a;100 by default, as far as nvcc knows them; PTX of the lowest one serves later GPUs
     MAX_JOBS              compilers at a time; fewer run where memory is short
     CXX, CXXFLAGS, LDFLAGS, NVCC, CUDA_HOME    as everywhere
 

@@ -150,6 +150,9 @@ CASES += [
 ]
 LARGE = [
     Case(100, 384, 1536, 512, 1024, 3, 2, True, 2, HOPPER),
+    # Sizes that tests/ops/test_gpu.py has, too: panels, chunks and tiles that end inside.
+    Case(150, 136, 272, 192, 320, 2, 3, True, 2, HOPPER),
+    Case(16, 136, 272, 192, 320, 2, 3, True, 7, SPLIT),
     Case(2, 384, 1536, 512, 1024, 3, 2, True, 9, SPLIT),
     Case(9, 96, 64, 1024, 1024, 1, 2, False, 4, SPLIT),
     Case(40, 384, 1536, 512, 1024, 3, 2, True, 1, TALL),
