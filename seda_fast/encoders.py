@@ -213,6 +213,9 @@ def _timm(name: str, architecture: str, about: dict[str, Any], weights: Path, de
     whole = set(model.state_dict())
     model.reset_classifier(0)
     _load_state(model, weights, may_have=whole - set(model.state_dict()))
+    mode = config.get("crop_mode") or "center"
+    if mode not in ("center", "squash", "border"):
+        raise DataError(f"the crop_mode {show(str(mode))} is not known")
     _, height, width = config["input_size"]
     scaling = Scaling(
         height,
@@ -221,7 +224,9 @@ def _timm(name: str, architecture: str, about: dict[str, Any], weights: Path, de
         tuple(config["mean"]),
         tuple(config["std"]),
         _interpolation(config["interpolation"]),
-        squash=config.get("crop_mode") == "squash",
+        squash=mode == "squash",
+        border=mode == "border",
+        fill=_colour(config["mean"]) if mode == "border" else (0, 0, 0),
     )
     return VisionEncoder(name, scaling, model.eval().to(device), fingerprint(weights, architecture))
 
@@ -236,6 +241,10 @@ def _open_clip(
         raise DataError(f"open_clip cannot make this architecture ({_first_line(error)})") from error
     _load_state(model, weights)
     given = open_clip.get_model_preprocess_cfg(model)
+    mode = given.get("resize_mode") or "shortest"
+    if mode not in ("shortest", "longest", "squash"):
+        raise DataError(f"the resize_mode {show(str(mode))} is not known")
+    fill = given.get("fill_color") or 0
     size = model.visual.image_size
     height, width = size if isinstance(size, tuple | list) else (size, size)
     scaling = Scaling(
@@ -245,14 +254,26 @@ def _open_clip(
         tuple(given["mean"]),
         tuple(given["std"]),
         _interpolation(given.get("interpolation")),
-        squash=given.get("resize_mode") == "squash",
+        squash=mode == "squash",
+        border=mode == "longest",
+        fill=(fill, fill, fill) if isinstance(fill, int) else tuple(fill),
     )
     model = model.eval().to(device)
     return VisionEncoder(name, scaling, model.encode_image, fingerprint(weights, architecture))
 
 
 def _interpolation(name: Any) -> Any:
-    return name if name in _NAMED else "bicubic"
+    if name in (None, "", "random"):  # "random" is for training
+        return "bicubic"
+    if name not in _NAMED:
+        raise DataError(f"the interpolation {show(str(name))} is not known")
+    return name
+
+
+def _colour(mean: Sequence[float]) -> tuple[int, int, int]:
+    """The mean as a colour of bytes."""
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
 
 
 def _quiet_transformers() -> Any:

@@ -35,9 +35,11 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Scaling:
-    """How an encoder wants its images: ``resize`` pixels on the shorter side, then the middle ``height`` x ``width``.
+    """How an encoder wants its images: the middle ``height`` x ``width`` of an image scaled to ``resize`` pixels on the
+    side that must fit, the shorter one where both are alike; around it, where that is smaller, the colour ``fill``.
 
-    squash: the whole image is pressed into height x width instead. mean, std: of a channel in 0 .. 1.
+    squash: each side is scaled by itself, so that proportions change. border: the longer side must fit, so that
+    nothing is cut off. mean, std: of a channel in 0 .. 1.
     """
 
     height: int
@@ -47,6 +49,8 @@ class Scaling:
     std: tuple[float, ...]
     interpolation: Resampling = "bicubic"
     squash: bool = False
+    border: bool = False
+    fill: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self) -> None:
         sizes, values = (self.height, self.width, self.resize), (*self.mean, *self.std)
@@ -133,15 +137,24 @@ def scaled(image: Image.Image, scaling: Scaling) -> NDArray[np.uint8]:
 
     The middle is cut out and scaled in one resampling, so a very long image never becomes a huge one.
     """
-    box = (0.0, 0.0, float(image.width), float(image.height))
+    size = (scaling.width, scaling.height)
+    share = min(size) / scaling.resize
+    # Pixels of the image a pixel of the result, along each side.
+    steps = [share * whole / made for whole, made in zip(image.size, size, strict=True)]
     if not scaling.squash:
-        per_pixel = min(image.size) / max(scaling.resize, scaling.height, scaling.width)
-        width, height = scaling.width * per_pixel, scaling.height * per_pixel
-        left, top = (image.width - width) / 2, (image.height - height) / 2
-        # Rounding may reach a hair beyond the edge, which Pillow refuses.
-        box = (max(0.0, left), max(0.0, top), min(image.width, left + width), min(image.height, top + height))
-    resample = Image.Resampling[scaling.interpolation.upper()]
-    return np.array(image.resize((scaling.width, scaling.height), resample, box=box))
+        steps = [max(steps) if scaling.border else min(steps)] * 2
+    # What the image covers of the result, but for a hair of rounding; the rest stays in the colour of the border.
+    shown = [min(made, max(1, round(whole / step))) for whole, made, step in zip(image.size, size, steps, strict=True)]
+    cut = [min(whole, part * step) for whole, part, step in zip(image.size, shown, steps, strict=True)]
+    left, top = ((whole - part) / 2 for whole, part in zip(image.size, cut, strict=True))
+    # Rounding may reach a hair beyond the edge, which Pillow refuses.
+    box = (left, top, min(image.width, left + cut[0]), min(image.height, top + cut[1]))
+    found = image.resize((shown[0], shown[1]), Image.Resampling[scaling.interpolation.upper()], box=box)
+    if found.size != size:
+        canvas = Image.new("RGB", size, scaling.fill)
+        canvas.paste(found, ((size[0] - shown[0]) // 2, (size[1] - shown[1]) // 2))
+        found = canvas
+    return np.array(found)
 
 
 def probe_image() -> Image.Image:
@@ -177,4 +190,4 @@ def find_images(folder: Path) -> list[str]:
 
 def shorter_side(crop: int, share: float) -> int:
     """The shorter side before cutting out ``crop`` pixels that are ``share`` of it, as timm rounds it."""
-    return max(crop, math.floor(crop / share))
+    return math.floor(crop / share)

@@ -19,6 +19,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 _DRAWS = 200
 _CLASSES = 12
+_DECISIONS = 15
 
 
 def resampled_map(labels: NDArray[Any], log_probas: Sequence[NDArray[Any]], seed: int = 0) -> NDArray[np.float64]:
@@ -111,24 +112,43 @@ def classes_section(arrays: Arrays, class_names: Sequence[str], folder: Path) ->
     return section("Classes worth looking at", *parts)
 
 
-def changed_section(arrays: Arrays, class_names: Sequence[str]) -> str:
+def changed_section(arrays: Arrays, class_names: Sequence[str], names: Sequence[str] | None) -> str:
+    """Who is right where; rows are called by their ``names`` (M,), where the data has any, or else by their ids."""
     title = "Where prediction changed against the MLP"
     if "mlp.log_proba" not in arrays:
         return section(title, paragraph("The run trained no baselines."))
-    labels, (ours, theirs) = _known(arrays, ["", "mlp"])
-    right, mlp_right = ((np.exp(p) >= THRESHOLD) == (labels > 0) for p in (ours, theirs))
+    labels, log_probas = _known(arrays, ["", "mlp"])
+    ours, theirs = (np.exp(p) for p in log_probas)
+    right, mlp_right = ((p >= THRESHOLD) == (labels > 0) for p in (ours, theirs))
     counted = [
         [f"SeDA {word}", int((a & mlp_right).sum()), int((a & ~mlp_right).sum())]
         for word, a in (("right", right), ("wrong", ~right))
     ]
-    gain = 100 * (average_precisions(ours, labels) - average_precisions(theirs, labels))
+    precisions = [average_precisions(p, labels) for p in log_probas]
+    gain = 100 * (precisions[0] - precisions[1])
     order = np.argsort(-np.nan_to_num(np.abs(gain)), kind="stable")[:_CLASSES]
     carried = class_counts(labels)
     lines = [[class_names[k], int(carried[k]), f"{gain[k]:+.1f}"] for k in order.tolist() if carried[k]]
+    called = arrays["ids"].tolist() if names is None else names
+    called = [called[row] for row in np.flatnonzero(labelled_rows(arrays["labels"])).tolist()]
+    parts = [table(("", "MLP right", "MLP wrong"), counted)]
+    for words, chosen in (("only SeDA is right", right & ~mlp_right), ("only the MLP is right", ~right & mlp_right)):
+        found = np.argwhere(chosen)
+        # Those that the two differ on most.
+        found = found[np.argsort(-np.abs(ours - theirs)[chosen], kind="stable")][:_DECISIONS]
+        cells = [
+            [called[row], class_names[k], "yes" if labels[row, k] > 0 else "no",
+             *(f"{100 * p[row, k]:.0f}\u00a0%" for p in (ours, theirs))]
+            for row, k in found.tolist()
+        ]  # fmt: skip
+        if cells:
+            shown = f", {len(cells)} of them" if chosen.sum() > len(cells) else ""
+            header = ("id" if names is None else "name", "class", "true", "SeDA", "MLP")
+            parts.append(folded(f"{int(chosen.sum())} decisions where {words}{shown}", table(header, cells)))
     return section(
         title,
         paragraph(f"Yes or no of each row and class, at a probability of {THRESHOLD}."),
-        table(("", "MLP right", "MLP wrong"), counted),
+        *parts,
         folded("classes whose average precision differs most", table(("class", "test rows", "SeDA less MLP"), lines)),
     )
 

@@ -26,11 +26,13 @@ linear-gradient(to left,rgba(0,0,0,.25),rgba(0,0,0,0)) right/.8rem 100% no-repea
 table{border-collapse:collapse;font-size:.92rem}
 th,td{padding:.25rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid #e3e3e3}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
-svg{max-width:100%;height:auto}img{width:100%}.wide img{min-width:36rem}figure{margin:1rem 0;overflow-x:auto}
+svg{max-width:100%;height:auto}img{width:100%}.wide img{min-width:36rem}
+.wide figcaption{position:sticky;left:0}figure{margin:1rem 0;overflow-x:auto}
 figcaption,.note{color:#555;font-size:.9rem}
 details{margin:.5rem 0}summary{cursor:pointer}
 @media(max-width:40rem){table{font-size:.85rem}th,td{padding:.25rem .35rem}
 .words{white-space:normal}td.words{overflow-wrap:break-word;min-width:4rem;max-width:9rem}
+.wide figcaption::after{content:"; move the picture sideways to see all of it"}
 th{vertical-align:bottom}td.words:first-child{max-width:12rem}}
 """
 

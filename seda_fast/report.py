@@ -218,7 +218,7 @@ def changed_section(run: Run, names: Sequence[str] | None) -> str:
             cells = [ids[row] if names is None else names[row], run.class_names[labels[row]]]
             for log_proba in (ours[row], theirs[row]):
                 best = int(log_proba.argmax())
-                cells.append(f"{run.class_names[best]} ({100 * math.exp(log_proba[best]):.0f} %)")
+                cells.append(f"{run.class_names[best]} ({100 * math.exp(log_proba[best]):.0f}\u00a0%)")
             lines.append(cells)
         if lines:
             shown = f", the first {len(lines)} of them" if len(found) > len(lines) else ""
@@ -230,7 +230,9 @@ def changed_section(run: Run, names: Sequence[str] | None) -> str:
 def training_section(run: Run) -> str:
     told = run.metrics["train"]
     speed = f"{told['samples_per_second']:.0f} rows a second on {run.metrics['device']}"
-    parts = [paragraph(f"{told['epochs']} epochs in {told['seconds']:.1f} s, {speed}.")]
+    parts = [
+        paragraph(f"{told['epochs']} epochs in batches of {told['batch_size']}, {told['seconds']:.1f} s, {speed}.")
+    ]
     if "attention" in told:
         attention = told["attention"]
         parts.append(paragraph("Both networks attend to the class texts at every step; the attention is that of "
@@ -305,11 +307,16 @@ def alignment_section(run: Run, data: FeatureSet, model: SeDA, rows: int) -> str
     cosine = Line("SeDA", steps, [found["cosine"] for found in measured])
     level = Line("two halves of the true texts", [steps[0], steps[-1]], [floor, floor])
     own = "own text" if data.text_classes is None else "class's text"
+    notes = []
+    if min(distance.y) < floor:
+        notes.append(paragraph("The dashed line is no floor here: half of the test rows are too few to tell the texts' "
+                               "distribution. Compare runs on the same rows with each other.", note=True))  # fmt: skip
     return section(
         "Alignment by step",
         paragraph(f"After each step of the textual stage, on {len(some)} test rows: distance of the mapped features' "
                   f"distribution from that of the true texts (lower is nearer), and cosine to a row's {own}."),
         line_chart([distance], "step", "Frechet distance", level=level),
+        *notes,
         line_chart([cosine], "step", f"cosine to {own}"),
         *pictures,
     )  # fmt: skip
@@ -349,7 +356,7 @@ def class_sections(run: Run, names: Sequence[str] | None) -> list[str]:
         multi_label.accuracy_section(run.arrays, run.metrics),
         multi_label.calibration_section(run.arrays, run.metrics),
         multi_label.classes_section(run.arrays, run.class_names, run.folder),
-        multi_label.changed_section(run.arrays, run.class_names),
+        multi_label.changed_section(run.arrays, run.class_names, names),
     ]
 
 

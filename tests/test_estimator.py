@@ -20,6 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import seda_fast
 from seda_fast import DataError, SeDA, SeDAClassifier, SeDAConfig, TrainConfig, predict, train
 from seda_fast.config import ConfigError
+from seda_fast.measure import raw_class_texts
 
 SMALL: dict[str, Any] = {
     "width": 16,
@@ -218,6 +219,25 @@ def test_grid_search_slices_the_text_with_the_rows(data: Sample, routing: bool) 
         np.testing.assert_array_equal(text, data.text[rows])
     assert search.best_estimator_.model_.config.width == 8
     assert search.best_score_ > 0.5
+
+
+@pytest.mark.parametrize("routing", [False, True])
+def test_texts_of_classes_go_through_a_search_whole(data: Sample, routing: bool) -> None:
+    """They have a row a class, which no fold may slice."""
+    texts = np.stack([data.text[data.labels == k].mean(0) for k in range(3)])
+    with sklearn.config_context(enable_metadata_routing=routing):
+        last = SeDAClassifier(**{**SMALL, "blocks": 2, "epochs": 2}, memory_heads=2, random_state=0)
+        if routing:
+            last.set_fit_request(text_classes=True)
+        pipeline = make_pipeline(StandardScaler(), last)
+        grid = {"sedaclassifier__textual_weight": [0.2, 0.4]}
+        search = GridSearchCV(pipeline, grid, cv=2, error_score="raise")
+        search.fit(data.visual, data.labels, **{"text_classes" if routing else "sedaclassifier__text_classes": texts})
+    fitted = search.best_estimator_[-1].model_
+    assert fitted.config.class_text
+    kept = raw_class_texts(fitted)
+    assert kept is not None
+    np.testing.assert_allclose(kept, texts, atol=1e-4)
 
 
 def test_cross_validation_of_a_pipeline_under_metadata_routing(data: Sample) -> None:

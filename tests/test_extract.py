@@ -387,8 +387,53 @@ def test_scaling_is_resize_and_centre_crop(size: tuple[int, int]) -> None:
     found = scaled(image, scaling)
     assert found.shape == (32, 32, 3)
     assert np.abs(found.astype(int) - np.asarray(naive).astype(int)).max() <= 6
-    squashed = scaled(image, Scaling(32, 32, 40, (0.5,) * 3, (0.5,) * 3, squash=True))
+    squashed = scaled(image, Scaling(32, 32, 32, (0.5,) * 3, (0.5,) * 3, squash=True))
     np.testing.assert_array_equal(squashed, np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)))
+
+
+def smooth(width: int = 333, height: int = 251) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    return Image.fromarray((np.stack([x, y, y * (np.sin(9 * x) + 1) / 2], axis=2) * 255).astype(np.uint8))
+
+
+def test_scaling_by_each_side_and_with_a_border() -> None:
+    """Against the steps one by one, as timm takes them: scale whole, then cut out the middle, or lay on a ground."""
+    image, common = smooth(300, 200), {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+    pressed = image.resize((80, 60), Image.Resampling.BILINEAR).crop((8, 6, 72, 54))
+    found = scaled(image, Scaling(48, 64, 60, **common, squash=True))
+    assert np.abs(found.astype(int) - np.asarray(pressed).astype(int)).max() <= 3
+    whole = Image.new("RGB", (60, 60), (9, 8, 7))
+    whole.paste(image.resize((60, 40), Image.Resampling.BILINEAR), (0, 10))
+    found = scaled(image, Scaling(60, 60, 60, **common, border=True, fill=(9, 8, 7)))
+    np.testing.assert_array_equal(found, np.asarray(whole))
+    # Scaled to less than the cut: its sides get a border.
+    small = Image.new("RGB", (60, 60))
+    long = smooth(304, 200)
+    small.paste(long.resize((76, 50), Image.Resampling.BILINEAR).crop((8, 0, 68, 50)), (0, 5))
+    found = scaled(long, Scaling(60, 60, 50, **common))
+    assert found[:5].max() == 0
+    assert found[55:].max() == 0
+    assert np.abs(found.astype(int) - np.asarray(small).astype(int)).max() <= 4
+    # Two sides that differ: both must fit.
+    covered = image.resize((60, 40), Image.Resampling.BILINEAR).crop((20, 0, 40, 40))
+    found = scaled(image, Scaling(40, 20, 20, **common))
+    assert np.abs(found.astype(int) - np.asarray(covered).astype(int)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"height": 0}, "images of 0 x 8 pixels are asked for"),
+        ({"resize": 100_000}, "can be made"),
+        ({"mean": (0.5,)}, "mean and deviation of three colours"),
+        ({"std": (0.5, 0.5, 0.0)}, "mean and deviation of three colours"),
+        ({"std": (0.5, 0.5, float("nan"))}, "mean and deviation of three colours"),
+    ],
+)
+def test_scalings_that_cannot_be_are_refused(changes: dict[str, Any], sentence: str) -> None:
+    given = {"height": 8, "width": 8, "resize": 8, "mean": (0.5,) * 3, "std": (0.5,) * 3, **changes}
+    with pytest.raises(DataError, match=sentence):
+        Scaling(**given)
 
 
 def test_a_very_long_image_costs_no_memory() -> None:
@@ -1193,9 +1238,7 @@ def prepared(encoder: encoders.VisionEncoder, path: Path) -> torch.Tensor:
 def test_images_are_prepared_as_timm_and_open_clip_do(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Up to the edges of the cut, which those libraries round to whole pixels before they scale."""
     timm, open_clip = needs("timm", request), needs("open_clip", request)
-    x, y = np.meshgrid(np.linspace(0, 1, 333), np.linspace(0, 1, 251))
-    smooth = (np.stack([x, y, y * (np.sin(9 * x) + 1) / 2], axis=2) * 255).astype(np.uint8)
-    path = saved(tmp_path / "a.png", smooth)
+    path = saved(tmp_path / "a.png", smooth())
     models = []
     for name in ("test_resnet", "test_vit", "resnet18"):
         model = timm.create_model(name, pretrained=False)
@@ -1215,6 +1258,25 @@ def test_images_are_prepared_as_timm_and_open_clip_do(tmp_path: Path, request: p
         assert (ours - theirs).abs().max() < 0.1, name
         assert (ours - theirs).abs().mean() < 0.02, name
         assert theirs.std() > 0.5, name
+
+
+@pytest.mark.parametrize("mode, share", [("center", 0.8), ("center", 1.15), ("squash", 0.8), ("border", 1.0)])
+def test_every_cut_of_timm_is_made(mode: str, share: float, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    timm = needs("timm", request)
+    model = timm.create_model("test_resnet", pretrained=False)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    given = {"input_size": [3, 96, 96], "crop_pct": share, "crop_mode": mode, "interpolation": "bilinear"}
+    settings = {"architecture": "test_resnet", "pretrained_cfg": given}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    encoder = encoders.vision_encoder(str(tmp_path), torch.device("cpu"))
+    config = timm.data.resolve_data_config(pretrained_cfg={**model.pretrained_cfg, **given})
+    prepare = timm.data.create_transform(**config, is_training=False)
+    for size in ((333, 251), (200, 600)):
+        path = saved(tmp_path / "a.png", smooth(*size))
+        assert (prepared(encoder, path) - prepare(Image.open(path))).abs().mean() < 0.02
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "pretrained_cfg": {**given, "crop_mode": "new"}}))
+    with pytest.raises(DataError, match="the crop_mode 'new' is not known"):
+        encoders.vision_encoder(str(tmp_path), torch.device("cpu"))
 
 
 def test_open_clip_from_a_file_and_from_a_folder(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -361,6 +361,16 @@ def test_the_report_tells_of_classes(trained: Path) -> None:
     worst = np.argmin(average_precisions(log_proba, labels))
     first = page.index("Classes worth looking at")
     assert page.index(NAMES[worst].replace("<", "&lt;").replace(">", "&gt;"), first) > first
+    outputs = load_file(trained / "run" / "outputs.safetensors")
+    ours, theirs = (np.exp(outputs[name]) for name in ("log_proba", "mlp.log_proba"))
+    won, lost = (((p >= 0.5) == labels) & ((q >= 0.5) != labels) for p, q in ((ours, theirs), (theirs, ours)))
+    for chosen, words in ((won, "only SeDA is right"), (lost, "only the MLP is right")):
+        assert chosen.any()
+        assert f"<summary>{chosen.sum()} decisions where {words}" in page
+        row, k = np.argwhere(chosen)[np.argmax(np.abs(ours - theirs)[chosen])]
+        cells = [f"{100 * p[row, k]:.0f}\u00a0%" for p in (ours, theirs)]
+        assert f"<td>{outputs['ids'][row]}</td>" in page
+        assert f"<td>{cells[0]}</td><td>{cells[1]}</td>" in page
     counts = labels.sum(0)
     assert (
         f"<td class=words>rows of the smallest class</td><td>{arrays()['label_train'].clip(0).sum(0).min()}</td>"
