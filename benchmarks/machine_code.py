@@ -262,6 +262,14 @@ def tiles_of(launch: Launch) -> list[Launch]:
     return [replace(launch, constants=launch.constants | t.sizes(), options=t.options()) for t in launch.tiles]
 
 
+def with_ones(launch: Launch) -> Launch:
+    """The launch with every size and stride 1, of which Triton makes constants."""
+    ones = dict.fromkeys((name for name, kind in launch.signature.items() if kind in ("i32", "i64")), 1)
+    signature = launch.signature | dict.fromkeys(ones, "constexpr")
+    pointers = tuple(place for place in launch.divisible if launch.kernel.arg_names[place] not in ones)
+    return replace(launch, signature=signature, constants=launch.constants | ones, divisible=pointers)
+
+
 def as_table(reports: list[Report]) -> str:
     """A Markdown table, one line for each kernel and target."""
     rows = [list(asdict(reports[0])), *([str(value) for value in asdict(report).values()] for report in reports)]
@@ -278,12 +286,15 @@ def main() -> None:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities times ten")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="dtypes of the operands")
     parser.add_argument("--every-tile", action="store_true", help="all tiles that a kernel may get, not the chosen one")
+    parser.add_argument("--ones", action="store_true", help="every size and stride 1, as of the smallest operands")
     parser.add_argument("--json", type=Path, help="write the reports here")
     parser.add_argument("--table", type=Path, help="write a Markdown table here")
     options = parser.parse_args()
     launches = all_launches(tuple(getattr(torch, name) for name in options.dtypes))
     if options.every_tile:
         launches = [variant for launch in launches for variant in tiles_of(launch)]
+    if options.ones:
+        launches = [with_ones(launch) for launch in launches]
     reports = list(dict.fromkeys(read(launch, target) for launch in launches for target in options.targets))
     heading = f"Triton {triton.__version__}, kernels as launched for the default model; compiled, not run.\n\n"
     print(as_table(reports), end="")

@@ -253,10 +253,11 @@ def gate_backward_kernel(
         acc *= _kept(seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept_scale, BLOCK_N)
     pre = _tile(pre_ptr, row, rows, column, hidden, tl.cast(hidden, tl.int64))
     sigmoid = tl.sigmoid(pre)
-    slope = acc * sigmoid * (1.0 + pre * (1.0 - sigmoid))
-    _put(grad_gate_ptr, acc * pre * sigmoid, row, rows, column, hidden)
-    # Loaded after the store: with all of it at once a 128 x 128 tile spills.
-    _put(grad_pre_ptr, slope * _tile(gate_ptr, row, rows, column, hidden, gate_stride), row, rows, column, hidden)
+    acc *= sigmoid
+    _put(grad_gate_ptr, acc * pre, row, rows, column, hidden)
+    # Loaded after the store: all of it at once takes more registers.
+    acc *= 1.0 + pre * (1.0 - sigmoid)
+    _put(grad_pre_ptr, acc * _tile(gate_ptr, row, rows, column, hidden, gate_stride), row, rows, column, hidden)
 
 
 # fmt: off

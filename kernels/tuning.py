@@ -40,8 +40,8 @@ class Tile(NamedTuple):
 # Largest first; each fits the 99 KiB of shared memory that every GPU from compute capability 8.0 on gives a program,
 # and none spills registers (`benchmarks/machine_code.py`).
 HALF_TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(32, 64, 64, 4, 4))
-# Where much follows the product: with 64 rows two programs fit a multiprocessor of sm_90 (at most 106 registers), so
-# that the one's loads and stores go beside the other's product; with 128 it would be one.
+# Where much follows the product: with 64 rows two programs fit a multiprocessor of sm_90 (at most 105 registers under
+# Triton 3.7), so that the one's loads and stores go beside the other's product; with 128 it would be one.
 EPILOGUE_TILES = HALF_TILES[1:]
 # Products in full float32 precision run without tensor cores, and their registers are the limit.
 FLOAT_TILES = (Tile(64, 64, 16, 8, 3), Tile(32, 64, 16, 4, 3))

@@ -195,9 +195,11 @@ class Objective(nn.Module):
         assert self.dtype is not None
         layers = [(name, layer) for name, layer in self.named_modules() if isinstance(layer, nn.Linear)]
         named = {f"{name}.{part}": weight for name, layer in layers for part, weight in layer.named_parameters()}
-        halves = _Halves.apply(self.dtype, *named.values())
-        arguments = (batch, seed, step, None, False)
-        return torch.func.functional_call(self, dict(zip(named, halves, strict=True)), arguments)
+        halves = _Halves.apply(self.dtype, *named.values())  # type: ignore[no-untyped-call]
+        losses: Losses = torch.func.functional_call(
+            self, dict(zip(named, halves, strict=True)), (batch, seed, step, None, False)
+        )
+        return losses
 
     def eager(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
         """`forward` in eager PyTorch."""

@@ -355,7 +355,7 @@ def test_weights_cast_at_once_give_what_an_autocast_region_gives() -> None:
             losses.total.backward()
         found.append((losses, [p.grad for p in stepper.model.parameters()], launches.counts["aten::_to_copy"]))
     (plain, expected, one_by_one), (halved, got, at_once) = found
-    assert [float(a) for a in plain] == [float(b) for b in halved]
+    assert all(torch.equal(a, b) for a, b in zip(plain, halved, strict=True))
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.float32
         # A weight that is read twice adds up its gradients in bfloat16.

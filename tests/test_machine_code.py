@@ -100,6 +100,13 @@ def test_noising_needs_few_instructions(reports: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
+def test_every_kernel_compiles_where_sizes_are_1(repository: Path, tmp_path: Path) -> None:
+    """A size of 1 is a constant in a kernel, which only a compiler sees: the interpreter has numbers there."""
+    found = read(repository, tmp_path, "--ones", "--targets", "90", "--dtypes", "bfloat16", "float32")
+    assert {report["kernel"] for report in found} == PRODUCTS | OTHERS
+
+
+@pytest.mark.slow
 def test_every_tile_in_every_dtype_neither_spills_nor_overflows(repository: Path, tmp_path: Path) -> None:
     reports = read(repository, tmp_path, "--every-tile", "--dtypes", "bfloat16", "float16", "float32")
     assert len({report["tile"] for report in reports if report["kernel"] == "gated_product_kernel"}) >= 4

@@ -93,7 +93,6 @@ FAULTS = [
         "unsorted = tl.max(falls, axis=0) != 0",
         "unsorted = tl.max(falls, axis=0) < 0",
     ),
-    Fault("timesteps without rows left out", "interaction", "tl.maximum(before, -1) + 1", "tl.maximum(own, 0)"),
     Fault("order of timesteps trusted", "interaction", "== step\n", ">= -1\n"),
     Fault(
         "last split of rows dropped",

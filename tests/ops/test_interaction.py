@@ -33,6 +33,8 @@ CASES = [
     Case(33, 48, 50, 6, dropout=0.25),
     Case(40, 130, 24, 9, sorted_steps=False, dropout=0.1),
     Case(70, 36, 68, 1),
+    # Enough rows for several splits of the weights' gradients.
+    Case(300, 12, 20, 7),
 ]
 
 

@@ -34,7 +34,14 @@ CASES = [
     Case(70, 20, (8,), 40, 50, 2, 9, dropout=0.2),
     Case(100, 33, (17, 6), 36, 68, 1, 2, dropout=0.1, sorted_steps=False),
 ]
-KEYS = {"seed": torch.tensor(77), "step": torch.tensor(5), "stream": 8}
+
+
+def keys(rows: int, device: torch.device) -> dict[str, Any]:
+    return {
+        "seed": torch.tensor(77, device=device),
+        "step": torch.tensor(5, device=device),
+        "sample_ids": torch.arange(rows, device=device),
+    }
 
 
 def operands(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
@@ -68,15 +75,15 @@ def by_blocks(case: Case, flat: list[Tensor], tau: Tensor) -> Tensor:
     normed, gates = embed_condition(torch.cat(conditions, 1), w.w_c, w.b_c, w.w_g, w.b_g)
     h = torch.nn.functional.linear(x, w.w_x, w.b_x) + normed
     for i, gate in enumerate(gates.chunk(case.blocks, dim=1)):
-        keys = {**KEYS, "stream": 8 + i, "sample_ids": torch.arange(case.batch), "dropout": case.dropout}
-        h = interaction_block(h, gate, tau, *modulation[:, i].unbind(1), w.w_h[i], w.b_h[i], w.w_o[i], w.b_o[i], **keys)
+        own = {**keys(case.batch, x.device), "stream": 8 + i, "dropout": case.dropout}
+        h = interaction_block(h, gate, tau, *modulation[:, i].unbind(1), w.w_h[i], w.b_h[i], w.w_o[i], w.b_o[i], **own)
     return torch.nn.functional.linear(reference.layer_norm(h), w.w_y, w.b_y)
 
 
 def by_op(case: Case, flat: list[Tensor], tau: Tensor) -> Tensor:
     x, conditions, modulation, weights = parts(case, flat)
-    ids = torch.arange(case.batch, device=x.device)
-    return interaction_network(x, conditions, tau, modulation, weights, **KEYS, dropout=case.dropout, sample_ids=ids)
+    own = {**keys(case.batch, x.device), "stream": 8, "dropout": case.dropout}
+    return interaction_network(x, conditions, tau, modulation, weights, **own)
 
 
 def run(network: Callable[..., Tensor], case: Case, flat: list[Tensor], tau: Tensor, weight: Tensor) -> list[Tensor]:
@@ -168,8 +175,8 @@ def test_operator_is_well_registered() -> None:
     case = CASES[3]
     flat, tau = operands(case, torch.float32, "cpu")
     x, conditions, modulation, w = parts(case, [t.requires_grad_() for t in flat])
-    keys = (0.2, torch.tensor(1), torch.tensor(2), torch.arange(case.batch), 6)
-    given = (x, conditions, tau, modulation, *w[:6], *map(list, w[6:10]), *w[10:], *keys)
+    rest = (0.2, torch.tensor(1), torch.tensor(2), torch.arange(case.batch), 6)
+    given = (x, conditions, tau, modulation, *w[:6], *map(list, w[6:10]), *w[10:], *rest)
     torch.library.opcheck(torch.ops.seda_fast.interaction_network.default, given)
 
 

@@ -38,6 +38,8 @@ CASES = [
     Case(70, 16, 300, has_centres=False),
     Case(9, 40, 5, ignored=1.0),
     Case(5, 12, 1100, smoothing=0.1, ignored=0.2),
+    # Enough rows for several splits of the weight's gradient.
+    Case(300, 12, 13, ignored=0.3),
 ]
 
 
