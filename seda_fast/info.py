@@ -66,9 +66,18 @@ def _device_types() -> tuple[str, ...]:
 
 
 def operation_lines(dtype: torch.dtype) -> list[str]:
-    """One line an operation: who serves it on each device now."""
-    served = {op: [f"{device}: {choose(op, device, dtype)[0]}" for device in _device_types()] for op in operations()}
-    return [f"{op:<28} {', '.join(by_device)}" for op, by_device in served.items()]
+    """One line an operation: who serves it on each device now. Its gradient has a line where another serves that."""
+    served = {
+        op: ", ".join(f"{device}: {choose(op, device, dtype)[0]}" for device in _device_types()) for op in operations()
+    }
+    lines = []
+    for op, by_device in served.items():
+        forward = op.removesuffix("_backward")
+        if forward != op and served.get(forward) == by_device:
+            continue
+        both = served.get(f"{op}_backward") == by_device
+        lines.append(f"{op + ' and its gradient' * both:<38} {by_device}")
+    return lines
 
 
 def memory_lines(dtype: torch.dtype) -> list[str]:

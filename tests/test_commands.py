@@ -535,6 +535,19 @@ def test_info_names_versions_devices_and_implementations(capsys: pytest.CaptureF
     assert max(len(line) for line in shown.splitlines()) <= 160
 
 
+def test_info_tells_of_a_gradient_that_another_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = info.choose
+    monkeypatch.setattr(
+        info, "choose", lambda op, *rest: ("elsewhere", None) if op == "q_sample_backward" else real(op, *rest)
+    )
+    lines = info.operation_lines(torch.float32)
+    assert any(line.startswith("q_sample  ") for line in lines)
+    assert any(line.startswith("q_sample_backward") and line.endswith("cpu: elsewhere") for line in lines)
+    assert any(line.startswith("interaction_block and its gradient") for line in lines)
+    told = {line.split()[0] for line in lines}
+    assert {op.removesuffix("_backward") for op in info.operations()} <= told
+
+
 def test_info_takes_settings_like_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "s.toml"
     file.write_text("[info]\njson = true\ndtype = 'float16'\n")
