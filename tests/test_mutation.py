@@ -79,7 +79,7 @@ FAULTS = [
         "pre = acc + tl.load(b_ptr + column",
         "pre = acc + 0 * tl.load(b_ptr + column",
     ),
-    Fault("half of silu's derivative", "interaction", "sigmoid * (1.0 + pre * (1.0 - sigmoid))", "sigmoid"),
+    Fault("half of silu's derivative", "interaction", "acc *= 1.0 + pre * (1.0 - sigmoid)", "acc *= 1.0"),
     Fault("norm's projection left out", "interaction", " - normed * mean_product[:, None]", ""),
     Fault(
         "segments one row too long",
