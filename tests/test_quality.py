@@ -260,6 +260,18 @@ def test_targets_are_reached_or_not_by_the_figures() -> None:
     assert [t.reached for t in summary.targets([aligned])[2:]] == [False, True, False]
 
 
+def test_ablations_are_read_against_seda_of_the_same_seeds() -> None:
+    scores = {("seda", 0): 50.0, ("seda", 1): 90.0, ("seda:one_step", 0): 51.0}
+    records = [
+        Record(Job("cub10", "full", method, "test", seed), {"top1": top1}, None, None, np.ones(4, bool), 1.0)
+        for (method, seed), top1 in scores.items()
+    ]
+    rows = summary.summarise(records, {})
+    assert rows[0]["seda_of_ablations"]["top1"] == 50
+    assert rows[0]["methods"]["seda"]["top1"] == 70
+    assert "| full | 50.0 | - | - | - | 51.0 | - |" in page._ablation_table(rows)
+
+
 def test_page_says_where_it_helps_and_how_to_make_it_again() -> None:
     rows = [row("cub10", "full", 1.5), row("wikipedia", "full", -1.5), row("fashion_products", "full", 0.5)]
     for r in rows:

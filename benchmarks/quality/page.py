@@ -156,9 +156,11 @@ def _ablation_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     shown = [row for row in rows if any(m in row["methods"] for m in ABLATIONS)]
     if not shown:
         return []
-    names = [SEDA, *ABLATIONS]
-    lines = ["Ablations:", "", "| regime | " + " | ".join(n.removeprefix("seda:") for n in names) + " |"]
-    lines.append("|" + "---|" * (len(names) + 1))
+    seeds = sorted({row["methods"][m]["seeds"] for row in shown for m in ABLATIONS if m in row["methods"]})
+    names = [n.removeprefix("seda:") for n in (SEDA, *ABLATIONS)]
+    lines = [f"Ablations, {' or '.join(map(str, seeds))} seed(s), SeDA with the same:", ""]
+    lines += ["| regime | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for row in shown:
-        lines.append(f"| {row['regime']} | " + " | ".join(_cell(row["methods"].get(n)) for n in names) + " |")
+        cells = [row.get("seda_of_ablations"), *(row["methods"].get(m) for m in ABLATIONS)]
+        lines.append(f"| {row['regime']} | " + " | ".join(map(_cell, cells)) + " |")
     return [*lines, ""]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .methods import BASELINES, METHODS, SEDA
+from .methods import ABLATIONS, BASELINES, METHODS, SEDA
 from .regimes import REGIMES, SETS
 from .runs import TEST, Record, of
 from .selection import Selected, settings_of
@@ -43,6 +43,11 @@ def summarise(records: Sequence[Record], selected: Selected) -> list[dict[str, A
             if SEDA not in found:
                 continue
             rows.append({"set": name, "regime": regime, "methods": {m: _statistics(r) for m, r in found.items()}})
+            ablated = {r.job.seed for m in ABLATIONS for r in found.get(m, [])}
+            same = [r for r in found[SEDA] if r.job.seed in ablated]
+            if same:
+                # What the ablations are read against: they may have fewer seeds.
+                rows[-1]["seda_of_ablations"] = _statistics(same)
             known = [m for m in BASELINES if m in found]
             if known:
                 best = max(known, key=lambda m: rows[-1]["methods"][m]["top1"])
