@@ -22,8 +22,9 @@ from .streaming import RowReader, StreamedSet, free_memory
 
 # Share of the device's free memory that the training part may take.
 MEMORY_SHARE = 0.5
-# Elements standardised together where the features stay in their files: 64 MiB of float32.
-_BLOCK = 2**24
+# Elements standardised together where the features stay in their files: 16 MiB of float32, and three such buffers lie
+# ready (64 MiB each took 0.5 GB at the peak).
+_BLOCK = 2**22
 
 
 def prepare(
