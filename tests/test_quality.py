@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import methods, page, selection, summary
+from benchmarks.quality import methods, page, selection, summary, workers
 from benchmarks.quality.regimes import REGIMES, SETS, DataSet, Rows, Task, apply, fold, load
-from benchmarks.quality.runs import Job, Record, Runs, measure
+from benchmarks.quality.runs import VISUAL_WEIGHTS, Job, Record, Runs, measure, weight_name
 
 K, DV, DT = 3, 6, 4
 
@@ -137,6 +137,44 @@ def test_bootstrap_is_paired() -> None:
     assert (mean, low, high) == (0, 0, 0)
 
 
+def test_seda_with_another_weight_of_its_visual_head_is_recorded(task: Task) -> None:
+    job = Job("cub10", "full", "seda", "test", 0, {"epochs": 3, "width": 16})
+    found = measure(job, task).metrics
+    assert found[weight_name(0.5)] == found["top1"]  # its default
+    heavy = measure(replace(job, settings={**job.settings, "visual_weight": 1.0, "textual_weight": 0.0}), task).metrics
+    assert heavy["top1"] == found[weight_name(1.0)]
+
+
+def test_length_multiplies_the_passes_of_the_rule() -> None:
+    rule = methods._train_config(90, {}, 0).for_rows(90)
+    longer = methods._train_config(90, {"length": 1.5}, 0).for_rows(90)
+    assert (longer.epochs, longer.batch_size) == (round(1.5 * rule.epochs), rule.batch_size)
+
+
+def test_a_precision_makes_another_record_and_float32_keeps_its_name(task: Task) -> None:
+    job = Job("cub10", "full", "seda", "test", 0, {"epochs": 2, "width": 16})
+    half = replace(job, precision="bf16")
+    assert job.key == "a9510ffdbaa60362"  # as recorded before there were precisions
+    records = [measure(j, task) for j in (job, half)]
+    assert Record.read(records[1].line()).job == half
+    assert records[0].job.key != records[1].job.key
+    assert records[0].alignment != records[1].alignment
+
+
+def test_workers_make_what_one_process_makes(folder: Path) -> None:
+    wanted = [Job("cub10", "full", m, p, 0, s) for m, s in (("linear", {}), ("mlp", {"epochs": 2}))
+              for p in ("test", "cv 1/3")]  # fmt: skip
+    one, two = Runs(folder / "one.jsonl"), Runs(folder / "two.jsonl")
+    workers.make(one, wanted, folder, 1, "one")
+    two.get(wanted[0], selection.task_of(wanted[0], load("cub10", folder)))
+    workers.make(two, wanted, folder, 2, "two")
+    assert set(two.records) == set(one.records) == set(Runs(folder / "two.jsonl").records) == {j.key for j in wanted}
+    for key, record in one.records.items():
+        assert np.mean(record.right == two.records[key].right) > 0.9
+    with pytest.raises(ValueError, match="no baseline"):
+        workers.make(two, [Job("cub10", "full", "nothing", "test", 0), *wanted], folder, 2, "bad")
+
+
 def test_records_survive_a_kill(folder: Path, task: Task) -> None:
     file = folder / "runs.jsonl"
     job = Job("cub10", "full", "linear", "test", 0)
@@ -165,11 +203,12 @@ def test_selection_tries_equally_many_settings_and_reads_no_test_part(folder: Pa
             score = int(job.key, 16) % 997 / 10  # in the place of a training: any number that the job fixes
             task = selection.task_of(job, poisoned)
             right = np.zeros(len(task.test.labels), dtype=bool)
-            runs.records[job.key] = Record(job, {"top1": score}, None, None, right, 0.0)
+            weights = {weight_name(w): score + w for w in VISUAL_WEIGHTS}
+            runs.records[job.key] = Record(job, {"top1": score, **weights}, None, None, right, 0.0)
             made.append(job)
         return runs
 
-    found = selection.select([data], 7, 2, 2, ready)
+    found = selection.select(["cub10"], 7, 2, 2, ready, "bf16")
     assert set(found) == {"seda", "linear on cub10", "mlp on cub10", "one_step on cub10"}
     assert {name: f["tried"] for name, f in found.items()} == {
         "seda": 7, "linear on cub10": 1, "mlp on cub10": 7, "one_step on cub10": 7,
@@ -189,6 +228,14 @@ def test_selection_tries_equally_many_settings_and_reads_no_test_part(folder: Pa
     best = max(totals, key=lambda n: np.mean(totals[n]))
     assert json.loads(best) == found["mlp on cub10"]["settings"]
     assert found["mlp on cub10"]["default_top1"] == pytest.approx(np.mean(totals["{}"]))
+    ours = {j.part: runs.records[j.key].metrics["top1"] for j in made if j.method == "seda" and not j.settings}
+    weights = found["seda"]["visual_weights"]
+    assert set(weights) == {"cub10 full", "cub10 labels-8"}
+    assert np.mean([by["0.7"] - 0.7 for by in weights.values()]) == pytest.approx(found["seda"]["default_top1"])
+    assert len(ours) == 4
+    assert found["linear on cub10"]["standard_error"] == 0
+    assert {j.precision for j in made} == {"fp32", "bf16"}
+    assert all((j.precision == "bf16") == (j.method == "seda") for j in made)
 
 
 def test_repeated_folds_are_different_partitions(folder: Path) -> None:

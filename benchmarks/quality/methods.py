@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from seda_fast import SeDAConfig, TrainConfig
 from seda_fast.baselines import fit_baseline
 from seda_fast.data import FeatureSet
-from seda_fast.loop import train
+from seda_fast.engine import PrecisionName
+from seda_fast.loop import Trainer
 from seda_fast.nn.interaction import PFIN
 from seda_fast.nn.schedule import NoiseSchedule
 from seda_fast.prepare import prepare
@@ -36,12 +37,22 @@ BASELINES = (LINEAR, MLP, ONE_STEP, *PEERS)
 @dataclass(frozen=True)
 class Fitted:
     """Predictions on a task's test rows: log_proba (M, K); where the method maps to texts, aligned (M, Dt) as samples
-    and point (M, Dt) as point estimates, both standardised; seconds of training."""
+    and point (M, Dt) as point estimates, both standardised; seconds of training; SeDA's semantic, textual and visual
+    head by themselves, (M, K) each."""
 
     log_proba: Float
     aligned: Float | None
     point: Float | None
     seconds: float
+    heads: tuple[Float, Float, Float] | None = None
+
+    def weighted(self, visual_weight: float) -> Float | None:
+        """SeDA's prediction (M, K), not normalised, had the visual head this weight and the other two half of the rest
+        each; None where there are no heads."""
+        if self.heads is None:
+            return None
+        semantic, textual, visual = self.heads
+        return visual_weight * visual + (1 - visual_weight) / 2 * (semantic + textual)
 
 
 def standardised(task: Task) -> Task:
@@ -57,11 +68,14 @@ def standardised(task: Task) -> Task:
     return Task(train, test, task.n_classes)
 
 
-def fit(method: str, task: Task, seed: int, settings: Settings) -> Fitted:
-    """Train one of `METHODS` on ``task.train`` and predict ``task.test`` from its visual features."""
+def fit(method: str, task: Task, seed: int, settings: Settings, precision: PrecisionName = "fp32") -> Fitted:
+    """Train one of `METHODS` on ``task.train`` and predict ``task.test`` from its visual features.
+
+    ``precision`` is that of SeDA's training; all others train in float32.
+    """
     name, _, ablation = method.partition(":")
     if name == SEDA:
-        return _seda(task, seed, settings, ablation)
+        return _seda(task, seed, settings, ablation, precision)
     task = standardised(task)
     if name == "mlp_pseudo":
         return _baseline(MLP, Task(_pseudo_labelled(task.train), task.test, task.n_classes), seed, settings)
@@ -104,7 +118,15 @@ _ABLATED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _seda(task: Task, seed: int, settings: Settings, ablation: str) -> Fitted:
+def _train_config(rows: int, settings: Settings, seed: int) -> TrainConfig:
+    """The settings of a training; ``length`` among them multiplies the passes that the rule gives ``rows``."""
+    chosen = dict(settings)
+    length = chosen.pop("length", None)
+    config = TrainConfig(seed=seed, **chosen)
+    return config if length is None else replace(config, epochs=round(length * config.for_rows(rows).epochs))
+
+
+def _seda(task: Task, seed: int, settings: Settings, ablation: str, precision: PrecisionName) -> Fitted:
     chosen = {**settings, **_ABLATED[ablation]}
     model_settings = {k: v for k, v in chosen.items() if k in _MODEL_FIELDS}
     train_settings = {k: v for k, v in chosen.items() if k not in _MODEL_FIELDS}
@@ -117,13 +139,16 @@ def _seda(task: Task, seed: int, settings: Settings, ablation: str) -> Fitted:
     if ablation == "no_interaction":
         for stage in (model.learner, model.translator):
             stage.network.gates.requires_grad_(False)  # at its initial 0, so that g = 1
-    model, _ = train(model, data, TrainConfig(seed=seed, **train_settings))
+    config = _train_config(len(rows.labels), train_settings, seed)
+    model, _ = Trainer(model, data, config, precision=precision).run(lambda done, total: None)
     seconds = time.perf_counter() - begin
     with torch.inference_mode():
         visual = torch.from_numpy(test.visual)
-        log_proba, aligned = model(visual), model.align(visual)[1]
-        point = model.align(visual, steps=1)[1]
-    return Fitted(log_proba.numpy(), aligned.numpy(), point.numpy(), seconds)
+        log_proba, *heads = (x.numpy() for x in model.predict_log_proba(visual, heads=True))
+        aligned = model.align(visual)[1].numpy()
+        point = model.align(visual, steps=1)[1].numpy()
+    semantic, textual, from_visual = heads
+    return Fitted(log_proba, aligned, point, seconds, (semantic, textual, from_visual))
 
 
 def _feature_set(task: Task) -> FeatureSet:

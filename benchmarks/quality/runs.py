@@ -15,17 +15,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from seda_fast.engine import PrecisionName
 from seda_fast.metrics import alignment_metrics, classification_metrics
 
 from . import methods
 from .regimes import Task
 
 TEST = "test"
+# Weights of SeDA's visual head that its heads are also combined with, the others sharing the rest: they need no
+# training of their own.
+VISUAL_WEIGHTS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training: on which part ("test", or "cv 0/3" for the first of three folds), in which regime, with what."""
+    """One training: on which part ("test", or "cv 0/3" for the first of three folds), in which regime, with what.
+
+    ``precision`` is that of SeDA's training.
+    """
 
     set: str
     regime: str
@@ -33,13 +40,13 @@ class Job:
     part: str
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    precision: PrecisionName = "fp32"
 
     @property
     def key(self) -> str:
         """Names the job among the records."""
-        text = json.dumps(
-            [self.set, self.regime, self.method, self.part, self.seed, dict(self.settings)], sort_keys=True
-        )
+        names: list[Any] = [self.set, self.regime, self.method, self.part, self.seed, dict(self.settings)]
+        text = json.dumps(names if self.precision == "fp32" else [*names, self.precision], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -59,6 +66,7 @@ class Record:
         values = {
             **{k: getattr(self.job, k) for k in ("set", "regime", "method", "part", "seed")},
             "settings": dict(self.job.settings),
+            "precision": self.job.precision,
             "metrics": self.metrics,
             "alignment": self.alignment,
             "alignment_point": self.alignment_point,
@@ -72,7 +80,8 @@ class Record:
     def read(cls, line: str) -> Record:
         """From `line`."""
         v = json.loads(line)
-        job = Job(v["set"], v["regime"], v["method"], v["part"], v["seed"], v["settings"])
+        precision = v.get("precision", "fp32")
+        job = Job(v["set"], v["regime"], v["method"], v["part"], v["seed"], v["settings"], precision)
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(v["right"]), np.uint8))[: v["rows"]].astype(bool)
         return cls(job, v["metrics"], v["alignment"], v["alignment_point"], bits, v["seconds"])
 
@@ -95,23 +104,26 @@ class Runs:
     def get(self, job: Job, task: Task) -> Record:
         """The record of ``job``, made on ``task`` (already folded and in its regime) if there is none."""
         if job.key not in self.records:
-            record = measure(job, task)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
-                file.seek(max(0, file.tell() - 1))
-                whole = file.read(1) in (b"", b"\n")
-                file.write(b"" if whole else b"\n")
-                file.write(record.line().encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self.records[job.key] = record
+            self.add(measure(job, task))
         return self.records[job.key]
+
+    def add(self, record: Record) -> None:
+        """Write a record down; it is on disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            whole = file.read(1) in (b"", b"\n")
+            file.write(b"" if whole else b"\n")
+            file.write(record.line().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records[record.job.key] = record
 
 
 def measure(job: Job, task: Task) -> Record:
     """Train and predict once."""
     torch.manual_seed(job.seed)
-    fitted = methods.fit(job.method, task, job.seed, job.settings)
+    fitted = methods.fit(job.method, task, job.seed, job.settings, job.precision)
     labels = task.test.labels
     text = methods.standardised(task).test.text
     log_proba = np.nan_to_num(fitted.log_proba, neginf=-1e4)
@@ -122,7 +134,17 @@ def measure(job: Job, task: Task) -> Record:
         for mapped in (fitted.aligned, fitted.point)
     ]
     right = fitted.log_proba.argmax(1) == labels
-    return Record(job, {k: round(found[k], 4) for k in known}, *alignments, right, fitted.seconds)
+    metrics = {k: round(found[k], 4) for k in known}
+    for weight in VISUAL_WEIGHTS:
+        weighted = fitted.weighted(weight)
+        if weighted is not None:
+            metrics[weight_name(weight)] = round(100 * float(np.mean(weighted.argmax(1) == labels)), 4)
+    return Record(job, metrics, *alignments, right, fitted.seconds)
+
+
+def weight_name(weight: float) -> str:
+    """Name of the metric "top-1 with this weight of the visual head"."""
+    return f"top1_visual_{weight:g}"
 
 
 def of(records: Iterable[Record], **wanted: object) -> list[Record]:

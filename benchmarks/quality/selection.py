@@ -8,25 +8,29 @@ from typing import Any
 
 import numpy as np
 
+from seda_fast.engine import PrecisionName
+
 from .methods import LINEAR, MLP, ONE_STEP, SEDA
-from .regimes import DataSet, apply, fold
-from .runs import Job, Runs
+from .regimes import DataSet, Task, apply, fold
+from .runs import TEST, VISUAL_WEIGHTS, Job, Runs, weight_name
 
 # The defaults come first; the others are drawn from these, the same for a seed.
 SPACES: dict[str, dict[str, Sequence[Any]]] = {
+    # `length` multiplies the passes of the rule for small training parts, which stays in force. The heads' weights are
+    # not here: they change no training, and each record has the accuracies of several.
     SEDA: {
-        "epochs": (12, 20, 30),
-        "batch_size": (128, 256),
+        "length": (0.6, 1.0, 1.5),
         "learning_rate": (5e-4, 1e-3, 2e-3),
         "weight_decay": (0.01, 0.05, 0.2),
+        "ema_decay": (0.98, 0.995),
         "dropout": (0.0, 0.1, 0.3),
         "visual_dropout": (0.3, 0.5, 0.6),
-        "visual_input_dropout": (0.1, 0.2, 0.3),
+        "visual_input_dropout": (0.1, 0.2, 0.4),
         "label_smoothing": (0.05, 0.1, 0.2),
         "teacher_weight": (0.0, 0.5, 1.0, 2.0),
+        "centre_weight": (0.3, 1.0, 3.0),
         "width": (256, 512),
-        "textual_weight": (0.1, 0.25),
-        "visual_weight": (0.4, 0.5, 0.6),
+        "blocks": (2, 3),
     },
     MLP: {
         "epochs": (20, 40, 80),
@@ -63,16 +67,20 @@ def candidates(method: str, count: int) -> list[dict[str, Any]]:
 
 
 def jobs(
-    data: Sequence[DataSet], tried: Mapping[str, Sequence[Mapping[str, Any]]], folds: Sequence[int], of: int
+    sets: Sequence[str],
+    tried: Mapping[str, Sequence[Mapping[str, Any]]],
+    folds: Sequence[int],
+    of: int,
+    precision: PrecisionName = "fp32",
 ) -> list[Job]:
     """Trainings of the settings ``tried`` by group (see `group`) on some ``folds``: fold k is the k % of-th of the
     (k // of)-th partition, so that more than ``of`` of them are a repeated cross-validation."""
     return [
-        Job(d.name, regime, method, f"cv {k}/{of}", k, settings)
-        for d in data
+        Job(name, regime, method, f"cv {k}/{of}", k, settings, precision if method == SEDA else "fp32")
+        for name in sets
         for regime in REGIMES
         for method in SELECTED
-        for settings in tried.get(group(method, d.name), [])
+        for settings in tried.get(group(method, name), [])
         for k in folds
     ]
 
@@ -88,8 +96,10 @@ def settings_of(selected: Selected, method: str, name: str) -> dict[str, Any]:
     return dict(found.get("settings", {}))
 
 
-def task_of(job: Job, data: DataSet) -> Any:
-    """The fold that a job names, in its regime."""
+def task_of(job: Job, data: DataSet) -> Task:
+    """The part that a job names, in its regime: the whole set with its test part, or a fold of its training part."""
+    if job.part == TEST:
+        return apply(job.regime, data.task, job.seed)
     index, folds = map(int, job.part.removeprefix("cv ").split("/"))
     return apply(job.regime, fold(data, index % folds, folds, seed=index // folds), job.seed)
 
@@ -108,31 +118,63 @@ def ranked(runs: Runs, wanted: Sequence[Job]) -> dict[str, list[tuple[float, Map
 
 
 def select(
-    data: Sequence[DataSet], count: int, folds: int, repeats: int, ready: Callable[[Sequence[Job]], Runs]
+    sets: Sequence[str],
+    count: int,
+    folds: int,
+    repeats: int,
+    ready: Callable[[Sequence[Job]], Runs],
+    precision: PrecisionName = "fp32",
 ) -> dict[str, dict[str, Any]]:
     """Successive halving (Jamieson & Talwalkar 2016) in two rungs, the same for every method.
 
     All ``count`` settings are tried on one fold; the default and the best quarter then on all folds of ``repeats``
-    partitions. ``ready`` makes the records of jobs.
+    partitions. ``ready`` makes the records of jobs; SeDA is trained in ``precision``.
 
     Returns:
         By group: ``settings`` chosen, their mean ``top1`` in percent over all folds, sets and regimes, the same of the
-        default settings, and how many settings were ``tried``.
+        default settings, the ``standard_error`` of the difference over folds, and how many settings were ``tried``; of
+        SeDA also `visual_weights`.
     """
-    tried = {group(m, d.name): candidates(m, count) for d in data for m in SELECTED}
-    first = jobs(data, tried, [0], folds)
+    tried = {group(m, name): candidates(m, count) for name in sets for m in SELECTED}
+    first = jobs(sets, tried, [0], folds, precision)
     best = ranked(ready(first), first)
     kept = {}
     for name, found in best.items():
         survivors = [settings for _, settings in found[: -(-len(found) // 4)]]
         kept[name] = survivors if {} in survivors else [{}, *survivors]
-    second = jobs(data, kept, range(folds * repeats), folds)
-    return {
+    second = jobs(sets, kept, range(folds * repeats), folds, precision)
+    runs = ready(second)
+    selected: dict[str, dict[str, Any]] = {
         name: {
             "settings": dict(found[0][1]),
             "top1": found[0][0],
             "default_top1": next(score for score, settings in found if not settings),
+            "standard_error": _standard_error(runs, second, name, found[0][1]),
             "tried": len(tried[name]),
         }
-        for name, found in ranked(ready(second), second).items()
+        for name, found in ranked(runs, second).items()
     }
+    selected[SEDA].update(precision=precision, visual_weights=visual_weights(runs, second))
+    return selected
+
+
+def _standard_error(runs: Runs, wanted: Sequence[Job], name: str, best: Mapping[str, Any]) -> float:
+    """Of the mean difference to the defaults, over folds, sets and regimes; 0 for the defaults themselves."""
+    by_place: dict[tuple[str, str, str], dict[bool, float]] = {}
+    for job in wanted:
+        if group(job.method, job.set) == name and dict(job.settings) in ({}, dict(best)):
+            place = by_place.setdefault((job.set, job.regime, job.part), {})
+            place[bool(job.settings)] = runs.records[job.key].metrics["top1"]
+    gaps = [place.get(True, place[False]) - place[False] for place in by_place.values()]
+    return float(np.std(gaps, ddof=1) / np.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
+
+
+def visual_weights(runs: Runs, wanted: Sequence[Job]) -> dict[str, dict[str, float]]:
+    """By set and regime, SeDA's mean top-1 over its ``wanted`` folds at its defaults, by the visual head's weight."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for job in wanted:
+        if job.method == SEDA and not job.settings:
+            for weight in VISUAL_WEIGHTS:
+                scores = found.setdefault(f"{job.set} {job.regime}", {}).setdefault(f"{weight:g}", [])
+                scores.append(runs.records[job.key].metrics[weight_name(weight)])
+    return {place: {w: float(np.mean(scores)) for w, scores in by.items()} for place, by in found.items()}

@@ -1,0 +1,51 @@
+"""Many measurements side by side: each in a process of its own share of the cores, written down by one."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .regimes import DataSet, load
+from .runs import Job, Record, Runs, measure
+from .selection import task_of
+
+
+def make(runs: Runs, jobs: Sequence[Job], folder: Path, workers: int, title: str) -> None:
+    """Measure those of ``jobs`` that ``runs`` does not have, on the sets of ``folder``, ``workers`` at a time.
+
+    One worker is this process with all its threads; more are processes that share the cores. A training's last bits
+    follow the number of its threads, so a record made anew with other ``workers`` may differ by as much as by noise.
+    """
+    wanted = {job.key: job for job in jobs if job.key not in runs.records}
+    with tqdm(total=len(wanted), desc=title, disable=None) as bar:
+        if workers == 1:
+            for job in wanted.values():
+                runs.get(job, task_of(job, _data(job.set, folder)))
+                bar.update()
+            return
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            try:
+                for done in as_completed([pool.submit(_measure, job, folder) for job in wanted.values()]):
+                    runs.add(done.result())
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+@functools.cache
+def _data(name: str, folder: Path) -> DataSet:
+    return load(name, folder)
+
+
+def _measure(job: Job, folder: Path) -> Record:
+    return measure(job, task_of(job, _data(job.set, folder)))
