@@ -329,3 +329,18 @@ def test_page_says_where_it_helps_and_how_to_make_it_again() -> None:
     assert "| full | +0.2 | cub10 | wikipedia | fashion_products |" in text
     assert "| `python -m benchmarks.quality --regimes full` | 6 | 3 |" in text
     assert "![full](quality/full.png)" in text
+
+
+def test_the_page_says_what_was_chosen_and_how_sure_that_is() -> None:
+    selected = {
+        "seda": {"settings": {"blocks": 2}, "top1": 81.0, "default_top1": 80.6, "standard_error": 0.3, "tried": 20,
+                 "precision": "bf16", "visual_weights": {"cub10 full": {"0.5": 87.44, "0.7": 87.0}}},
+        "mlp on cub10": {"settings": {}, "top1": 86.0, "default_top1": 86.0, "standard_error": 0.0, "tried": 20},
+    }  # fmt: skip
+    text = page.markdown([], selected, "make it")
+    assert "| seda | 20 | 80.6 | 81.0 | +0.4 ± 0.3 | blocks 2 |" in text
+    assert "| mlp on cub10 | 20 | 86.0 | 86.0 | - | the defaults |" in text
+    assert "| set and regime | 0.5 | 0.7 |" in text
+    assert "| cub10 full | 87.4 | 87.0 |" in text
+    assert "trained in bf16" in text
+    assert "Selection was not run" in page.markdown([], {}, "make it")
