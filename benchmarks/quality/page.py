@@ -105,7 +105,7 @@ def _selection_table(selected: Selected) -> list[str]:
         "",
         "Chosen by cross-validation of training parts, equally many tried for each (`--select`; the linear probe",
         "chooses its penalty itself): all on one fold, the default and the best quarter then on all folds, with every",
-        "row labelled and with 8 labels a class. SeDA is measured with its defaults whatever is chosen, and one setting",
+        "row labelled and with 8 labels a class. SeDA is measured with its defaults whatever is chosen, one setting",
         "is chosen for all sets. Mean top-1 of the folds, and the best's gain with its standard error over folds:",
         "",
         "| method and set | settings tried | defaults | best | gain | best settings |",
