@@ -22,7 +22,7 @@ ROWS = {"cuda": 4096, "cpu": 1024}
 BATCHES = 8
 SIZES = {"visual_dim": 768, "text_dim": 384, "n_classes": 100}
 SMALL = {"visual_dim": 24, "text_dim": 16, "n_classes": 5, "width": 32, "visual_width": 32, "diffusion_steps": 50}
-QUIET = TrainConfig(dropout=0.0, visual_dropout=0.0, visual_input_dropout=0.0)
+QUIET = TrainConfig(dropout=0.0, condition_dropout=0.0, visual_dropout=0.0, visual_input_dropout=0.0)
 
 
 class Draw(NamedTuple):
@@ -62,9 +62,10 @@ def gaussian_dropout(x: Tensor, rate: float) -> Tensor:
 def plain_loss(model: SeDA, visual: Tensor, text: Tensor, labels: Tensor, drawn: Draw, s: TrainConfig) -> Tensor:
     """The objective for rows that all have label and text."""
     x_v = model.signal[drawn.tau_s, None] * visual + model.noise[drawn.tau_s, None] * drawn.visual
-    semantic = network(model.learner.network, x_v, visual, drawn.tau_s, s.dropout)
+    told = gaussian_dropout(visual, s.condition_dropout)
+    semantic = network(model.learner.network, x_v, told, drawn.tau_s, s.dropout)
     x_t = model.signal[drawn.tau_t, None] * text + model.noise[drawn.tau_t, None] * drawn.text
-    condition = torch.cat((semantic, visual), dim=1)
+    condition = gaussian_dropout(torch.cat((semantic, visual), dim=1), s.condition_dropout)
     mapped = network(model.translator.network, x_t, condition, drawn.tau_t, s.dropout)
     hidden = model.visual.norm(model.visual.input(gaussian_dropout(visual, s.visual_input_dropout)))
     hidden = gaussian_dropout(F.gelu(hidden), s.visual_dropout)

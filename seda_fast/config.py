@@ -104,6 +104,9 @@ class TrainConfig:
     clip_norm: float = setting(1.0, "largest gradient norm")
     ema_decay: float = setting(0.995, "decay of the weights' exponential moving average")
     dropout: float = setting(0.1, "dropout rate inside the interaction blocks")
+    condition_dropout: float = setting(
+        0.5, "rate of Gaussian dropout on what the networks are conditioned on: v, and s and v"
+    )
     visual_dropout: float = setting(0.5, "rate of Gaussian dropout inside the visual head")
     visual_input_dropout: float = setting(0.2, "rate of Gaussian dropout on the visual head's input")
     label_smoothing: float = setting(0.1, "label smoothing of the class terms")
@@ -126,7 +129,8 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             if f.name.endswith("_weight") or f.name == "weight_decay":
                 check_range(self, f.name, getattr(self, f.name) >= 0, "at least 0")
-        for name in ("warmup", "ema_decay", "dropout", "visual_dropout", "visual_input_dropout", "label_smoothing"):
+        shares = ("warmup", "ema_decay", "dropout", "condition_dropout", "visual_dropout", "visual_input_dropout")
+        for name in (*shares, "label_smoothing"):
             check_range(self, name, 0 <= getattr(self, name) < 1, "in 0 .. 1, 1 excluded")
         check_range(self, "seed", 0 <= self.seed < 2**63, "in 0 .. 2**63 - 1")
 

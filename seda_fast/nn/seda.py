@@ -304,13 +304,15 @@ class SeDA(nn.Module):
         )
         layers = FIRST_DROPOUT, FIRST_DROPOUT + self.config.blocks, FIRST_DROPOUT + 2 * self.config.blocks
         dropout = Dropout(settings.dropout, seed, step, sample_ids, layers[0])
-        rates = settings.visual_input_dropout, settings.visual_dropout
-        hidden = self.visual.hidden(visual, GaussianDropout(*rates, seed, step, sample_ids, layers[2]))
+        rates = settings.visual_input_dropout, settings.visual_dropout, settings.condition_dropout
+        noise = GaussianDropout(*rates, seed, step, sample_ids, layers[2])
+        hidden = self.visual.hidden(visual, noise)
         tables, key = (self.signal, self.noise), {"seed": seed, "step": step, "sample_ids": sample_ids}
         x_v = q_sample(visual, tau_s, *tables, **key, stream=VISUAL_NOISE)
-        s = self.learner(x_v, visual, tau_s, dropout, self.memory)
+        s = self.learner(x_v, *noise.condition(visual, layer=2), tau_s, dropout, self.memory)
         x_t = q_sample(text, tau_t, *tables, **key, stream=TEXTUAL_NOISE)
-        t = self.translator(x_t, self._conditions(s, visual), tau_t, dropout._replace(stream=layers[1]), self.memory)
+        conditions = noise.condition(*self._conditions(s, visual), layer=3)
+        t = self.translator(x_t, conditions, tau_t, dropout._replace(stream=layers[1]), self.memory)
         mapped = t.detach()
 
         soft = self._soft_labels(visual, text, labels, paired)

@@ -14,13 +14,17 @@ from ..ops import q_sample
 
 
 class GaussianDropout(NamedTuple):
-    """Multiplicative noise of one pass: rates before and inside the visual head, and what keys the noise.
+    """Multiplicative noise of one pass: its rates, and what keys the noise.
 
-    ``stream`` is the first of the two streams it draws from.
+    Attributes:
+        input_rate, hidden_rate: before and inside the visual head.
+        condition_rate: on what the networks are conditioned on.
+        seed, step, sample_ids: key the noise with ``stream``, the first of the five streams that it draws from.
     """
 
     input_rate: float
     hidden_rate: float
+    condition_rate: float
     seed: Tensor
     step: Tensor
     sample_ids: Tensor
@@ -38,6 +42,13 @@ class GaussianDropout(NamedTuple):
         signal, deviation = x.new_ones(1), x.new_full((1,), math.sqrt(rate / (1 - rate)))
         key = {"seed": self.seed, "step": self.step, "sample_ids": self.sample_ids}
         return x * q_sample(torch.ones_like(x), once, signal, deviation, **key, stream=self.stream + layer)
+
+    def condition(self, *parts: Tensor, layer: int) -> tuple[Tensor, ...]:
+        """Each part (B, D) of a condition with noise of its own, the first with that of ``layer``.
+
+        A network told the whole feature at every step learns the training rows by heart, whatever noise its state has.
+        """
+        return tuple(self(part, self.condition_rate, layer + i) for i, part in enumerate(parts))
 
 
 class VisualHead(nn.Module):

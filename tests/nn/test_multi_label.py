@@ -144,7 +144,8 @@ def test_objective_is_the_methods_formula() -> None:
     seen: dict[str, Tensor] = {}
     made.learner.register_forward_hook(lambda module, inputs, output: seen.update(s=output))
     made.translator.register_forward_hook(lambda module, inputs, output: seen.update(t=output))
-    found = losses(made, data, label_smoothing=0.0, dropout=0.0, visual_dropout=0.0, visual_input_dropout=0.0)
+    off = {"dropout": 0.0, "condition_dropout": 0.0, "visual_dropout": 0.0, "visual_input_dropout": 0.0}
+    found = losses(made, data, label_smoothing=0.0, **off)
     labels, paired, text = data["labels"], data["paired"], data["text"]
     known = (labels[:, 0] >= 0) & paired
 

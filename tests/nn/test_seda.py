@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from seda_fast import DataError, SeDA, SeDAConfig, TrainConfig
+from seda_fast import DataError, SeDA, SeDAConfig, TrainConfig, reference
 
 DV, DT, K = 10, 6, 4
 CONFIG = SeDAConfig(visual_dim=DV, text_dim=DT, n_classes=K, width=16, blocks=2, time_embedding=8, diffusion_steps=100)
@@ -58,7 +59,7 @@ def test_objective_is_the_methods_formula() -> None:
     )
     weights = {"centre_weight": 0.5, "semantic_weight": 0.7, "text_weight": 1.3, "mapped_weight": 0.2,
                "textual_head_weight": 0.9, "teacher_weight": 0.4, "visual_head_weight": 0.6}  # fmt: skip
-    off = {"dropout": 0.0, "visual_dropout": 0.0, "visual_input_dropout": 0.0}
+    off = {"dropout": 0.0, "condition_dropout": 0.0, "visual_dropout": 0.0, "visual_input_dropout": 0.0}
     found = losses(made, data, **off, label_smoothing=0.1, teacher_temperature=2.0, **weights)
     s, t, y = seen["s"], seen["t"], data["labels"]
     torch.testing.assert_close(torch.cat(seen["c"], 1), torch.cat((s, data["visual"]), 1))
@@ -131,7 +132,7 @@ def test_translator_sees_what_the_condition_names(condition: str) -> None:
     seen: dict[str, Tensor] = {}
     made.learner.register_forward_hook(lambda module, inputs, output: seen.update(s=output))
     made.translator.register_forward_hook(lambda module, inputs, output: seen.update(c=inputs[1]))
-    losses(made, data)
+    losses(made, data, condition_dropout=0.0)
     s, v = seen["c"]
     assert torch.equal(s, torch.zeros_like(s) if condition == "visual" else seen["s"])
     assert torch.equal(v, torch.zeros_like(v) if condition == "semantic" else data["visual"])
@@ -145,7 +146,7 @@ def test_teacher_labels_unlabelled_pairs_only() -> None:
     data["text"][:2] = 0
     made.fit_teacher(torch.randn(40, DV), torch.randn(40, DT), torch.arange(40) % (K + 1) - 1, torch.ones(40) > 0, 3)
     assert made.teacher is not None
-    off = {"dropout": 0.0, "visual_dropout": 0.0, "visual_input_dropout": 0.0}
+    off = {"dropout": 0.0, "condition_dropout": 0.0, "visual_dropout": 0.0, "visual_input_dropout": 0.0}
     found = losses(made, data, **off, label_smoothing=0.0)
     soft = made.teacher(data["visual"], data["text"])
     targets = torch.cat((soft[2:5], functional.one_hot(data["labels"][5:], K).float()))
@@ -310,3 +311,25 @@ def test_unusable_model_files_are_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(whole)
     save_file(load_file(path), path, metadata={"seda_fast": json.dumps(about)})
     refuses("not a model of this library")
+
+
+def test_networks_are_told_noised_conditions_in_training_only() -> None:
+    made, data = model(), batch()
+    told: dict[str, tuple[Tensor, ...]] = {}
+    made.learner.register_forward_hook(lambda module, inputs, output: told.update(v=(inputs[1],), s=(output,)))
+    made.translator.register_forward_hook(lambda module, inputs, output: told.update(c=inputs[1]))
+    first = 6 + 2 * made.config.blocks + 2
+
+    def factor(layer: int, dim: int) -> Tensor:
+        keys = torch.tensor(5), torch.tensor(7), data["sample_ids"], dim, first + layer
+        return (1 + math.sqrt(0.4 / 0.6) * reference.normals(*keys)).float()
+
+    losses(made, data, dropout=0.0, condition_dropout=0.4)
+    visual, s = data["visual"], told["s"][0]
+    expected = (visual * factor(0, DV), s * factor(1, DV), visual * factor(2, DV))
+    for found, wanted in zip((*told["v"], *told["c"]), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    only_text = {"centre_weight": 0.0, "semantic_weight": 0.0, "teacher_weight": 0.0, "visual_head_weight": 0.0}
+    reaches = gradient_of(made, data, made.learner.network.output.weight, **only_text)
+    assert reaches is not None
+    assert reaches.abs().sum() > 0  # the translator's loss, through s

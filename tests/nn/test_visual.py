@@ -13,7 +13,7 @@ CONFIG = SeDAConfig(visual_dim=12, text_dim=3, n_classes=5, visual_width=16)
 
 def dropout(rows: int, **changes: object) -> GaussianDropout:
     keys = {"seed": torch.tensor(3), "step": torch.tensor(4), "sample_ids": torch.arange(rows), "stream": 12}
-    return GaussianDropout(**{"input_rate": 0.2, "hidden_rate": 0.5, **keys, **changes})  # type: ignore[arg-type]
+    return GaussianDropout(**{"input_rate": 0.2, "hidden_rate": 0.5, "condition_rate": 0.4, **keys, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5])
@@ -25,6 +25,14 @@ def test_dropout_is_the_contracts_noise_times_the_feature(rate: float) -> None:
     factor = dropout(300)(torch.ones(300, 40), rate, 0)
     assert abs(float(factor.mean()) - 1) < 0.05
     assert abs(float(factor.var()) - rate / (1 - rate)) < 0.05
+
+
+def test_every_part_of_a_condition_has_noise_of_its_own() -> None:
+    one = torch.ones(300, 40)
+    parts = dropout(300).condition(one, one, layer=3)
+    for layer, part in zip((3, 4), parts, strict=True):
+        assert torch.equal(part, dropout(300)(one, 0.4, layer))
+    assert not torch.equal(*parts)
 
 
 def test_a_rate_of_0_leaves_the_feature_alone() -> None:
