@@ -1,6 +1,9 @@
 """The quality harness: its regimes, its folds, its statistics, and that a stopped command goes on."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -344,3 +347,26 @@ def test_the_page_says_what_was_chosen_and_how_sure_that_is() -> None:
     assert "| cub10 full | 87.4 | 87.0 |" in text
     assert "trained in bf16" in text
     assert "Selection was not run" in page.markdown([], {}, "make it")
+
+
+def test_workers_end_with_a_command_that_is_killed(tmp_path: Path, repository: Path) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from benchmarks.quality.workers import _begin\n"
+        "def work():\n"
+        "    _begin(1)\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    worker = multiprocessing.get_context('spawn').Process(target=work)\n"
+        "    worker.start()\n"
+        "    worker.join()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    command = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment)
+    assert command.stdout is not None
+    assert command.stdout.readline() == b"begun\n"
+    command.kill()
+    # The pipe ends when its last holder does, and the worker holds it.
+    command.communicate(timeout=60)

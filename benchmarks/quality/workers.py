@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -32,7 +33,7 @@ def make(runs: Runs, jobs: Sequence[Job], folder: Path, workers: int, title: str
             return
         threads = max(1, (os.cpu_count() or 1) // workers)
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(threads,)) as pool:
             try:
                 for done in as_completed([pool.submit(_measure, job, folder) for job in wanted.values()]):
                     runs.add(done.result())
@@ -40,6 +41,19 @@ def make(runs: Runs, jobs: Sequence[Job], folder: Path, workers: int, title: str
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def _begin(threads: int) -> None:
+    """Take a share of the cores, and end when the command does: a pool's processes outlive a parent that is killed."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 @functools.cache
