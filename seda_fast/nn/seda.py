@@ -309,9 +309,10 @@ class SeDA(nn.Module):
         hidden = self.visual.hidden(visual, noise)
         tables, key = (self.signal, self.noise), {"seed": seed, "step": step, "sample_ids": sample_ids}
         x_v = q_sample(visual, tau_s, *tables, **key, stream=VISUAL_NOISE)
-        s = self.learner(x_v, *noise.condition(visual, layer=2), tau_s, dropout, self.memory)
+        told_learner, told_semantic, told_translator = noise.conditions(visual)
+        s = self.learner(x_v, visual * told_learner, tau_s, dropout, self.memory)
         x_t = q_sample(text, tau_t, *tables, **key, stream=TEXTUAL_NOISE)
-        conditions = noise.condition(*self._conditions(s, visual), layer=3)
+        conditions = self._conditions(s * told_semantic, visual * told_translator)
         t = self.translator(x_t, conditions, tau_t, dropout._replace(stream=layers[1]), self.memory)
         mapped = t.detach()
 

@@ -19,7 +19,7 @@ class GaussianDropout(NamedTuple):
     Attributes:
         input_rate, hidden_rate: before and inside the visual head.
         condition_rate: on what the networks are conditioned on.
-        seed, step, sample_ids: key the noise with ``stream``, the first of the five streams that it draws from.
+        seed, step, sample_ids: key the noise with ``stream``, the first of the three streams that it draws from.
     """
 
     input_rate: float
@@ -36,19 +36,27 @@ class GaussianDropout(NamedTuple):
         Mean and variance are those of dropout with rate p. ``eps`` is the counter generator's, drawn by the noising
         operation on ones, so that every backend that has the operation has this.
         """
-        if rate == 0:
-            return x
-        once = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        signal, deviation = x.new_ones(1), x.new_full((1,), math.sqrt(rate / (1 - rate)))
-        key = {"seed": self.seed, "step": self.step, "sample_ids": self.sample_ids}
-        return x * q_sample(torch.ones_like(x), once, signal, deviation, **key, stream=self.stream + layer)
+        return x if rate == 0 else x * self._factor(x, x.shape[1], rate, layer)
 
-    def condition(self, *parts: Tensor, layer: int) -> tuple[Tensor, ...]:
-        """Each part (B, D) of a condition with noise of its own, the first with that of ``layer``.
+    def conditions(self, visual: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """Factors (B, Dv) of the learner's condition v and of the translator's, s and v, drawn at once.
 
         A network told the whole feature at every step learns the training rows by heart, whatever noise its state has.
         """
-        return tuple(self(part, self.condition_rate, layer + i) for i, part in enumerate(parts))
+        if self.condition_rate == 0:
+            return 1.0, 1.0, 1.0
+        learner, semantic, translator = self._factor(visual, 3 * visual.shape[1], self.condition_rate, 2).chunk(
+            3, dim=1
+        )
+        return learner, semantic, translator
+
+    def _factor(self, like: Tensor, dim: int, rate: float, layer: int) -> Tensor:
+        """``1 + sqrt(p / (1 - p)) * eps``, (B, dim), with the rows, device and dtype of ``like``."""
+        rows = like.shape[0]
+        once = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        signal, deviation = like.new_ones(1), like.new_full((1,), math.sqrt(rate / (1 - rate)))
+        key = {"seed": self.seed, "step": self.step, "sample_ids": self.sample_ids}
+        return q_sample(like.new_ones(rows, dim), once, signal, deviation, **key, stream=self.stream + layer)
 
 
 class VisualHead(nn.Module):

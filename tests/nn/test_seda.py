@@ -320,13 +320,11 @@ def test_networks_are_told_noised_conditions_in_training_only() -> None:
     made.translator.register_forward_hook(lambda module, inputs, output: told.update(c=inputs[1]))
     first = 6 + 2 * made.config.blocks + 2
 
-    def factor(layer: int, dim: int) -> Tensor:
-        keys = torch.tensor(5), torch.tensor(7), data["sample_ids"], dim, first + layer
-        return (1 + math.sqrt(0.4 / 0.6) * reference.normals(*keys)).float()
-
+    keys = torch.tensor(5), torch.tensor(7), data["sample_ids"], 3 * DV, first
+    factors = (1 + math.sqrt(0.4 / 0.6) * reference.normals(*keys)).float().chunk(3, dim=1)
     losses(made, data, dropout=0.0, condition_dropout=0.4)
     visual, s = data["visual"], told["s"][0]
-    expected = (visual * factor(0, DV), s * factor(1, DV), visual * factor(2, DV))
+    expected = (x * factor for x, factor in zip((visual, s, visual), factors, strict=True))
     for found, wanted in zip((*told["v"], *told["c"]), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     only_text = {"centre_weight": 0.0, "semantic_weight": 0.0, "teacher_weight": 0.0, "visual_head_weight": 0.0}

@@ -27,12 +27,11 @@ def test_dropout_is_the_contracts_noise_times_the_feature(rate: float) -> None:
     assert abs(float(factor.var()) - rate / (1 - rate)) < 0.05
 
 
-def test_every_part_of_a_condition_has_noise_of_its_own() -> None:
-    one = torch.ones(300, 40)
-    parts = dropout(300).condition(one, one, layer=3)
-    for layer, part in zip((3, 4), parts, strict=True):
-        assert torch.equal(part, dropout(300)(one, 0.4, layer))
-    assert not torch.equal(*parts)
+def test_every_part_of_the_conditions_has_noise_of_its_own() -> None:
+    factors = dropout(300).conditions(torch.ones(300, 40))
+    drawn = dropout(300)(torch.ones(300, 120), 0.4, 2)
+    assert torch.equal(torch.cat(factors, dim=1), drawn)  # type: ignore[arg-type]
+    assert dropout(300, condition_rate=0.0).conditions(torch.ones(300, 40)) == (1, 1, 1)
 
 
 def test_a_rate_of_0_leaves_the_feature_alone() -> None:
