@@ -22,7 +22,9 @@ ROWS = {"cuda": 4096, "cpu": 1024}
 BATCHES = 8
 SIZES = {"visual_dim": 768, "text_dim": 384, "n_classes": 100}
 SMALL = {"visual_dim": 24, "text_dim": 16, "n_classes": 5, "width": 32, "visual_width": 32, "diffusion_steps": 50}
-QUIET = TrainConfig(dropout=0.0, condition_dropout=0.0, visual_dropout=0.0, visual_input_dropout=0.0)
+QUIET = TrainConfig(
+    dropout=0.0, condition_dropout=0.0, translator_dropout=0.0, visual_dropout=0.0, visual_input_dropout=0.0
+)
 
 
 class Draw(NamedTuple):
@@ -65,7 +67,8 @@ def plain_loss(model: SeDA, visual: Tensor, text: Tensor, labels: Tensor, drawn:
     told = gaussian_dropout(visual, s.condition_dropout)
     semantic = network(model.learner.network, x_v, told, drawn.tau_s, s.dropout)
     x_t = model.signal[drawn.tau_t, None] * text + model.noise[drawn.tau_t, None] * drawn.text
-    condition = gaussian_dropout(torch.cat((semantic, visual), dim=1), s.condition_dropout)
+    told = gaussian_dropout(visual, s.translator_dropout)
+    condition = torch.cat((gaussian_dropout(semantic, s.condition_dropout), told), dim=1)
     mapped = network(model.translator.network, x_t, condition, drawn.tau_t, s.dropout)
     hidden = model.visual.norm(model.visual.input(gaussian_dropout(visual, s.visual_input_dropout)))
     hidden = gaussian_dropout(F.gelu(hidden), s.visual_dropout)
@@ -180,7 +183,8 @@ def products(model: SeDA) -> float:
 def bench_training_step(contest: Any, device: torch.device, quick: bool, workload: Any, compile_variants: Any) -> None:
     rows = 32 if quick else ROWS[device.type]
     config = SeDAConfig(**{**SIZES, **(SMALL if quick else {})})
-    settings, data = TrainConfig(), training_set(config, BATCHES * rows, device)
+    data = training_set(config, BATCHES * rows, device)
+    settings = TrainConfig().for_rows(len(data))
     model = SeDA(config).to(device)
     assert_same_loss(model, data, min(rows, 64))
     steps = {"seda_fast": ours(copy.deepcopy(model), data, rows, settings)}
@@ -218,7 +222,8 @@ def bench_epoch(contest: Any, device: torch.device, quick: bool, workload: Any) 
     """What a whole run of ``python -m seda_fast.train`` repeats: an epoch of 20 batches with the defaults."""
     rows, batches = (32, 2) if quick else (256, 20)
     config = SeDAConfig(**{**SIZES, **(SMALL if quick else {})})
-    settings, data = TrainConfig(), training_set(config, batches * rows, device)
+    data = training_set(config, batches * rows, device)
+    settings = TrainConfig().for_rows(len(data))
     model = SeDA(config).to(device)
     assert_same_loss(model, data, min(rows, 64))
     steps = {

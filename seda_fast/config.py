@@ -105,7 +105,10 @@ class TrainConfig:
     ema_decay: float = setting(0.995, "decay of the weights' exponential moving average")
     dropout: float = setting(0.1, "dropout rate inside the interaction blocks")
     condition_dropout: float = setting(
-        0.5, "rate of Gaussian dropout on what the networks are conditioned on: v, and s and v"
+        0.5, "rate of Gaussian dropout on what the networks are told: the learner v, the translator s"
+    )
+    translator_dropout: float = setting(
+        -1.0, "the same on the v that the translator is told; -1: condition_dropout * (1 - rows / 4000), at least 0"
     )
     visual_dropout: float = setting(0.5, "rate of Gaussian dropout inside the visual head")
     visual_input_dropout: float = setting(0.2, "rate of Gaussian dropout on the visual head's input")
@@ -132,17 +135,28 @@ class TrainConfig:
         shares = ("warmup", "ema_decay", "dropout", "condition_dropout", "visual_dropout", "visual_input_dropout")
         for name in (*shares, "label_smoothing"):
             check_range(self, name, 0 <= getattr(self, name) < 1, "in 0 .. 1, 1 excluded")
+        translator = self.translator_dropout
+        check_range(
+            self, "translator_dropout", translator == -1 or 0 <= translator < 1,
+            "in 0 .. 1, 1 excluded, or -1 for the rule",
+        )  # fmt: skip
         check_range(self, "seed", 0 <= self.seed < 2**63, "in 0 .. 2**63 - 1")
 
     def for_rows(self, rows: int) -> TrainConfig:
-        """These settings with ``epochs`` and ``batch_size`` chosen for a training part of ``rows``, where they are 0.
+        """These settings with ``epochs``, ``batch_size`` and ``translator_dropout`` chosen where a rule is to choose.
 
-        A small training part takes small batches, an eighth of it but at least 32 rows, and as many passes as make 240
-        steps: with 20 passes in batches of 256, 224 rows would take 20 steps, and the networks hardly move.
+        A training part of few ``rows`` takes small batches, an eighth of it but at least 32 rows, and as many passes as
+        make 240 steps: with 20 passes in batches of 256, 224 rows would take 20 steps, and the networks hardly move.
+        Noise on the v that the translator is told raises the alignment of a small set, whose rows it would learn by
+        heart, and lowers that of a large one (docs/method.md).
         """
         size = self.batch_size or min(256, max(32, rows // 8))
         steps = -(-rows // size)
-        return dataclasses.replace(self, batch_size=size, epochs=self.epochs or max(20, -(-240 // steps)))
+        epochs = self.epochs or max(20, -(-240 // steps))
+        rate = self.translator_dropout
+        if rate == -1:
+            rate = self.condition_dropout * max(0.0, 1 - rows / 4000)
+        return dataclasses.replace(self, batch_size=size, epochs=epochs, translator_dropout=rate)
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

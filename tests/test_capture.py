@@ -398,10 +398,10 @@ def test_a_step_in_half_precision_asks_the_device_for_few_things(monkeypatch: py
     with use_backend("triton"), Launches() as launches:
         stepper.device_step(stepper.data.rows(torch.arange(14)))
     assert launched.count("timesteps_kernel") == 2
-    assert launched.count("noising_kernel") == 5
+    assert launched.count("noising_kernel") == 6
     # Each block's statistics but the first's come from the block before it on a GPU.
     asked = launches.counts.total() + len(launched) - 2 * 2 * (config.blocks - 1)
-    assert asked <= 402, launches.counts
+    assert asked <= 408, launches.counts
 
 
 @pytest.mark.parametrize(("epochs", "batch_size"), [(1, 60), (1, 30), (2, 60)])

@@ -52,8 +52,15 @@ def test_small_training_parts_take_small_batches_and_more_passes(rows: int, size
     chosen = TrainConfig().for_rows(rows)
     assert (chosen.batch_size, chosen.epochs) == (size, epochs)
     assert chosen.epochs * -(-rows // size) >= 240
-    given = TrainConfig(epochs=3, batch_size=100)
+    given = TrainConfig(epochs=3, batch_size=100, translator_dropout=0.1)
     assert given.for_rows(rows) == given
+
+
+@pytest.mark.parametrize(("rows", "rate"), [(400, 0.45), (2000, 0.25), (4000, 0.0), (50_000, 0.0)])
+def test_the_translator_s_noise_falls_with_the_rows(rows: int, rate: float) -> None:
+    assert TrainConfig().for_rows(rows).translator_dropout == pytest.approx(rate)
+    assert TrainConfig(condition_dropout=0.2).for_rows(rows).translator_dropout == pytest.approx(0.4 * rate)
+    assert TrainConfig(translator_dropout=0.3).for_rows(rows).translator_dropout == 0.3
 
 
 def test_settings_are_frozen_and_integers_pass_as_floats() -> None:

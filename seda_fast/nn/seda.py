@@ -304,8 +304,7 @@ class SeDA(nn.Module):
         )
         layers = FIRST_DROPOUT, FIRST_DROPOUT + self.config.blocks, FIRST_DROPOUT + 2 * self.config.blocks
         dropout = Dropout(settings.dropout, seed, step, sample_ids, layers[0])
-        rates = settings.visual_input_dropout, settings.visual_dropout, settings.condition_dropout
-        noise = GaussianDropout(*rates, seed, step, sample_ids, layers[2])
+        noise = GaussianDropout.of(settings, seed, step, sample_ids, layers[2])
         hidden = self.visual.hidden(visual, noise)
         tables, key = (self.signal, self.noise), {"seed": seed, "step": step, "sample_ids": sample_ids}
         x_v = q_sample(visual, tau_s, *tables, **key, stream=VISUAL_NOISE)

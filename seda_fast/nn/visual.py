@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import SeDAConfig
+from ..config import SeDAConfig, TrainConfig
 from ..ops import q_sample
 
 
@@ -18,17 +18,25 @@ class GaussianDropout(NamedTuple):
 
     Attributes:
         input_rate, hidden_rate: before and inside the visual head.
-        condition_rate: on what the networks are conditioned on.
-        seed, step, sample_ids: key the noise with ``stream``, the first of the three streams that it draws from.
+        condition_rate: on the learner's condition v and the translator's s. translator_rate: on the translator's v.
+        seed, step, sample_ids: key the noise with ``stream``, the first of the four streams that it draws from.
     """
 
     input_rate: float
     hidden_rate: float
     condition_rate: float
+    translator_rate: float
     seed: Tensor
     step: Tensor
     sample_ids: Tensor
     stream: int
+
+    @classmethod
+    def of(cls, settings: TrainConfig, seed: Tensor, step: Tensor, sample_ids: Tensor, stream: int) -> GaussianDropout:
+        """With the rates of ``settings``; the translator's that of all conditions until a rule has seen the rows."""
+        told = settings.condition_dropout if settings.translator_dropout == -1 else settings.translator_dropout
+        rates = settings.visual_input_dropout, settings.visual_dropout, settings.condition_dropout, told
+        return cls(*rates, seed, step, sample_ids, stream)
 
     def __call__(self, x: Tensor, rate: float, layer: int) -> Tensor:
         """``x * (1 + sqrt(p / (1 - p)) * eps)`` (Srivastava et al. 2014, sec. 10), (B, D) -> (B, D).
@@ -39,15 +47,16 @@ class GaussianDropout(NamedTuple):
         return x if rate == 0 else x * self._factor(x, x.shape[1], rate, layer)
 
     def conditions(self, visual: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
-        """Factors (B, Dv) of the learner's condition v and of the translator's, s and v, drawn at once.
+        """Factors (B, Dv) of the learner's condition v and of the translator's, s and v; the first two drawn at once.
 
         A network told the whole feature at every step learns the training rows by heart, whatever noise its state has.
         """
-        if self.condition_rate == 0:
-            return 1.0, 1.0, 1.0
-        learner, semantic, translator = self._factor(visual, 3 * visual.shape[1], self.condition_rate, 2).chunk(
-            3, dim=1
-        )
+        dim = visual.shape[1]
+        learner: Tensor | float = 1.0
+        semantic: Tensor | float = 1.0
+        if self.condition_rate > 0:
+            learner, semantic = self._factor(visual, 2 * dim, self.condition_rate, 2).chunk(2, dim=1)
+        translator = self._factor(visual, dim, self.translator_rate, 3) if self.translator_rate > 0 else 1.0
         return learner, semantic, translator
 
     def _factor(self, like: Tensor, dim: int, rate: float, layer: int) -> Tensor:

@@ -320,9 +320,12 @@ def test_networks_are_told_noised_conditions_in_training_only() -> None:
     made.translator.register_forward_hook(lambda module, inputs, output: told.update(c=inputs[1]))
     first = 6 + 2 * made.config.blocks + 2
 
-    keys = torch.tensor(5), torch.tensor(7), data["sample_ids"], 3 * DV, first
-    factors = (1 + math.sqrt(0.4 / 0.6) * reference.normals(*keys)).float().chunk(3, dim=1)
-    losses(made, data, dropout=0.0, condition_dropout=0.4)
+    def factor(dim: int, stream: int, rate: float) -> Tensor:
+        eps = reference.normals(torch.tensor(5), torch.tensor(7), data["sample_ids"], dim, stream)
+        return (1 + math.sqrt(rate / (1 - rate)) * eps).float()
+
+    factors = *factor(2 * DV, first, 0.4).chunk(2, dim=1), factor(DV, first + 1, 0.3)
+    losses(made, data, dropout=0.0, condition_dropout=0.4, translator_dropout=0.3)
     visual, s = data["visual"], told["s"][0]
     expected = (x * factor for x, factor in zip((visual, s, visual), factors, strict=True))
     for found, wanted in zip((*told["v"], *told["c"]), expected, strict=True):

@@ -13,7 +13,9 @@ CONFIG = SeDAConfig(visual_dim=12, text_dim=3, n_classes=5, visual_width=16)
 
 def dropout(rows: int, **changes: object) -> GaussianDropout:
     keys = {"seed": torch.tensor(3), "step": torch.tensor(4), "sample_ids": torch.arange(rows), "stream": 12}
-    return GaussianDropout(**{"input_rate": 0.2, "hidden_rate": 0.5, "condition_rate": 0.4, **keys, **changes})  # type: ignore[arg-type]
+    return GaussianDropout(
+        **{"input_rate": 0.2, "hidden_rate": 0.5, "condition_rate": 0.4, "translator_rate": 0.3, **keys, **changes}
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5])
@@ -29,9 +31,11 @@ def test_dropout_is_the_contracts_noise_times_the_feature(rate: float) -> None:
 
 def test_every_part_of_the_conditions_has_noise_of_its_own() -> None:
     factors = dropout(300).conditions(torch.ones(300, 40))
-    drawn = dropout(300)(torch.ones(300, 120), 0.4, 2)
-    assert torch.equal(torch.cat(factors, dim=1), drawn)  # type: ignore[arg-type]
-    assert dropout(300, condition_rate=0.0).conditions(torch.ones(300, 40)) == (1, 1, 1)
+    drawn = dropout(300)(torch.ones(300, 80), 0.4, 2)
+    assert torch.equal(torch.cat(factors[:2], dim=1), drawn)  # type: ignore[arg-type]
+    assert torch.equal(factors[2], dropout(300)(torch.ones(300, 40), 0.3, 3))  # type: ignore[arg-type]
+    none = dropout(300, condition_rate=0.0, translator_rate=0.0)
+    assert none.conditions(torch.ones(300, 40)) == (1, 1, 1)
 
 
 def test_a_rate_of_0_leaves_the_feature_alone() -> None:
