@@ -50,7 +50,7 @@ def test_nothing_recorded_is_said(maker: Any, tmp_path: Path) -> None:
 def test_a_cpu_gives_ratios_and_leaves_the_gpu_unmeasured(maker: Any, tmp_path: Path) -> None:
     (tmp_path / "cpu.json").write_text(json.dumps(record(gpu=False)))
     text = maker.results(tmp_path)
-    assert "| training step, B = 4096 | - | - | - | 53% of matrix | eager | 1.30 | 3.21 | 2% |" in text
+    assert "| training step, B = 4096 | - | - | - | 53% of matrix | eager | 1.30 | 3.21 | 2% | 6.06 |" in text
     assert (
         "| training step | 750.0 us | not measured | 3.00 x eager, 1.40 x compiled, reduce-overhead | not measured |"
         in text
