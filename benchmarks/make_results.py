@@ -141,8 +141,8 @@ def results(folder: Path) -> str:
         "Written by `python benchmarks/make_results.py` from `benchmarks/results/*.json`, which",
         "`pytest benchmarks --benchmark-only` records; not edited by hand. A ratio is the competitor's time over ours",
         "in the same run: above 1 ours is faster. *At the ceiling*: the ratio had ours taken no more than its matrix",
-        "products at the rate measured in the run; a ratio to reach above that is out of reach on the device. Times are",
-        "kept from GPUs only.",
+        "products at the rate measured in the run; a ratio to reach above that is out of reach on the device. Times",
+        "are kept from GPUs only.",
         "",
     ]
     if not any(is_gpu(record) for record in records):
