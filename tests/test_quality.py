@@ -370,3 +370,16 @@ def test_workers_end_with_a_command_that_is_killed(tmp_path: Path, repository: P
     command.kill()
     # The pipe ends when its last holder does, and the worker holds it.
     command.communicate(timeout=60)
+
+
+def test_methods_are_compared_over_the_seeds_that_seda_has() -> None:
+    def record(method: str, seed: int, top1: float) -> Record:
+        job = Job("cub10", "full", method, "test", seed)
+        return Record(job, {"top1": top1}, None, None, np.ones(4, bool), 1.0)
+
+    records = [record("seda", 0, 50.0), record("mlp", 0, 40.0), record("mlp", 1, 90.0), record("linear", 1, 95.0)]
+    row = summary.summarise(records, {})[0]
+    assert row["methods"]["mlp"]["top1"] == 40
+    assert row["methods"]["mlp"]["seeds"] == 1
+    assert row["best_baseline"] == "mlp"
+    assert "linear" not in row["methods"]

@@ -42,6 +42,10 @@ def summarise(records: Sequence[Record], selected: Selected) -> list[dict[str, A
             found = {m: r for m, r in found.items() if r}
             if SEDA not in found:
                 continue
+            # A seed draws the labels and rows of a regime: means over different seeds do not compare.
+            seeds = {r.job.seed for r in found[SEDA]}
+            found = {m: [r for r in records if r.job.seed in seeds] for m, records in found.items()}
+            found = {m: r for m, r in found.items() if r}
             rows.append({"set": name, "regime": regime, "methods": {m: _statistics(r) for m, r in found.items()}})
             ablated = {r.job.seed for m in ABLATIONS for r in found.get(m, [])}
             same = [r for r in found[SEDA] if r.job.seed in ablated]
