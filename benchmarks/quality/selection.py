@@ -24,6 +24,7 @@ SPACES: dict[str, dict[str, Sequence[Any]]] = {
         "weight_decay": (0.01, 0.05, 0.2),
         "ema_decay": (0.98, 0.995),
         "dropout": (0.0, 0.1, 0.3),
+        "condition_dropout": (0.0, 0.3, 0.5),
         "visual_dropout": (0.3, 0.5, 0.6),
         "visual_input_dropout": (0.1, 0.2, 0.4),
         "label_smoothing": (0.05, 0.1, 0.2),
