@@ -22,8 +22,9 @@ help:
 train: $(STAMP)
 	$(PY) -m seda_fast.train --data digits --out runs/digits --overwrite
 
+# A core runs a test file after another, each on one thread: most tests wait for one, and two that share a core spin.
 test: lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
