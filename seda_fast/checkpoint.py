@@ -95,8 +95,12 @@ class Checkpoints:
                 checksum, size = _checksum(draft), draft.stat().st_size
             about = {"format": _FORMAT, "step": step, "sha256": checksum, "bytes": size, "state": state}
             text = json.dumps({**about, "about_sha256": _digest(about)}, allow_nan=False)
-            with atomic_path(path.with_suffix(_STATE)) as draft:
-                draft.write_text(text + "\n", encoding="utf-8")
+            try:
+                with atomic_path(path.with_suffix(_STATE)) as draft:
+                    draft.write_text(text + "\n", encoding="utf-8")
+            except BaseException:
+                path.unlink(missing_ok=True)  # nobody reads tensors without JSON, and the disk may be full
+                raise
         except (SafetensorError, OSError) as error:
             raise DataError(f"the checkpoint {path} cannot be written: {_reason(error)}") from error
 

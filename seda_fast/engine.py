@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from .config import ConfigError, TrainConfig
 from .nn import Losses, SeDA, Shard
-from .ops import AttentionChoice, attention_choice, gradient_norm, updates_in_one_pass, weight_update
+from .ops import (
+    AttentionChoice,
+    attention_choice,
+    choose,
+    gradient_norm,
+    operations,
+    updates_in_one_pass,
+    weight_update,
+)
 from .ranks import ALONE, Ranks
 
 EngineName = Literal["auto", "eager", "compile", "graph"]
@@ -242,16 +250,20 @@ class Stepper:
         self.model, self.data, self.settings, self.total_steps, self._say = model, data, settings, total_steps, say
         self.ranks = ranks
         self.plan = plan(engine, precision, data, settings.batch_size, ranks)
-        self.fallbacks: dict[str, dict[str, Any]] = {}
-        if engine not in ("auto", self.plan.used):
-            self._fall(f"engine {engine}", self.plan.used, self.plan.reason, steps=total_steps)
         device = data.device
+        # What fell back to another engine, and those of it that do so in every step.
+        self.fallbacks: dict[str, dict[str, Any]] = {}
+        self._lasting: set[str] = set()
+        wanted = engine if engine != "auto" else "graph" if device.type == "cuda" else "eager"
+        if self.plan.used != wanted:
+            self._fall(f"engine {wanted}", self.plan.used, self.plan.reason, lasting=True)
         self.done = 0
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.seed = torch.tensor(settings.seed, dtype=torch.int64, device=device)
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
         # Step and term of the first loss that is not finite, as step * len(TERMS) + term; -1 while there is none.
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._glance: Glance | None = None
         self.average = MovingAverage(model.parameters(), settings.ema_decay)
         captured = self.plan.used == "graph"
         # Of every step of the run, where steps must not read the host; also after a capture that failed.
@@ -261,6 +273,8 @@ class Stepper:
             factors = [learning_rate_factor(step, total_steps, settings.warmup) for step in range(total_steps)]
             self._rates = (settings.learning_rate * torch.tensor(factors, dtype=torch.float64)).float().to(device)
             rate = self._rates[0].clone()
+            # Said of the warm-up and of batches that no graph serves, which take the same path on purpose.
+            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
         self.optimiser = torch.optim.AdamW(
             parameter_groups(model, settings.weight_decay),
             lr=rate,
@@ -328,17 +342,32 @@ class Stepper:
             self.sums.zero_()
         self.done = int(self.step)
 
-    def look(self, stop: int) -> tuple[tuple[int, str] | None, int]:
-        """Step (from 1) and term of the first loss on any rank that was not finite, and the largest ``stop``.
+    def look(self, stop: int, pace: int) -> tuple[tuple[int, str] | None, int, int]:
+        """Step (from 1) and term of the first loss on any rank that was not finite, and the ranks' largest numbers.
 
         Waits for the device and, where there are several, for all ranks.
         """
         code = int(self._first_bad)
         # The first is the least, and -1 stands for none.
-        late = -1 if code < 0 else _LATEST - code
-        late, stop = self.ranks.largest([late, stop])
-        code = _LATEST - late
-        return (None if late < 0 else (code // len(TERMS) + 1, TERMS[code % len(TERMS)])), stop
+        late, stop, pace = self.ranks.largest([-1 if code < 0 else _LATEST - code, stop, pace])
+        return _bad_loss(-1 if late < 0 else _LATEST - late), stop, pace
+
+    def glance(self) -> tuple[int, str] | None:
+        """`look` at the losses of this rank on a GPU, as they were at an earlier glance: waits for nothing."""
+        if self._glance is None:
+            self._glance = Glance(self._first_bad)
+        return _bad_loss(self._glance.newest())
+
+    def first_non_finite(self) -> str | None:
+        """Name of the first weight with an element that is not finite. Waits for the device."""
+        named = list(self.model.named_parameters())
+        finite = torch.stack([weight.isfinite().all() for _, weight in named]).tolist()
+        return next((name for (name, _), whole in zip(named, finite, strict=True) if not whole), None)
+
+    def backends(self) -> str:
+        """Who serves the operations, "cpp, reference" say."""
+        dtype = self.average.values[0].dtype
+        return ", ".join(sorted({choose(op, self.data.device.type, dtype)[0] for op in operations()}))
 
     def gather_sums(self) -> Tensor:
         """The loss sums of all ranks, which the first goes on with alone, so that it can stop and resume there."""
@@ -349,6 +378,11 @@ class Stepper:
                 self.sums.zero_()
                 return gathered
         return self.sums
+
+    def add_fallbacks(self, earlier: Mapping[str, Mapping[str, Any]]) -> None:
+        """Count the fallbacks of ``earlier`` steps, those before a resumption, too."""
+        for what, how in earlier.items():
+            self.fallbacks.setdefault(what, {**how, "steps": 0})["steps"] += how["steps"]
 
     def rate(self) -> float:
         """Learning rate of the step to come."""
@@ -404,7 +438,13 @@ class Stepper:
             self.scaler.update()
             self.average.update(self.done)
         self.step += 1
+        self._count()
+
+    def _count(self) -> None:
+        """A step is over, as far as the host is concerned."""
         self.done += 1
+        for what in self._lasting:
+            self.fallbacks[what]["steps"] += 1
 
     @torch.no_grad()
     def _update_in_one_pass(self, rate: float) -> None:
@@ -453,7 +493,7 @@ class Stepper:
         except torch._dynamo.exc.TorchDynamoException as error:
             # No compiler is there, say; it fails at the first call, before anything has changed.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self._fall("engine compile", "eager", f"it failed: {reason}", steps=self.total_steps - self.done)
+            self._fall("engine compile", "eager", f"it failed: {reason}", lasting=True)
             self.plan, self.objective.compiled = self.plan._replace(used="eager"), None
             return self._losses(batch, self.seed, self.step, shard, False)  # type: ignore[no-any-return]
 
@@ -489,33 +529,64 @@ class Stepper:
     def _graphed(self, parts: list[Tensor]) -> Iterator[None]:
         size = self.settings.batch_size
         whole = [part for part in parts if len(part) == size]
-        if whole and self._graph is None and "engine graph" not in self.fallbacks:
+        if whole and self._graph is None and "engine graph" not in self._lasting:
             try:
                 self._graph = Graph(self)
             except RuntimeError as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self._fall("engine graph", "eager", f"it failed: {reason}", steps=self.total_steps - self.done)
+                self._fall("engine graph", "eager", f"it failed: {reason}", lasting=True)
                 self.plan = self.plan._replace(used="eager")
         replayed = whole if self._graph is not None else []
         if self._graph is not None and replayed:
             self._graph.order(torch.cat(replayed))
             for _ in replayed:
                 self._graph.replay()
-                self.done += 1
+                self._count()
                 yield
         for part in parts[len(replayed) :]:
             if len(part) != size:
                 self._fall(f"a batch of {len(part)} rows", "eager", "a graph has one shape")
             self.device_step(self.data.rows(part.to(self.data.device)))
-            self.done += 1
+            self._count()
             yield
 
-    def _fall(self, what: str, used: str, reason: str, steps: int = 1) -> None:
-        if what in self.fallbacks:
-            self.fallbacks[what]["steps"] += steps
-            return
-        self.fallbacks[what] = {"used": used, "reason": reason, "steps": steps}
-        self._say(f"{what} runs on {used}: {reason}")
+    def _fall(self, what: str, used: str, reason: str, lasting: bool = False) -> None:
+        """Tell and count that ``what`` runs on another engine: in this step, or in all that come."""
+        if what not in self.fallbacks:
+            self.fallbacks[what] = {"used": used, "reason": reason, "steps": 0}
+            self._say(f"{what} runs on {used}: {reason}")
+        if lasting:
+            self._lasting.add(what)
+        else:
+            self.fallbacks[what]["steps"] += 1
+
+
+def _bad_loss(code: int) -> tuple[int, str] | None:
+    """Step (from 1) and term that ``code`` stands for, see `Stepper`; None for -1."""
+    return None if code < 0 else (code // len(TERMS) + 1, TERMS[code % len(TERMS)])
+
+
+class Glance:
+    """A number on a GPU, read by the host without waiting for it: as it was when it was last asked for."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number
+        # Page-locked, so that the copy need not wait either.
+        self._copy = torch.full((), -1, dtype=number.dtype, pin_memory=True)
+        self._arrived: torch.cuda.Event | None = None
+        self._seen = -1
+
+    def newest(self) -> int:
+        """The value that arrived last, -1 before any did; asks for the next."""
+        if self._arrived is not None:
+            if not self._arrived.query():
+                return self._seen
+            self._seen = int(self._copy)
+        else:
+            self._arrived = torch.cuda.Event()
+        self._copy.copy_(self._number, non_blocking=True)
+        self._arrived.record(torch.cuda.current_stream(self._number.device))
+        return self._seen
 
 
 @contextmanager

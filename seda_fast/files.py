@@ -235,9 +235,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         mode = draft.stat().st_mode  # what the umask allows; some writers make files that only the owner reads
         yield draft
         draft.chmod(mode)
-        _flush(draft)
+        flush(draft)
         draft.replace(target)
-        _flush(target.parent)  # a rename lasts only when its folder is on disk
+        flush(target.parent)  # a rename lasts only when its folder is on disk
     except OSError as error:
         raise DataError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
@@ -245,7 +245,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             draft.unlink()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Returns when the file or folder ``path`` is on disk, not only in the system's memory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -22,8 +22,9 @@ from .interrupt import Interrupted, Interrupts
 from .nn import SeDA
 from .ranks import ALONE, Ranks
 
-# How many steps may pass on a GPU before the host looks whether the losses are finite; on a CPU it looks every step.
-LOOK_EVERY = 50
+# Ranks with GPUs wait for each other when they look for signals and losses gone bad: after so many seconds, as a signal
+# has to be heard within `interrupt.GRACE_SECONDS`, and after so many steps at most.
+LOOK_SECONDS, LOOK_STEPS = 1.0, 50
 
 
 class TrainingError(RuntimeError):
@@ -169,6 +170,8 @@ class Trainer:
         self._batch, self._seconds = 0, 0.0
         self._order_state = self._order.get_state()
         self._last_checkpoint: Path | None = None
+        # When several ranks look next, a step, and when they looked last, a step and a time.
+        self._look_at, self._looked = 0, (0, time.perf_counter())
         # The epoch's sums when losses were last told, what earlier epochs added since then, and the rows since then.
         self._told, self._carried = torch.zeros_like(self.stepper.sums), torch.zeros_like(self.stepper.sums)
         self._untold_rows = 0
@@ -185,7 +188,7 @@ class Trainer:
             The model carrying the moving average of the weights, in evaluation mode, and a row per epoch.
 
         Raises:
-            TrainingError: a loss is no longer finite.
+            TrainingError: a loss or a weight is no longer finite.
             Interrupted: a signal asked to stop; a checkpoint is written.
             DataError: a checkpoint cannot be written.
         """
@@ -199,6 +202,7 @@ class Trainer:
                 self._finish_checkpoint()
             raise
         self._finish_checkpoint()
+        self._refuse_bad_state()
         self.stepper.average.store()
         return self.model.eval(), self.history
 
@@ -240,17 +244,42 @@ class Trainer:
         self._telling.write(done, means, rate)
 
     def _refuse_non_finite(self) -> int:
-        """Raises TrainingError where a loss on any rank is not finite; returns the signal that any rank got, or 0."""
+        """Raises TrainingError where a loss on any rank is not finite; returns the signal that any rank got, or 0.
+
+        Waits for the device and for all ranks, who settle together when they do so next.
+        """
+        step, then = self._looked
+        done, now = self.stepper.done, time.perf_counter()
         interrupts = self._keeping.interrupts if self._keeping is not None else None
         requested = (interrupts.requested or 0) if interrupts is not None else 0
-        found, requested = self.stepper.look(requested)
+        # Microseconds a step.
+        pace = int(1e6 * (now - then) / max(1, done - step))
+        found, requested, pace = self.stepper.look(requested, pace)
+        self._look_at = done + max(1, min(LOOK_STEPS, int(1e6 * LOOK_SECONDS / max(1, pace))))
+        self._looked = (done, now)
+        self._refuse_bad_loss(found)
+        return requested
+
+    def _refuse_bad_loss(self, found: tuple[int, str] | None) -> None:
         if found is None:
-            return requested
+            return
         step, term = found
-        kept = f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "no checkpoint yet"
         what = "the weighted sum of the losses" if term == "total" else f"the loss term {term}"
         epoch = (step - 1) // self.steps_per_epoch + 1
-        raise TrainingError(f"{what} is no longer finite, first in step {step} (epoch {epoch}); {kept}")
+        raise TrainingError(f"{what} is no longer finite, first in step {step} (epoch {epoch}); {self._kept()}")
+
+    def _refuse_bad_state(self) -> None:
+        """Raises TrainingError where the last step left weights or moments that are not finite, though no loss was:
+        a gradient overflowed. The next loss would tell, but a checkpoint of now would not be a good one."""
+        name = self.stepper.first_non_finite()
+        if name is not None:
+            done = self.stepper.done
+            epoch = -(-done // self.steps_per_epoch)
+            what = f"the weight {name} is no longer finite after step {done}"
+            raise TrainingError(f"{what} (epoch {epoch}); {self._kept()}")
+
+    def _kept(self) -> str:
+        return f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "no checkpoint yet"
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -260,14 +289,13 @@ class Trainer:
         due = keeping is not None and (
             done % max(1, round(keeping.every * self.steps_per_epoch)) == 0 or done == self.total_steps
         )
-        alone_on_gpu = self._ranks.alone and self.data.device.type == "cuda"
         told = keeping is not None and keeping.interrupts is not None and keeping.interrupts.requested is not None
-        # Several ranks must come to this together, so a signal waits for the next look.
-        if not (due or self.data.device.type == "cpu" or done % LOOK_EVERY == 0 or (alone_on_gpu and told)):
+        if not (due or (told and self._ranks.alone) or self._time_to_look()):
             return
         signum = self._refuse_non_finite()
         if keeping is None or not (due or signum):
             return
+        self._refuse_bad_state()
         tensors, state = {**self.stepper.tensors(), "order": self._order_state}, self._state()
         tensors["sums"] = self.stepper.gather_sums()
         if keeping.checkpoints is not None:
@@ -276,6 +304,17 @@ class Trainer:
             self._finish_checkpoint()
             where = f"; --resume continues from {self._last_checkpoint}" if keeping.checkpoints is not None else ""
             raise Interrupted(f"stopped in step {done} of {self.total_steps}{where}", signum)
+
+    def _time_to_look(self) -> bool:
+        """Whether to wait for the device: always on a CPU, which has no queue; never for the sake of a look on one GPU,
+        whose losses arrive by themselves; together on several."""
+        if self.data.device.type == "cpu":
+            return True
+        if self._ranks.alone:
+            if self.stepper.done % LOOK_STEPS == 0:
+                self._refuse_bad_loss(self.stepper.glance())
+            return False
+        return self.stepper.done >= self._look_at
 
     def _finish_checkpoint(self) -> None:
         if self._keeping is not None and self._keeping.checkpoints is not None:
@@ -287,6 +326,7 @@ class Trainer:
             "seconds": self._seconds,
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
             "scaler": self.stepper.scaler.state_dict(),
+            "fallbacks": self.stepper.fallbacks,
             "rows": len(self.data),
             "settings": {
                 "train": dataclasses.asdict(self.settings),
@@ -303,6 +343,9 @@ class Trainer:
             "device": self.data.device.type,
             "ranks": self._ranks.world,
             "torch": torch.__version__,
+            "processor": _processor(self.data.device),
+            **({"threads": torch.get_num_threads()} if self.data.device.type == "cpu" else {}),
+            "backends": self.stepper.backends(),
             **({"attention": self.stepper.attention.used} if self.stepper.attention is not None else {}),
         }
 
@@ -330,9 +373,11 @@ class Trainer:
         self._ranks.spread(self._order_state)
         self._order.set_state(self._order_state)
         self.stepper.scaler.load_state_dict(state["scaler"])
+        self.stepper.add_fallbacks(state.get("fallbacks", {}))
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self._batch, self._seconds = int(state["batch"]), float(state["seconds"])
         self._told.copy_(self.stepper.sums)
+        self._looked = (self.stepper.done, time.perf_counter())
         self._say(f"continuing after step {self.stepper.done} of {self.total_steps}, from {self._last_checkpoint}")
         return True
 
@@ -355,6 +400,11 @@ class Trainer:
             before = state.get("ran_on", {}).get(name)
             if before != value:
                 self._say(f"continuing with {name} {value} after {before}: close to, but not the same bits as, one run")
+
+
+def _processor(device: torch.device) -> str:
+    """What decides how the vendor's matrix products add: a GPU's name, a CPU's instruction set."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def _refuse_difference(own: Mapping[str, Any], before: Mapping[str, Any], path: Path) -> None:

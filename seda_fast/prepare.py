@@ -39,7 +39,8 @@ def prepare(
     """A new model carrying the data's statistics, and the standardised training set on ``device``.
 
     Rows without text keep zeros there, which nothing reads. Where the features would take more than ``memory_share``
-    of the device's free memory they are streamed instead; those that lie in the memory of a CPU already never are.
+    of the device's free memory they are streamed instead (the ranks of a host share that of its CPUs); those that lie
+    in the memory of a CPU already never are.
     Each of the ranks sums its part of the rows for the category centres. Raises DataError when no row is labelled.
     """
     if not data.labelled_train.any():
@@ -62,30 +63,35 @@ def prepare(
     standardised = None if texts is None else (texts - text_mean) / text_scale
     readers = (RowReader(data.visual_train), RowReader(data.text_train))
     streamed = dataclasses.replace(StreamedSet(*readers, *moments, *about), text_classes=standardised)
-    rows = streamed if _too_large(data, device, memory_share) else _loaded(data, streamed)
+    # Where one rank has too little memory, all of them stream.
+    too_large = any(ranks.largest([_too_large(data, device, memory_share, ranks)]))
+    rows = streamed if too_large else _loaded(data, streamed)
     _fit(model, rows, seed, ranks, moments)
     if texts is not None:
         model.set_class_texts(texts)
     return model.to(device), _to(rows, device)
 
 
-def _too_large(data: FeatureSet, device: torch.device, memory_share: float) -> bool:
+def _too_large(data: FeatureSet, device: torch.device, memory_share: float, ranks: Ranks) -> bool:
     if device.type == "cpu" and not isinstance(data.visual_train, np.memmap):
         return False
     needed = 4 * (data.visual_train.size + data.text_train.size)
+    if device.type == "cpu":
+        needed *= ranks.on_host
     return needed > memory_share * free_memory(device)
 
 
 def _loaded(data: FeatureSet, rows: StreamedSet) -> TrainingSet:
     everything = np.arange(len(data.visual_train))
-    visual = (torch.from_numpy(float_rows(data.visual_train, everything)) - rows.visual_mean) / rows.visual_scale
+    # In place: a second array of this size might be one too many.
+    visual = torch.from_numpy(float_rows(data.visual_train, everything)).sub_(rows.visual_mean).div_(rows.visual_scale)
     release(data.visual_train)
     rest = (rows.labels, rows.paired, rows.sample_ids, rows.text_classes)
     if rows.text_classes is not None:
         return TrainingSet(visual, visual.new_zeros(len(visual), 0), *rest)
-    text = (torch.from_numpy(float_rows(data.text_train, everything)) - rows.text_mean) / rows.text_scale
+    text = torch.from_numpy(float_rows(data.text_train, everything)).sub_(rows.text_mean).div_(rows.text_scale)
     release(data.text_train)
-    return TrainingSet(visual, text.nan_to_num(nan=0.0), *rest)
+    return TrainingSet(visual, text.nan_to_num_(nan=0.0), *rest)
 
 
 def _fit(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, schedule
 
 # Steps left out at the start, where kernels are loaded and tuned, and steps looked at.
@@ -43,6 +44,22 @@ class Recorder:
             self._profiler.step()
 
 
+def shares(events: Iterable[Any], cuda: bool) -> dict[str, float]:
+    """Share of the time that each operation took itself; on a GPU, of the time of its kernels and copies.
+
+    There each kernel stands in ``events`` itself and once more in the operation of the host that launched it, and
+    spans that only have a name, an optimiser's step say, cover kernels a third time: kernels alone are counted.
+    """
+    times: dict[str, float] = {}
+    for event in events:
+        on_gpu = event.device_type == DeviceType.CUDA
+        if on_gpu == cuda and not event.is_user_annotation and not event.key.startswith("ProfilerStep"):
+            time = float(event.self_device_time_total if cuda else event.self_cpu_time_total)
+            times[event.key] = times.get(event.key, 0.0) + time
+    whole = sum(times.values()) or 1.0
+    return {name: time / whole for name, time in times.items()}
+
+
 @contextmanager
 def profiled(trace: Path | None, device: torch.device, steps: int, found: Profile) -> Iterator[Recorder]:
     """Look at some of the ``steps`` training steps in the block, `Recorder.step` after each.
@@ -61,13 +78,7 @@ def profiled(trace: Path | None, device: torch.device, steps: int, found: Profil
 
     def keep(profiler: Any) -> None:
         profiler.export_chrome_trace(str(trace))
-        times = {
-            event.key: float(event.self_device_time_total if cuda else event.self_cpu_time_total)
-            for event in profiler.key_averages()
-            if not event.key.startswith("ProfilerStep")
-        }
-        whole = sum(times.values()) or 1.0
-        found.shares, found.steps = {name: time / whole for name, time in times.items()}, active
+        found.shares, found.steps = shares(profiler.key_averages(), cuda), active
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     plan = schedule(wait=skipped, warmup=warm_up, active=active, repeat=1)

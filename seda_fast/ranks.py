@@ -38,6 +38,11 @@ class Ranks:
         return self.world == 1
 
     @property
+    def on_host(self) -> int:
+        """How many of the ranks share this machine, and with it the memory of its CPUs."""
+        return 1 if self.alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    @property
     def first(self) -> bool:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0

@@ -20,7 +20,7 @@ from typing import IO, Any
 import tomli_w
 
 from .checkpoint import Checkpoints
-from .files import DataError, check_writable
+from .files import DataError, check_writable, flush
 from .loop import Epoch
 from .nn import WEIGHTS_FILE
 
@@ -78,15 +78,24 @@ def results_folder(
 
 
 def _move(draft: Path, out: Path) -> None:
-    """All files of ``draft`` to ``out``, by one rename where nothing is there yet."""
+    """All files of ``draft`` to ``out``, by one rename where nothing is there yet; they are on disk when it returns."""
+    files = sorted(path for path in draft.rglob("*") if path.is_file())
+    for path in [*files, *{file.parent for file in files}]:
+        flush(path)
+    renamed = False
     with suppress(OSError):  # there is something, or a link to a folder: file by file then
         if not out.is_symlink():
             draft.rename(out)
-            return
-    for file in sorted(path for path in draft.rglob("*") if path.is_file()):
+            renamed = True
+    if renamed:
+        flush(out.parent)
+        return
+    for file in files:
         target = out / file.relative_to(draft)
         target.parent.mkdir(parents=True, exist_ok=True)
         file.replace(target)
+    for folder in {(out / file.relative_to(draft)).parent for file in files}:
+        flush(folder)
 
 
 @contextmanager

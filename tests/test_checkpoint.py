@@ -2,11 +2,13 @@
 
 import errno
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,48 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_older_ones(
     with pytest.raises(DataError, match=r"step-000000003.safetensors cannot be written: No space left on device"):
         save(kept, 3)
     assert {path: path.read_bytes() for path in kept.folder.iterdir()} == before
+
+
+def test_no_tensors_stay_without_their_json(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(kept, 1)
+    before = names(kept)
+    whole = module.atomic_path
+
+    def full(path: Path) -> AbstractContextManager[Path]:
+        if path.suffix == ".json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path)
+
+    monkeypatch.setattr(module, "atomic_path", full)
+    with pytest.raises(DataError, match=r"step-000000002.safetensors cannot be written: No space left on device"):
+        save(kept, 2)
+    assert names(kept) == before
+
+
+def test_files_are_on_disk_before_they_have_their_names(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def flushed(handle: int) -> None:
+        done.append(f"flush {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        fsync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(f"rename {path.name} to {target.name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    save(kept, 1)
+    drafts = [line.split()[1] for line in done if line.startswith("rename")]
+    assert done == [
+        f"flush {drafts[0]}",
+        f"rename {drafts[0]} to step-000000001.safetensors",
+        f"flush {kept.folder.name}",
+        f"flush {drafts[1]}",
+        f"rename {drafts[1]} to step-000000001.json",
+        f"flush {kept.folder.name}",
+    ]
 
 
 WRITE_UNTIL_FULL = """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seda_fast import SeDA, SeDAConfig, TrainConfig, engine, train
+from seda_fast import SeDA, SeDAConfig, TrainConfig, engine, loop, train
 from seda_fast.checkpoint import Checkpoints
 from seda_fast.config import ConfigError
-from seda_fast.engine import Plan, Stepper, plan
-from seda_fast.loop import Keeping, Trainer, TrainingError, TrainingSet
+from seda_fast.engine import Glance, Plan, Stepper, plan
+from seda_fast.loop import LOOK_STEPS, Keeping, Trainer, TrainingError, TrainingSet
 from seda_fast.ops import cpp_status, use_backend
 
 CONFIG = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=1, time_embedding=8, diffusion_steps=60)
@@ -38,11 +39,11 @@ def training_set(device: str = "cpu", rows: int = ROWS) -> TrainingSet:
     return TrainingSet(*(field.to(device) for field in fields))
 
 
-def trainer(device: str = "cpu", settings: TrainConfig = SETTINGS, **options: Any) -> Trainer:
+def trainer(device: str = "cpu", settings: TrainConfig = SETTINGS, rows: int = ROWS, **options: Any) -> Trainer:
     torch.manual_seed(0)
-    model, data = SeDA(CONFIG), training_set()
+    model, data = SeDA(CONFIG), training_set(rows=rows)
     model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), data.visual, data.labels)
-    return Trainer(model.to(device), training_set(device), settings, **options)
+    return Trainer(model.to(device), training_set(device, rows), settings, **options)
 
 
 def agree(one: Trainer, other: Trainer, tolerance: float) -> None:
@@ -210,6 +211,39 @@ def test_graph_agrees_with_eager_over_fifty_steps_without_waiting() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["graph", "eager"])
+def test_losses_are_looked_at_within_an_epoch_without_waiting(name: Any) -> None:
+    # Two epochs of 150 steps.
+    settings = dataclasses.replace(SETTINGS, epochs=2, batch_size=2)
+    found = trainer("cuda", settings, rows=300, engine=name)
+    assert found.steps_per_epoch == 3 * LOOK_STEPS
+
+    def look(done: int, total: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if 2 <= done % 150 <= 148 else "default")
+
+    try:
+        found.run(on_step=look)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.stepper.report()["used"] == name
+
+
+@pytest.mark.gpu
+def test_a_loss_gone_bad_is_seen_within_an_epoch() -> None:
+    settings = dataclasses.replace(SETTINGS, epochs=1, batch_size=2)
+    broken = trainer("cuda", settings, rows=1000, engine="graph")
+
+    def spoil(done: int, total: int) -> None:
+        if done == 10:
+            with torch.no_grad():
+                broken.model.translator.head.weight[0, 0] = float("inf")
+
+    with pytest.raises(TrainingError, match="the loss term mapped is no longer finite, first in step 11 "):
+        broken.run(on_step=spoil)
+    assert broken.stepper.done <= 10 + 3 * LOOK_STEPS
+
+
+@pytest.mark.gpu
 def test_the_eager_engine_waits_for_the_device_between_epochs_alone() -> None:
     eager = trainer("cuda", engine="eager")
 
@@ -292,6 +326,15 @@ def test_a_compiler_that_fails_is_told_and_training_goes_on(monkeypatch: pytest.
     agree(eager, compiled, 0.0)
 
 
+def test_auto_says_that_it_could_not_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "plan", lambda *unused: Plan("auto", "compile", "no graph: a test"))
+    said: list[str] = []
+    # What `auto` would choose on a CPU is eager, on a GPU the graph; all else is told.
+    found = trainer(engine="auto", say=said.append)
+    assert said == ["engine eager runs on compile: no graph: a test"]
+    assert [how["what"] for how in found.stepper.report()["fallbacks"]] == ["engine eager"]
+
+
 # --------------------------------------------------------------------------------------------------------- precisions
 
 
@@ -358,10 +401,133 @@ def test_a_bad_loss_names_step_term_and_last_good_checkpoint(tmp_path: Path) -> 
     assert kept.steps() == [5, 10]
 
 
+def overflow_in(step: int, broken: Trainer) -> None:
+    """The gradient of ``step`` (from 1) is infinite though its losses are not."""
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf") if broken.stepper.done == step - 1 else gradient
+
+    broken.model.translator.head.weight.register_hook(spoil)
+
+
+def test_a_checkpoint_of_weights_gone_bad_is_not_written(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, lambda sentence: None)
+    broken = trainer(keeping=Keeping(kept))
+    overflow_in(10, broken)
+    with pytest.raises(TrainingError) as caught:
+        broken.run()
+    assert re.fullmatch(
+        r"the weight \S+ is no longer finite after step 10 \(epoch 2\); the last good checkpoint is "
+        + re.escape(str(tmp_path / "step-000000005.safetensors")),
+        str(caught.value),
+    )
+    assert kept.steps() == [5]
+    # And from there the run can go on.
+    again = trainer(keeping=Keeping(kept))
+    assert again.resume()
+    again.run()
+    assert again.stepper.done == 50
+
+
+def test_weights_gone_bad_in_the_last_step_are_not_returned() -> None:
+    broken = trainer()
+    overflow_in(50, broken)
+    with pytest.raises(TrainingError, match=r"the weight \S+ is no longer finite after step 50 .*no checkpoint yet"):
+        broken.run()
+
+
+def test_a_number_of_the_device_is_read_when_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        there = False
+
+        def record(self, stream: Any) -> None:
+            Event.there = False
+
+        def query(self) -> bool:
+            return Event.there
+
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda *args, pin_memory, **options: full(*args, **options))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    number = torch.tensor(-1)
+    glance = Glance(number)
+    assert glance.newest() == -1
+    number.fill_(7)
+    assert glance.newest() == -1  # the copy of before is still under way
+    Event.there = True
+    assert glance.newest() == -1  # it was made before the number changed
+    assert glance.newest() == -1
+    Event.there = True
+    assert glance.newest() == 7
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(1e-4, LOOK_STEPS), (0.1, 10), (20.0, 1)])
+def test_ranks_look_every_second_or_so(monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int) -> None:
+    clock = iter([0.0, 30 * seconds])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    looking = trainer()
+    looking.stepper.done = 30
+    assert looking._refuse_non_finite() == 0
+    assert looking._look_at == 30 + steps
+
+
 def test_a_sum_that_overflows_is_named_too() -> None:
     settings = dataclasses.replace(SETTINGS, text_weight=3e38, centre_weight=3e38, semantic_weight=3e38)
     with pytest.raises(TrainingError, match="the weighted sum of the losses is no longer finite, first in step 1 "):
         trainer(settings=settings).run()
+
+
+# ----------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"engine": "compile"}, id="compile", marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16"}, id="bf16"),
+        pytest.param({"precision": "fp16"}, id="fp16"),
+    ],
+)
+def test_a_run_goes_on_to_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done == 24:
+            raise Stop
+
+    kept = Checkpoints(tmp_path, lambda sentence: None)
+    whole = trainer(**options)
+    whole.run()
+    with pytest.raises(Stop):
+        # Between the checkpoints of the third and of the fourth epoch fp16 still looks for its scale.
+        trainer(**options, keeping=Keeping(kept, every=0.6)).run(on_step=stop)
+    said: list[str] = []
+    resumed = trainer(**options, keeping=Keeping(kept), say=said.append)
+    assert resumed.resume()
+    assert [sentence for sentence in said if "same bits" in sentence] == []
+    assert resumed.stepper.done == 21
+    resumed.run()
+    for (name, a), b in zip(whole.stepper.tensors().items(), resumed.stepper.tensors().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert [epoch.losses for epoch in whole.history] == [epoch.losses for epoch in resumed.history]
+    assert resumed.stepper.report() == whole.stepper.report()
+
+
+def test_what_changes_the_bits_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Checkpoints(tmp_path, lambda sentence: None)
+    trainer(settings=dataclasses.replace(SETTINGS, epochs=1), keeping=Keeping(kept)).run()
+    said: list[str] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
+    with use_backend("reference"):
+        resumed = trainer(settings=dataclasses.replace(SETTINGS, epochs=1), keeping=Keeping(kept), say=said.append)
+        assert resumed.resume()
+    told = "\n".join(said)
+    assert "continuing with threads 77 after " in told
+    assert "continuing with processor ABACUS after " in told
+    assert ("continuing with backends reference after " in told) == (cpp_status()["reason"] is None)
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -383,6 +549,28 @@ def test_the_command_reports_its_engine(tmp_path: Path, capfd: pytest.CaptureFix
     assert metrics["precision"] == "bf16"
     assert metrics["engine"] == {"asked": "eager", "used": "eager", "reason": "asked for", "fallbacks": []}
     capfd.readouterr()
+    # No batch is whole here, so nothing is compiled, which would take long.
+    falling = ["--engine", "graph", "--batch-size", "64"]
+    assert train.main([*arguments, str(tmp_path / "graph"), *falling]) == 0
+    why = "no graph: it needs a CUDA device; the batch is larger than the training part"
+    said = capfd.readouterr().err
+    assert f"seda_fast.train: engine graph runs on compile: {why}\n" in said
+    assert "seda_fast.train: a batch of 48 rows runs on eager: a new shape would be compiled anew\n" in said
+    told = json.loads((tmp_path / "graph" / "metrics.json").read_text())["train"]["engine"]
+    assert told == {
+        "asked": "graph",
+        "used": "compile",
+        "reason": why,
+        "fallbacks": [
+            {"what": "engine graph", "used": "compile", "reason": why, "steps": 1},
+            {
+                "what": "a batch of 48 rows",
+                "used": "eager",
+                "reason": "a new shape would be compiled anew",
+                "steps": 1,
+            },
+        ],
+    }
     assert train.main([*arguments, str(tmp_path / "tf32"), "--precision", "tf32", "--device", "cpu"]) == 2
     assert capfd.readouterr().err == "seda_fast.train: precision tf32 needs a CUDA device; give fp32 or bf16\n"
     assert not (tmp_path / "tf32").exists()

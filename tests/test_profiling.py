@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from seda_fast import train
-from seda_fast.profiling import Profile, profiled
+from seda_fast.profiling import Profile, profiled, shares
 
 
 def test_a_profiled_run_prints_shares_and_writes_a_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +33,28 @@ def test_a_profiled_run_prints_shares_and_writes_a_trace(tmp_path: Path, capfd: 
     assert not (tmp_path / "plain" / "trace.json").exists()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "run")]
     assert weights[0] == weights[1]
+
+
+def event(key: str, device: DeviceType, cpu: float, gpu: float, annotation: bool = False) -> SimpleNamespace:
+    times = {"self_cpu_time_total": cpu, "self_device_time_total": gpu}
+    return SimpleNamespace(key=key, device_type=device, is_user_annotation=annotation, **times)
+
+
+def test_on_a_gpu_each_kernel_counts_once() -> None:
+    """As PyTorch lists a step: operations carry their kernels' time, kernels stand beside them, spans cover both."""
+    events = [
+        event("ProfilerStep*", DeviceType.CPU, 50, 0, annotation=True),
+        event("aten::mm", DeviceType.CPU, 30, 60),
+        event("aten::add", DeviceType.CPU, 10, 20),
+        event("Optimizer.step#AdamW.step", DeviceType.CPU, 10, 0, annotation=True),
+        event("ProfilerStep*", DeviceType.CUDA, 0, 80, annotation=True),
+        event("Optimizer.step#AdamW.step", DeviceType.CUDA, 0, 15, annotation=True),
+        event("gemm_kernel", DeviceType.CUDA, 0, 45),
+        event("gemm_kernel", DeviceType.CUDA, 0, 15),
+        event("Memcpy DtoD", DeviceType.CUDA, 0, 20),
+    ]
+    assert shares(events, cuda=True) == {"gemm_kernel": 0.75, "Memcpy DtoD": 0.25}
+    assert shares(events, cuda=False) == {"aten::mm": 0.75, "aten::add": 0.25}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 6, 40])
