@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from scipy.linalg import sqrtm
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from seda_fast import DataError, FeatureSet, SeDA, evaluate, info, predict, train
+from seda_fast import DataError, FeatureSet, SeDA, evaluate, info, predict, results, train
+from seda_fast.checkpoint import Checkpoints
 from seda_fast.command import run as run_command
 
 SMALL = ["--width", "32", "--blocks", "2", "--epochs", "4", "--batch-size", "64", "--diffusion-steps", "100"]
@@ -315,6 +316,28 @@ def test_a_run_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.M
         train.main(["--data", str(data), "--out", str(tmp_path / "deep" / "run"), *SMALL, "--no-baselines"])
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["run.unfinished"]
     assert not list(tmp_path.rglob("metrics.json"))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_results_are_on_disk_before_the_checkpoints_go(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, on_disk, seen = tmp_path / "out", set[int](), list[bool]()
+    if there:
+        out.mkdir()
+        (out / "other").write_text("of somebody else")
+
+    def before_they_go(checkpoints: Checkpoints) -> None:
+        new = [out / "a", out / "report", out / "report" / "a.png", out, *([] if there else [tmp_path])]
+        seen.append({path.stat().st_ino for path in new} <= on_disk)
+
+    monkeypatch.setattr(results, "flush", lambda path: on_disk.add(path.stat().st_ino))
+    with results.results_folder(out, overwrite=True, resume=False, report=print) as (draft, _):
+        (draft / "report").mkdir()
+        (draft / "a").write_text("a")
+        (draft / "report" / "a.png").write_text("b")
+        monkeypatch.setattr(Checkpoints, "clear", before_they_go)
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("command", [evaluate.main, predict.main])

@@ -3,12 +3,13 @@
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +115,39 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def together(world: int, command: list[str], cwd: Path) -> list[subprocess.CompletedProcess[str]]:
-    """``command`` as ``world`` ranks; what each of them said."""
+def begin(world: int, command: list[str], cwd: Path) -> list[subprocess.Popen[str]]:
+    """``command`` as ``world`` ranks."""
     common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(world):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         processes.append(subprocess.Popen(command, env={**common, **place}, cwd=cwd, text=True, **pipes))
+    return processes
+
+
+def end(processes: list[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """What each of them said."""
     ended = []
     for process in processes:
         out, said = process.communicate(timeout=300)
-        ended.append(subprocess.CompletedProcess(command, process.returncode, out, said))
+        ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, said))
     return ended
+
+
+def together(world: int, command: list[str], cwd: Path) -> list[subprocess.CompletedProcess[str]]:
+    """``command`` as ``world`` ranks, to its end."""
+    return end(begin(world, command, cwd))
+
+
+def wait_for_checkpoints(out: Path, number: int, alive: Callable[[], bool]) -> None:
+    """Until ``number`` more checkpoints were finished."""
+    place, deadline = unfinished_folder(out), time.monotonic() + 120
+    seen = set(place.glob("*.json"))
+    while len(set(place.glob("*.json")) - seen) < number:
+        assert alive(), "the run ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def curves(world: int, folder: Path, *options: str) -> dict[str, Any]:
@@ -249,24 +270,71 @@ def test_commands_of_two_ranks_write_what_one_writes(
         np.testing.assert_array_equal(one[name], two[name])
 
 
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of two ranks that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = together(2, [*TRAIN, "--data", str(data), *LONG, "--out", "out"], folder)
+    assert [one.returncode for one in ended] == [0, 0], ended
+    return folder / "out"
+
+
+TRAIN = [sys.executable, "-m", "seda_fast.train"]
+LONG = [*SMALL, "--epochs", "60"]
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
 @pytest.mark.slow
-def test_a_rank_that_dies_is_started_again_and_the_run_ends(data: Path, tmp_path: Path) -> None:
+def test_ranks_of_which_one_is_told_to_stop_leave_together_and_go_on_to_the_same_bits(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    options = ["--data", str(data), *SMALL, "--epochs", "60", "--out", str(out)]
+    command = [*TRAIN, "--data", str(data), *LONG, "--out", str(out), "--resume"]
+    for rank, number in ((1, signal.SIGTERM), (0, signal.SIGINT)):
+        processes = begin(2, command, tmp_path)
+        wait_for_checkpoints(out, 2, lambda told=processes: all(one.poll() is None for one in told))  # type: ignore[misc]
+        told = time.monotonic()
+        processes[rank].send_signal(number)
+        ended = end(processes)
+        assert time.monotonic() - told < 10
+        assert [one.returncode for one in ended] == [128 + number] * 2, ended
+        assert re.search(r"stopped in step \d+ of 360; --resume continues from .*step-\d+.safetensors", ended[0].stderr)
+    ended = together(2, command, tmp_path)
+    assert [one.returncode for one in ended] == [0, 0], ended
+    assert same_bits(undisturbed, out)
+
+
+def process_of(rank: int, parent: int) -> int:
+    """The process that torchrun, itself ``parent``, started as ``rank``."""
+    for place in Path("/proc").iterdir():
+        try:
+            stat, environ = (place / "stat").read_text(), (place / "environ").read_bytes()
+        except OSError:
+            continue
+        if int(stat.rsplit(")", 1)[1].split()[1]) == parent and f"RANK={rank}".encode() in environ.split(b"\0"):
+            return int(place.name)
+    raise AssertionError(f"no process is rank {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_is_started_again_and_the_run_ends(
+    rank: int, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
     runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     process = subprocess.Popen(
-        [sys.executable, *runner, "-m", "seda_fast.train", *options],
+        [sys.executable, *runner, "-m", "seda_fast.train", "--data", str(data), *LONG, "--out", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    place = unfinished_folder(out)
-    deadline = time.monotonic() + 120
-    while len(list(place.glob("*.json"))) < 2 and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    os.kill(json.loads((place / "lock").read_text())["pid"], signal.SIGKILL)
+    wait_for_checkpoints(out, 2, lambda: process.poll() is None)
+    os.kill(process_of(rank, process.pid), signal.SIGKILL)
     _, said = process.communicate(timeout=180)
     assert process.returncode == 0, said
     assert "continuing after step" in said
@@ -274,6 +342,7 @@ def test_a_rank_that_dies_is_started_again_and_the_run_ends(data: Path, tmp_path
     assert metrics["train"]["ranks"] == 2
     assert 0 < metrics["train"]["resumed_after_step"] < 360
     assert len(list(csv.DictReader((out / "history.csv").open()))) == 60
+    assert same_bits(undisturbed, out)
 
 
 def test_bad_input_is_told_by_every_rank_and_ends_them_all(tmp_path: Path) -> None:

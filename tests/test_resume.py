@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,58 @@ def test_a_full_disk_stops_with_a_sentence_and_the_run_can_go_on(nursery: Nurser
     assert "File too large" in said
     assert not unfinished_folder(out).exists()
     assert nursery.run(*common, "--out", str(out)) == 0
+    assert same(whole, out)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A file system of so many bytes; called again, it grows. The test is skipped where none can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def sized(size: int) -> Path:
+        again = "remount," if os.path.ismount(folder) else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{again}size={size}", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("tests/test_resume.py needs mount for a small disk")
+        if done.returncode:
+            pytest.skip("tests/test_resume.py needs the right to mount a small disk")
+        return folder
+
+    yield sized
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_both_older_checkpoints(
+    nursery: Nursery, data: Path, tmp_path: Path, small_disk: Callable[[int], Path]
+) -> None:
+    """The disk itself: two checkpoints fit, a third beside them does not."""
+    common = ["--data", str(data), *SMALL, "--epochs", "4"]
+    whole = tmp_path / "whole"
+    assert nursery.run(*common, "--out", str(whole), "--checkpoint-every", "1") == 0
+    stopped = tmp_path / "stopped"
+    arguments = [*common, "--out", str(stopped)]
+    pid = nursery.start(*common, "--epochs", "200", "--out", str(stopped))
+    while len(list(unfinished_folder(stopped).glob("*.json"))) < 2:
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    nursery.wait()
+    size = max(path.stat().st_size for path in unfinished_folder(stopped).glob("*.safetensors"))
+    out = small_disk(int(2.6 * size)) / "out"
+    arguments = [*common, "--out", str(out)]
+    nursery.said()
+    assert nursery.run(*arguments) == 2
+    (said,) = nursery.said().splitlines()
+    assert "step-000000018.safetensors cannot be written: " in said
+    assert "No space left on device" in said or "os error 28" in said, said
+    names = sorted(path.name for path in unfinished_folder(out).iterdir())
+    assert names == [f"step-0000000{step}.{kind}" for step in ("06", "12") for kind in ("json", "safetensors")]
+    small_disk(50_000_000)
+    assert nursery.run(*arguments, "--resume") == 0
+    assert "continuing after step 12 of 24" in nursery.said()
     assert same(whole, out)
 
 
