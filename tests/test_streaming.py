@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seda_fast import DataError, train
+from seda_fast import DataError, FeatureSet, SeDAConfig, prepare, train
 from seda_fast.arrays import check_visual, mean_and_scale, release
+from seda_fast.ranks import Ranks
 from seda_fast.streaming import RowReader, StreamedSet, free_memory
 
 SMALL = ["--width", "16", "--blocks", "1", "--diffusion-steps", "50", "--no-baselines", "--batch-size", "32"]
@@ -160,6 +161,24 @@ def test_passes_over_a_map_leave_none_of_it_in_memory(tmp_path: Path) -> None:
     assert resident() - before > 200e6
     release(array)
     assert resident() - before < 64e6
+
+
+def test_ranks_of_a_host_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = FeatureSet.load(folder_of(tmp_path / "data"), unpaired="keep")
+    config = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=1)
+    cpu = torch.device("cpu")
+    # Half of the free memory is enough for one rank, and for one of two on a host it is not.
+    monkeypatch.setattr(prepare, "free_memory", lambda device: int(2.5 * 4 * 90 * (8 + 5)))
+    monkeypatch.setattr(Ranks, "add", lambda ranks, tensor: tensor)
+    monkeypatch.setattr(Ranks, "largest", lambda ranks, values: list(values))
+    for hosts, on_host, streams in ((1, "1", False), (2, "1", False), (2, "2", True)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", on_host)
+        _, rows = prepare.prepare(data, config, 0, cpu, ranks=Ranks(0, hosts))
+        assert isinstance(rows, StreamedSet) == streams
+    # One rank without room is enough.
+    monkeypatch.setattr(Ranks, "largest", lambda ranks, values: [max(*values, 1)])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert isinstance(prepare.prepare(data, config, 0, cpu, ranks=Ranks(0, 2))[1], StreamedSet)
 
 
 def test_free_memory_is_what_the_system_says() -> None:
