@@ -1,6 +1,7 @@
 """A training step, from the gather of a batch to the moving average, against the same algebra in plain PyTorch."""
 
 import copy
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -107,9 +108,11 @@ class Plain:
         self.average = [p.detach().clone() for p in model.parameters()]
         self.cursor = 0
 
-    def step(self) -> Tensor:
-        index = torch.arange(self.cursor, self.cursor + self.rows, device=self.data.device)
-        self.cursor = (self.cursor + self.rows) % len(self.data)
+    def step(self, index: Tensor | None = None) -> Tensor:
+        """On the rows ``index``, by default the next of the set."""
+        if index is None:
+            index = torch.arange(self.cursor, self.cursor + self.rows, device=self.data.device)
+            self.cursor = (self.cursor + self.rows) % len(self.data)
         visual, text, labels = self.data.visual[index], self.data.text[index], self.data.labels[index]
         cuda = self.data.device.type == "cuda"
         context: AbstractContextManager[Any] = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
@@ -316,7 +319,9 @@ def bench_start(contest: Any, quick: bool, startup: Any, tmp_path: Path) -> None
     if quick:
         pytest.skip("the start is measured in new processes, which compile: too long for a quick check")
     engines = ["eager", "compile", *(["graph"] if torch.cuda.is_available() else [])]
-    for engine in engines:
-        for caches in ("cold", "warm"):
-            command = [sys.executable, "-c", FIRST_STEP, str(Path(__file__).parent), engine]
-            startup(contest, f"{engine}, caches {caches}", command, tmp_path / engine)
+    # Tiles are tuned on a GPU alone.
+    tunings = [False, *([True] if torch.cuda.is_available() else [])]
+    for engine, tuned, caches in itertools.product(engines, tunings, ("cold", "warm")):
+        command = [sys.executable, "-c", FIRST_STEP, str(Path(__file__).parent), engine]
+        how = f"{engine}{', tuned' * tuned}"
+        startup(contest, f"{how}, caches {caches}", command, tmp_path / how, tuned)

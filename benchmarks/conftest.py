@@ -115,6 +115,7 @@ class Contest:
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats, self.rows = device, repeats, list[Row]()
         self.growth, self.starts = dict[str, dict[str, Any]](), dict[str, dict[str, float]]()
+        self.runs = dict[str, dict[str, dict[str, float]]]()
         # Competitors that cannot run here, by workload and name, and what they said.
         self.left_out = dict[str, str]()
         self.clock = Clock(device)
@@ -257,6 +258,7 @@ def as_json(contest: Contest, root: Path) -> dict[str, Any]:
         "rows": [dataclasses.asdict(row) for row in contest.rows],
         "growth": contest.growth,
         "starts": contest.starts,
+        "runs": contest.runs,
         "left_out": contest.left_out,
     }
 
@@ -279,7 +281,7 @@ def with_earlier(new: dict[str, Any], file: Path) -> dict[str, Any]:
         return new
     measured = {row["workload"] for row in new["rows"]}
     rows = [row for row in old["rows"] if row["workload"] not in measured]
-    joined = {part: {**old.get(part, {}), **new[part]} for part in ("growth", "starts", "left_out")}
+    joined = {part: {**old.get(part, {}), **new[part]} for part in ("growth", "starts", "runs", "left_out")}
     return {**new, "rows": rows + new["rows"], **joined}
 
 
@@ -317,9 +319,11 @@ def measure_growth(contest: Contest, name: str, points: dict[int, Callable[[], o
     contest.growth[name] = {"sizes": list(points), "times": [t / unit for t in medians], "slope": slope}
 
 
-def measure_start(contest: Contest, name: str, command: list[str], caches: Path) -> None:
-    """Run ``command`` in a new process, with the compilers' caches in ``caches``, and keep what it prints."""
+def measure_start(contest: Contest, name: str, command: list[str], caches: Path, tuned: bool) -> None:
+    """Run ``command`` in a new process, with the compilers' and the tuner's caches in ``caches``, and keep what it
+    prints."""
     places = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
+    places |= {"SEDA_FAST_CACHE_DIR": str(caches / "tiles"), "SEDA_FAST_AUTOTUNE": str(int(tuned))}
     done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=True)
     first, usual, torch_in, package_in, peak = (float(word) for word in done.stdout.split()[-5:])
     contest.starts[name] = {
@@ -327,6 +331,25 @@ def measure_start(contest: Contest, name: str, command: list[str], caches: Path)
         "import_over_torch": package_in / torch_in,
         "peak_memory_bytes": peak,
         **({"first_step_seconds": first} if contest.device.type == "cuda" else {}),
+    }
+
+
+def measure_run(contest: Contest, name: str, commands: dict[str, list[str]], repeats: int) -> None:
+    """Run ``commands``, one each competitor, `OURS` among them, in turns, each printing its seconds and peak bytes."""
+    found: dict[str, list[tuple[float, float]]] = {competitor: [] for competitor in commands}
+    for _ in range(repeats):
+        for competitor, command in commands.items():
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds, peak = (float(word) for word in done.stdout.split()[-2:])
+            found[competitor].append((seconds, peak))
+    medians = {c: [statistics.median(values) for values in zip(*taken, strict=True)] for c, taken in found.items()}
+    contest.runs[name] = {
+        competitor: {
+            "ratio": medians[competitor][0] / medians[OURS][0],
+            "spread": (max(taken)[0] - min(taken)[0]) / medians[competitor][0],
+            "peak_memory_ratio": medians[competitor][1] / medians[OURS][1],
+        }
+        for competitor, taken in found.items()
     }
 
 
@@ -338,6 +361,12 @@ def as_growth_table(contest: Contest) -> str:
             f"start ({name}): first step {start['first_step_over_later']:.1f} later steps, import "
             f"{start['import_over_torch']:.2f} of PyTorch's, peak {start['peak_memory_bytes'] / 1e6:.0f} MB"
         )
+    for name, by_competitor in contest.runs.items():
+        for competitor, run in by_competitor.items():
+            lines.append(
+                f"{name}, {competitor}: {run['ratio']:.2f} of our time (spread {run['spread']:.0%}), "
+                f"{run['peak_memory_ratio']:.2f} of our peak memory"
+            )
     return "\n".join(lines)
 
 
@@ -436,7 +465,7 @@ def contest(_contest: Contest, benchmark: Any) -> Contest:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the table; write JSON and PNG unless the run was a quick check or something failed."""
     contest = config.stash.get(_KEY, None)
-    if contest is None or not (contest.rows or contest.growth or contest.starts):
+    if contest is None or not (contest.rows or contest.growth or contest.starts or contest.runs):
         return
     terminalreporter.section(f"benchmarks on {device_name(contest.device)}")
     terminalreporter.write_line(as_table(contest.rows))
@@ -505,6 +534,12 @@ def growth() -> Callable[..., None]:
 def startup() -> Callable[..., None]:
     """See `measure_start`."""
     return measure_start
+
+
+@pytest.fixture(scope="session")
+def whole_run() -> Callable[..., None]:
+    """See `measure_run`."""
+    return measure_run
 
 
 @pytest.fixture(scope="session")
