@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -83,9 +83,9 @@ def unpack(out: Path) -> Path:
     return site
 
 
-def probe(site: Path, python: str = sys.executable) -> dict[str, object]:
+def probe(site: Path, python: str = sys.executable, script: str = PROBE) -> dict[str, object]:
     done = subprocess.run(
-        [python, "-c", PROBE],
+        [python, "-c", script],
         cwd=site.parent,
         env=os.environ | {"PYTHONPATH": str(site)},
         capture_output=True,
@@ -286,20 +286,57 @@ def test_what_one_pytorch_built_another_loads(compiled_cuda: Path) -> None:
     assert found["cuda"]["reason"] in (None, "this PyTorch was built without CUDA")
 
 
-@pytest.mark.parametrize("kept", [1000, None], ids=["cut short", "garbled"])
-def test_a_damaged_library_is_one_warning_with_its_cause(compiled: Path, tmp_path: Path, kept: int | None) -> None:
+def info_of(site: Path, before: str = "") -> str:
+    """What ``python -m seda_fast.info`` prints in an installed copy, after the statements ``before``; no white space,
+    as lines are folded where they are long."""
+    code = f"{PROBE.partition('with ')[0]}{before}\nfrom seda_fast import info\nsys.exit(info.main([]))"
+    environment = os.environ | {"PYTHONPATH": str(site), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=site.parent, env=environment, capture_output=True, text=True, check=True
+    )
+    return "".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("libseda_fast_cpu.so", lambda data: data[:1000]),
+        ("libseda_fast_cpu.so", lambda data: b"\0" * len(data)),
+        ("_build.json", lambda data: data[:100]),
+        ("_build.json", lambda data: b"\xff" + data),
+        ("_build.json", lambda data: b"[]"),
+        ("_build.json", lambda data: b'{"bytes": 3}'),
+    ],
+    ids=["cut short", "garbled", "report cut short", "report garbled", "report a list", "report of numbers"],
+)
+def test_a_damaged_file_is_one_warning_with_its_cause(
+    compiled: Path, tmp_path: Path, name: str, damage: Callable[[bytes], bytes]
+) -> None:
     site = tmp_path / "site"
     shutil.copytree(compiled, site)
-    library = site / "seda_fast/libseda_fast_cpu.so"
-    data = library.read_bytes()
-    library.write_bytes(b"\0" * len(data) if kept is None else data[:kept])
+    file = site / "seda_fast" / name
+    file.write_bytes(damage(file.read_bytes()))
     found = probe(site)
     assert found["backend"] == "reference"
     (warning,) = found["warnings"]  # type: ignore[misc]
     assert "runs without its C++ operators" in warning
-    assert "libseda_fast_cpu.so" in warning
+    assert name in warning
     assert isinstance(found["status"], dict)
     assert found["status"]["reason"] in warning
+    assert "".join(found["status"]["reason"].split()) in info_of(site)
+
+
+def test_a_damaged_report_keeps_the_cuda_library_out_too(compiled: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(compiled, site)
+    (site / "seda_fast/_build.json").write_text("{")
+    (site / "seda_fast/libseda_fast_cuda.so").write_bytes(b"not a library")
+    script = "import warnings, torch; torch.version.cuda = '13.0'\n" + PROBE
+    found = probe(site, script=script)
+    assert found["backend"] == "reference"
+    assert len(found["warnings"]) == 1  # type: ignore[arg-type]
+    assert isinstance(found["cuda"], dict)
+    assert "_build.json is damaged" in found["cuda"]["reason"]
 
 
 def test_none_builds_a_pure_wheel(checkout: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -45,36 +46,69 @@ _REPORT = "_build.json"
 PACKAGE = __name__.partition(".")[0]
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """A build's report.
+
+    Raises:
+        ImportError: it is not what a build writes.
+    """
+    try:
+        read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        parts = [read.get(part, {}) for part in ("missing", "bytes", "cuda")]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ImportError(f"{file} is damaged: {error}") from None
+    if not all(isinstance(part, dict) for part in parts):
+        raise ImportError(f"{file} is damaged: it is not a build's report")
+    return read
+
+
+@functools.cache
+def _find_report() -> tuple[dict[str, Any], str | None]:
+    """The report and, where there is one that cannot be read, why."""
+    spec = importlib.util.find_spec(f"{PACKAGE}._C")
+    # A checkout may borrow an installed copy's extension, and have a report of its own that tells of another.
+    package: list[str] = list(importlib.import_module(PACKAGE).__path__)
+    folders = map(Path, package) if spec is None or spec.origin is None else [Path(spec.origin).parent]
+    try:
+        return next((_read(folder / _REPORT) for folder in folders if (folder / _REPORT).is_file()), {}), None
+    except ImportError as error:
+        return {}, str(error)
+
+
 def report() -> dict[str, Any]:
-    """What the build left beside the package's files; empty where nothing was built."""
-    package = importlib.import_module(PACKAGE)
-    for file in (Path(folder) / _REPORT for folder in package.__path__):
-        if file.is_file():
-            read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return read
-    return {}
+    """What the build left beside the package's files; empty where nothing was built or `damage` says why."""
+    return _find_report()[0]
+
+
+def damage() -> str | None:
+    """Why the build's report cannot be read, or None; without it no library can be told from a damaged one."""
+    return _find_report()[1]
 
 
 def check_whole(file: Path) -> None:
     """Loading a file that was cut short ends the process with a bus error, so its size is compared first.
 
     Raises:
-        ImportError: it has not the size that the build wrote.
+        ImportError: it has not the size that the build wrote, or is not of that build at all.
     """
     size = report().get("bytes", {}).get(file.name)
     found = file.stat().st_size
-    if size is not None and found != size:
+    if size is None:
+        raise ImportError(f"{file} is not of the build that {_REPORT} beside it tells of; install the package again")
+    if found != size:
         raise ImportError(f"{file} is damaged: it has {found} bytes, the build wrote {size}")
 
 
 def _load_extension() -> ModuleType | None:
-    """``seda_fast._C`` with its operators registered, or None where it was not built.
+    """``seda_fast._C`` with its operators registered, or None where the last build did not make it.
 
     Raises:
         ImportError, OSError: it is there but cannot be loaded.
     """
+    if damage() is not None:
+        raise ImportError(damage())
     spec = importlib.util.find_spec(f"{PACKAGE}._C")
-    if spec is None or spec.origin is None:
+    if spec is None or spec.origin is None or "cpu" in report().get("missing", {}):
         return None
     library = Path(spec.origin).parent / _LIBRARY
     for file in (Path(spec.origin), library):

@@ -30,12 +30,15 @@ def _absence() -> str | None:
     """Why the library is not to be loaded, or None."""
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
+    if _cpp.damage() is not None:
+        # The C++ half has warned of it.
+        return f"it cannot be loaded: {_cpp.damage()}"
+    missing = _cpp.report().get("missing", {}).get("cuda")
+    if missing is not None:
+        return f"it was not built: {missing}"
     spec = importlib.util.find_spec(f"{_cpp.PACKAGE}._C")
-    if spec is None or spec.origin is None:
+    if spec is None or spec.origin is None or not (Path(spec.origin).parent / _LIBRARY).is_file():
         return "it was not built"
-    if not (Path(spec.origin).parent / _LIBRARY).is_file():
-        missing = _cpp.report().get("missing", {}).get("cuda")
-        return "it was not built" if missing is None else f"it was not built: {missing}"
     return None
 
 
