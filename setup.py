@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
-from seda_fast_build import BuildExtension, extensions
+from seda_fast_build import BuildExtension, BuildPython, extensions
 
 # The top-level name ``kernels`` belongs to another package on PyPI, so the folder is installed inside ours.
 KERNELS = "seda_fast.kernels"
@@ -19,5 +19,5 @@ setup(
     ],
     package_dir={KERNELS: "kernels"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
 )

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CSRC = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
@@ -281,6 +282,12 @@ def run_ninja(ninja: str, *outputs: str) -> str | None:
     return done.stdout.strip()[-500:]
 
 
+def clear(package: Path) -> None:
+    """Delete what an earlier build for this Python left in a folder."""
+    for name in (f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", CPU_LIBRARY, CUDA_LIBRARY, REPORT):
+        (package / name).unlink(missing_ok=True)
+
+
 class BuildExtension(build_ext):
     """``build_ext`` that hands the work to ninja and leaves a report of what was built and what was not."""
 
@@ -288,8 +295,7 @@ class BuildExtension(build_ext):
         final = Path(self.get_ext_fullpath(ext.name)).resolve()
         final.parent.mkdir(parents=True, exist_ok=True)
         # What an earlier build left here would go into this wheel.
-        for stale in (final, final.parent / CPU_LIBRARY, final.parent / CUDA_LIBRARY):
-            stale.unlink(missing_ok=True)
+        clear(final.parent)
         try:
             report = self._compile(final)
         except CannotBuildError as reason:
@@ -372,8 +378,19 @@ class BuildExtension(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install: everything that lies beside ``_C`` goes into the checkout, too."""
-        super().copy_extensions_to_source()
         package = Path(self.get_finalized_command("build_py").get_package_dir("seda_fast"))
+        # This build may have made less than an earlier one; and who has a library open keeps it as it was.
+        clear(package)
+        super().copy_extensions_to_source()
         for built in sorted((Path(self.build_lib) / "seda_fast").glob("*")):
             if built.name == REPORT or built.name.startswith("libseda_fast_"):
                 shutil.copy2(built, package / built.name)
+
+
+class BuildPython(build_py):
+    """``build_py`` that makes an editable install without a compiled half one, too, where an earlier one had it."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode and build_mode() == "none":
+            clear(Path(self.get_package_dir("seda_fast")))

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -337,6 +338,95 @@ def test_a_damaged_report_keeps_the_cuda_library_out_too(compiled: Path, tmp_pat
     assert len(found["warnings"]) == 1  # type: ignore[arg-type]
     assert isinstance(found["cuda"], dict)
     assert "_build.json is damaged" in found["cuda"]["reason"]
+
+
+BUILT = (f"_C{EXTENSION_SUFFIXES[0]}", "libseda_fast_cpu.so", "libseda_fast_cuda.so", "_build.json")
+
+
+@pytest.fixture
+def built_before(checkout: Path, tmp_path: Path) -> Path:
+    """A checkout in which an earlier editable install left a CPU and a CUDA library."""
+    folder = tmp_path / "built_before"
+    shutil.copytree(checkout, folder)
+    for name in BUILT:
+        (folder / "seda_fast" / name).write_text('{"cuda": {"compiler": "an earlier build"}}')
+    return folder
+
+
+def package(checkout: Path, what: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One hook of setuptools, "sdist", "wheel" or "editable", as pip calls it."""
+    code = f"from setuptools import build_meta; build_meta.build_{what}({str(out)!r})"
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def test_no_archive_takes_what_an_earlier_build_left_in_the_checkout(built_before: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for what in ("sdist", "wheel"):
+        done = package(built_before, what, out, SEDA_FAST_BUILD="none")
+        assert done.returncode == 0, done.stderr[-2000:]
+    (sdist,) = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = [Path(name).name for name in archive.getnames()]
+    site = unpack(out)
+    names += [file.name for file in site.rglob("*")]
+    assert "__init__.py" in names
+    assert not set(BUILT) & set(names)
+    assert "anearlierbuild" not in info_of(site)
+
+
+@pytest.fixture
+def fake_compiler(tmp_path: Path) -> Path:
+    """In place of g++ and nvcc: tells a version and writes an empty file where it should compile or link."""
+    script = tmp_path / "compiler"
+    script.write_text(
+        """#!/bin/sh
+        case "$1" in --version|--list-gpu-arch) echo release 1; echo compute_80; exit;; esac
+        while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+        """
+    )
+    script.chmod(0o755)
+    return script
+
+
+@pytest.mark.parametrize(
+    ("mode", "made"), [("cpu", BUILT[:2]), ("cuda", BUILT[:3]), ("none", ()), ("auto without a compiler", ())]
+)
+def test_an_editable_install_leaves_nothing_of_an_earlier_one(
+    built_before: Path, tmp_path: Path, fake_compiler: Path, mode: str, made: tuple[str, ...]
+) -> None:
+    mode, _, without = mode.partition(" ")
+    tools = {"CXX": "no-such-compiler" if without else str(fake_compiler), "NVCC": str(fake_compiler)}
+    done = package(built_before, "editable", tmp_path, SEDA_FAST_BUILD=mode, **tools)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {name: (built_before / "seda_fast" / name) for name in BUILT}
+    assert [name for name in BUILT[:3] if found[name].exists()] == list(made)
+    assert all("earlier" not in file.read_text() for file in found.values() if file.exists())
+    assert found["_build.json"].exists() == (mode != "none")
+
+
+def test_a_library_that_the_report_does_not_list_is_not_loaded(compiled: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(compiled, site)
+    file = site / "seda_fast/_build.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({"missing": {"cpu": "no C++ compiler was found", "cuda": "nor that"}}))
+    found = probe(site)
+    assert (found["backend"], found["warnings"]) == ("reference", [])
+    assert "it was not built: no C++ compiler was found" in str(found["status"])
+    del whole["bytes"]["libseda_fast_cpu.so"]
+    file.write_text(json.dumps(whole))
+    found = probe(site)
+    assert found["backend"] == "reference"
+    (warning,) = found["warnings"]  # type: ignore[misc]
+    assert "libseda_fast_cpu.so is not of the build that _build.json beside it tells of" in warning
+    # The same of the CUDA library, where PyTorch has CUDA.
+    whole["missing"] = {}
+    file.write_text(json.dumps(whole))
+    (site / "seda_fast/libseda_fast_cuda.so").write_bytes(b"of an earlier build")
+    found = probe(site, script="import torch; torch.version.cuda = '13.0'\n" + PROBE)
+    assert "libseda_fast_cuda.so is not of the build" in str(found["cuda"])
 
 
 def test_none_builds_a_pure_wheel(checkout: Path, tmp_path: Path) -> None:
