@@ -18,12 +18,14 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import warnings
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from setuptools import Extension
@@ -84,10 +86,19 @@ def extensions() -> list[Extension]:
     return [] if build_mode() == "none" else [Extension("seda_fast._C", sources=[], optional=True)]
 
 
+def words(command: str) -> list[str]:
+    """A command such as CXX as the shell reads it."""
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise SystemExit(f"CXX must be a command, not {command!r}: {error}") from None
+
+
 def find_compiler() -> str:
-    named = os.environ.get("CXX")
+    """The C++ compiler's command as the shell reads it: CXX, which may begin with a launcher or end in flags."""
+    named = os.environ.get("CXX", "").strip()
     for command in [named] if named else ["c++", "g++", "clang++"]:
-        if shutil.which(command.split()[0]):
+        if shutil.which(words(command)[0]):
             return command
     raise CannotBuildError(f"no C++ compiler was found (looked for {named or 'c++, g++ and clang++'})")
 
@@ -128,7 +139,10 @@ def find_ninja() -> str:
 
 def jobs() -> int:
     """MAX_JOBS or the processors, and no more than memory has room for."""
-    asked = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    named = os.environ.get("MAX_JOBS", "").strip()
+    if named and not (named.isdecimal() and int(named) > 0):
+        raise SystemExit(f"MAX_JOBS must be a whole number from 1 on, not {named!r}")
+    asked = int(named or os.cpu_count() or 1)
     try:
         free = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     except OSError:
@@ -141,17 +155,22 @@ def instruction_sets() -> list[str]:
     return list(INSTRUCTION_SETS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
 
 
+def quoted(path: str | Path) -> str:
+    """A path as one word of a command that the shell reads."""
+    return shlex.quote(str(path))
+
+
 def cpu_target(torch: Path) -> Target:
     """The operators on the CPU, against PyTorch's stable C ABI."""
     target = Target(CPU_LIBRARY)
-    stable = (f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", f"-isystem {torch / 'include'}")
+    stable = (f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", f"-isystem {quoted(torch / 'include')}")
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         target.sources.append((source, f"cpu_{source.stem}.o", stable))
     for name in instruction_sets():
         flags = (f"-DSEDA_ISA={name}", *INSTRUCTION_SETS[name])
         target.sources.append((CSRC / "cpu/simd/kernels.cpp", f"cpu_kernels_{name}.o", flags))
     # libtorch_cpu is in the process before this library is loaded: its name, not its place, is recorded.
-    target.link = (f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,-z,defs", "-Wl,--allow-shlib-undefined")
+    target.link = (f"-L{quoted(torch / 'lib')}", "-ltorch_cpu", "-Wl,-z,defs", "-Wl,--allow-shlib-undefined")
     return target
 
 
@@ -196,7 +215,7 @@ def cuda_target(torch: Path, architectures: list[str]) -> Target:
     """The operators on CUDA: kernels by nvcc, which sees no header of PyTorch, and their checks by the C++ compiler."""
     target = Target(CUDA_LIBRARY, linker="nvlink")
     # The shim declares its CUDA functions only under this macro; the symbols are PyTorch's, found when it is loaded.
-    stable = (f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DUSE_CUDA", f"-isystem {torch / 'include'}")
+    stable = (f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DUSE_CUDA", f"-isystem {quoted(torch / 'include')}")
     for source in sorted((CSRC / "cuda").glob("*.cpp")):
         target.sources.append((source, f"cuda_{source.stem}.o", stable))
     for source in sorted((CSRC / "cuda").glob("*.cu")):
@@ -204,7 +223,7 @@ def cuda_target(torch: Path, architectures: list[str]) -> Target:
     # An empty library of the name that PyTorch's CUDA half bears, for that name to be recorded: the one for the CPU
     # alone has none, and symbols of a library that is not recorded are not found.
     stub = "-L. -Xlinker=--no-as-needed -ltorch_cuda"
-    target.link = (f"-L{torch / 'lib'}", "-ltorch_cpu", "-Xlinker=--allow-shlib-undefined", stub)
+    target.link = (f"-L{quoted(torch / 'lib')}", "-ltorch_cpu", "-Xlinker=--allow-shlib-undefined", stub)
     return target
 
 
@@ -214,14 +233,26 @@ def module_target(output: str, report: dict[str, object]) -> Target:
         import pybind11
     except ImportError:
         raise CannotBuildError("pybind11 was not found") from None
-    python = (f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_paths()['include']}")
+    python = tuple(
+        f"-isystem {quoted(folder)}" for folder in (pybind11.get_include(), sysconfig.get_paths()["include"])
+    )
     text = json.dumps(json.dumps(report))  # JSON inside a C string literal
     Path("build_report.h").write_text(f"#define SEDA_BUILD_REPORT {text}\n", encoding="utf-8")
     return Target(output, [(CSRC / "module.cpp", "module.o", (*python, "-I."))])
 
 
+def host_compiler(compiler: str) -> str:
+    """The program itself of a command such as ``ccache g++ -m64``: nvcc takes one word, and knows no launcher."""
+    return list(takewhile(lambda word: not word.startswith("-"), words(compiler)))[-1]
+
+
+def for_ninja(command: str) -> str:
+    """A command for the shell inside a ninja file, which has variables of its own."""
+    return command.replace("$", "$$")
+
+
 def nvcc_rules(nvcc: str, compiler: str) -> list[str]:
-    command = f"{nvcc} -ccbin {compiler.split()[0]}"
+    command = for_ninja(f"{quoted(nvcc)} -ccbin {quoted(host_compiler(compiler))}")
     return [
         "rule nvcompile",
         f"  command = {command} {' '.join(NVCC_FLAGS)} $extra -MD -MF $out.d -c $in -o $out",
@@ -233,7 +264,7 @@ def nvcc_rules(nvcc: str, compiler: str) -> list[str]:
         f"  command = {command} -shared $in -o $out $extra",
         "  description = $out",
         "rule stub",
-        f"  command = {compiler} -shared -Wl,-soname,$out -x c++ /dev/null -o $out",
+        f"  command = {for_ninja(compiler)} -shared -Wl,-soname,$out -x c++ /dev/null -o $out",
         "  description = $out",
         f"build {CUDA_STUB}: stub",
     ]
@@ -241,33 +272,38 @@ def nvcc_rules(nvcc: str, compiler: str) -> list[str]:
 
 def ninja_file(compiler: str, targets: list[Target], nvcc: str | None = None) -> str:
     """The rules, run from the folder that the objects go to."""
+    command = for_ninja(compiler)
     lines = [
-        f"flags = {' '.join(FLAGS)} {os.environ.get('CXXFLAGS', '')}",
-        f"ldflags = {os.environ.get('LDFLAGS', '')}",
+        f"flags = {' '.join(FLAGS)} {for_ninja(os.environ.get('CXXFLAGS', ''))}",
+        f"ldflags = {for_ninja(os.environ.get('LDFLAGS', ''))}",
         "rule compile",
-        f"  command = {compiler} $flags $extra -MMD -MF $out.d -c $in -o $out",
+        f"  command = {command} $flags $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $out",
         "rule link",
-        f"  command = {compiler} -shared $flags $in -o $out $extra $ldflags",
+        f"  command = {command} -shared $flags $in -o $out $extra $ldflags",
         "  description = $out",
     ]
     if nvcc is not None:
         lines += nvcc_rules(nvcc, compiler)
     for target in targets:
         for source, built, extra in target.sources:
-            escaped = str(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+            escaped = for_ninja(str(source)).replace(" ", "$ ").replace(":", "$:")
             rule = "nvcompile" if source.suffix == ".cu" else "compile"
-            lines += [f"build {built}: {rule} {escaped}", f"  extra = {' '.join(extra)}"]
+            lines += [f"build {built}: {rule} {escaped}", f"  extra = {for_ninja(' '.join(extra))}"]
         objects = " ".join(built for _, built, _ in target.sources)
         stub = f" | {CUDA_STUB}" if target.linker == "nvlink" else ""
-        lines += [f"build {target.output}: {target.linker} {objects}{stub}", f"  extra = {' '.join(target.link)}"]
+        lines += [
+            f"build {target.output}: {target.linker} {objects}{stub}",
+            f"  extra = {for_ninja(' '.join(target.link))}",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def compiler_version(compiler: str, line: int = 0) -> str:
-    done = subprocess.run([*compiler.split(), "--version"], text=True, capture_output=True, check=False)
+    """A line of what a command, as the shell reads it, says of its version."""
+    done = subprocess.run([*words(compiler), "--version"], text=True, capture_output=True, check=False)
     if done.returncode != 0:
         raise CannotBuildError(f"{compiler} --version fails: {done.stderr.strip()[-300:]}")
     return done.stdout.splitlines()[line]
@@ -370,7 +406,7 @@ class BuildExtension(build_ext):
         return built, {
             "missing": {},
             "cuda": {
-                "compiler": compiler_version(nvcc, line=-2),
+                "compiler": compiler_version(quoted(nvcc), line=-2),
                 "flags": " ".join(NVCC_FLAGS),
                 "architectures": architectures,
             },

@@ -1,8 +1,11 @@
 """What ``pip install`` compiles: each mode from a clean copy, the wheel's content, the stable ABI, damaged files."""
 
+import ctypes
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -205,6 +208,100 @@ def test_an_nvcc_that_fails_leaves_the_cpu_half(checkout: Path, tmp_path: Path, 
     assert (found["backend"], found["warnings"]) == ("cpp", [])
 
 
+ODD_FOLDER = "Eve's files: $HOME & more"
+
+
+def odd_environment(
+    build_module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = ODD_FOLDER
+) -> dict[str, Path]:
+    """Folders of PyTorch, pybind11, Python and nvcc that no shell and no ninja may take apart."""
+    odd = folder / name
+    for part in ("torch/include", "torch/lib", "pybind11", "python"):
+        (odd / part).mkdir(parents=True)
+    monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(get_include=lambda: str(odd / "pybind11")))
+    told = SimpleNamespace(get_paths=lambda: {"include": str(odd / "python")})
+    monkeypatch.setattr(build_module, "sysconfig", told)
+    monkeypatch.chdir(folder)
+    return {part: odd / part for part in ("torch", "pybind11", "python", "nvcc")}
+
+
+def test_every_path_reaches_the_compilers_whole(
+    build_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = odd_environment(build_module, tmp_path, monkeypatch)
+    monkeypatch.setattr(build_module, "CSRC", odd["torch"].parent / "csrc")
+    shutil.copytree(Path(build_module.__file__).parent, build_module.CSRC)
+    targets = [build_module.cpu_target(odd["torch"]), build_module.cuda_target(odd["torch"], ["80"])]
+    targets.append(build_module.module_target("_C.so", {}))
+    compiler = f"ccache {shlex.quote(str(odd['python'] / 'g++'))} -m64"
+    (tmp_path / "build.ninja").write_text(build_module.ninja_file(compiler, targets, str(odd["nvcc"])))
+    command = [build_module.find_ninja(), "-t", "commands"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(listed) > 20
+    for words in map(shlex.split, listed):
+        # Whatever holds a part of the folder's name holds the whole of it.
+        told = [word for word in words if any(part in word for part in ("Eve", "files:", "$HOME", "more"))]
+        assert told and all(ODD_FOLDER in word for word in told), words
+        if words[0] == str(odd["nvcc"]):
+            assert words[1:3] == ["-ccbin", str(odd["python"] / "g++")]
+        else:
+            assert words[:3] == ["ccache", str(odd["python"] / "g++"), "-m64"]
+        if any(word.endswith("module.cpp") for word in words):
+            included = [after for word, after in itertools.pairwise(words) if word == "-isystem"]
+            assert included == [str(odd["pybind11"]), str(odd["python"])]
+
+
+@pytest.mark.parametrize("suffix", [".cpp", ".cu"])
+def test_a_library_is_built_from_and_against_a_folder_of_an_odd_name(
+    build_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    if COMPILER is None or (suffix == ".cu" and NVCC is None):
+        pytest.skip(f"test_a_library_is_built_from_and_against_a_folder_of_an_odd_name[{suffix}] needs a compiler")
+    # nvcc itself hands its host compiler other signs than spaces in a way that loses them.
+    name = "Eve and more" if suffix == ".cu" else ODD_FOLDER
+    odd = odd_environment(build_module, tmp_path, monkeypatch, name)["torch"]
+    (odd / "include/answer.h").write_text('extern "C" int answer();\n')
+    (odd / "answer.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    command = [COMPILER, "-shared", "-fPIC", "-Wl,-soname,libanswer.so", str(odd / "answer.cpp")]
+    command += ["-o", str(odd / "lib/libanswer.so")]
+    subprocess.run(command, check=True)
+    source = odd / f"asks{suffix}"
+    source.write_text(
+        '#include "answer.h"\nextern "C" __attribute__((visibility("default"))) int asked() { return answer(); }\n'
+    )
+    flags = (f"-isystem {build_module.quoted(odd / 'include')}",)
+    library = build_module.Target(
+        "libasks.so", [(source, "asks.o", flags)], linker="nvlink" if suffix == ".cu" else "link"
+    )
+    library.link = (f"-L{build_module.quoted(odd / 'lib')}", "-lanswer")
+    Path("build.ninja").write_text(build_module.ninja_file(COMPILER, [library], NVCC))
+    assert build_module.run_ninja(build_module.find_ninja()) is None
+    ctypes.CDLL(str(odd / "lib/libanswer.so"), mode=ctypes.RTLD_GLOBAL)
+    assert ctypes.CDLL(str(tmp_path / "libasks.so")).asked() == 42
+
+
+def test_a_launcher_and_flags_beside_the_compiler_are_not_taken_for_it(build_module: ModuleType) -> None:
+    for command, program in (
+        ("g++", "g++"),
+        ("ccache g++", "g++"),
+        ("distcc ccache clang++ -m64 -isystem /usr/local/include", "clang++"),
+        ("'/opt/my tools/g++' -m64", "/opt/my tools/g++"),
+    ):
+        assert build_module.host_compiler(command) == program
+
+
+def test_what_cannot_be_read_in_a_switch_is_named(build_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("abc", "0", "-2", "1.5"):
+        monkeypatch.setenv("MAX_JOBS", wrong)
+        with pytest.raises(SystemExit, match=f"MAX_JOBS must be a whole number from 1 on, not '{wrong}'"):
+            build_module.jobs()
+    monkeypatch.setenv("CXX", "'g++")
+    with pytest.raises(SystemExit, match=r"CXX must be a command, not .*: No closing quotation"):
+        build_module.find_compiler()
+    monkeypatch.setenv("CXX", " ")
+    assert build_module.find_compiler() in ("c++", "g++", "clang++")
+
+
 def shim_functions() -> set[str]:
     """Names that PyTorch's stable C headers declare."""
     folders = TORCH / "include/torch/csrc"
@@ -346,7 +443,7 @@ BUILT = (f"_C{EXTENSION_SUFFIXES[0]}", "libseda_fast_cpu.so", "libseda_fast_cuda
 @pytest.fixture
 def built_before(checkout: Path, tmp_path: Path) -> Path:
     """A checkout in which an earlier editable install left a CPU and a CUDA library."""
-    folder = tmp_path / "built_before"
+    folder = tmp_path / "built before"
     shutil.copytree(checkout, folder)
     for name in BUILT:
         (folder / "seda_fast" / name).write_text('{"cuda": {"compiler": "an earlier build"}}')
@@ -379,7 +476,7 @@ def test_no_archive_takes_what_an_earlier_build_left_in_the_checkout(built_befor
 @pytest.fixture
 def fake_compiler(tmp_path: Path) -> Path:
     """In place of g++ and nvcc: tells a version and writes an empty file where it should compile or link."""
-    script = tmp_path / "compiler"
+    script = tmp_path / "fake compiler"
     script.write_text(
         """#!/bin/sh
         case "$1" in --version|--list-gpu-arch) echo release 1; echo compute_80; exit;; esac
@@ -397,7 +494,7 @@ def test_an_editable_install_leaves_nothing_of_an_earlier_one(
     built_before: Path, tmp_path: Path, fake_compiler: Path, mode: str, made: tuple[str, ...]
 ) -> None:
     mode, _, without = mode.partition(" ")
-    tools = {"CXX": "no-such-compiler" if without else str(fake_compiler), "NVCC": str(fake_compiler)}
+    tools = {"CXX": "no-such-compiler" if without else f"'{fake_compiler}'", "NVCC": str(fake_compiler)}
     done = package(built_before, "editable", tmp_path, SEDA_FAST_BUILD=mode, **tools)
     assert done.returncode == 0, done.stderr[-2000:]
     found = {name: (built_before / "seda_fast" / name) for name in BUILT}
