@@ -9,7 +9,8 @@ neither a GPU nor a PyTorch that has CUDA in it. Switches:
     MAX_JOBS              compilers at a time; fewer run where memory is short
     CXX, CXXFLAGS, LDFLAGS, NVCC, CUDA_HOME    as everywhere
 
-In auto mode a part that cannot be built is left out with one warning, which ``python -m seda_fast.info`` repeats.
+In auto mode a part that cannot be built is left out with one warning. A machine without nvcc is an ordinary one: the
+CUDA library is left out with a line in the build's log. ``python -m seda_fast.info`` tells the reason of either.
 """
 
 from __future__ import annotations
@@ -389,6 +390,8 @@ class BuildExtension(build_ext):
             targets.append(cuda_target(torch, architectures))
         elif build_mode() == "cuda":
             raise CannotBuildError(missing)
+        else:
+            print(f"seda_fast is built without its CUDA library: {missing}", file=sys.stderr)
         Path("build.ninja").write_text(ninja_file(compiler, targets, nvcc), encoding="utf-8")
         # Both at once fill the processors; where one fails, a second run tells which.
         if (failure := run_ninja(ninja, "-k0")) is None:

@@ -108,14 +108,17 @@ def unavailable_lines() -> list[str]:
 
 def extension_lines() -> list[str]:
     """What was compiled, for what, and what each half serves."""
-    built = importlib.util.find_spec("seda_fast._C") is not None
-    lines = [f"seda_fast._C {'found' if built else 'not built'}"]
     cpu, cuda = cpp_status(), cuda_status()
     if "build" in cpu:
-        lines += [f"C++ for the CPU: {cpu['build']['compiler']}; {', '.join(cpu['build']['instruction_sets'])}"]
+        lines = [f"C++ for the CPU: {cpu['build']['compiler']}; {', '.join(cpu['build']['instruction_sets'])}"]
+    else:
+        found = importlib.util.find_spec("seda_fast._C") is not None
+        lines = [f"seda_fast._C {'found, not used' if found else 'not built'}"]
     if cuda["build"]:
         lines += [f"CUDA: {cuda['build']['compiler']}; sm_{', sm_'.join(cuda['build']['architectures'])}"]
-    lines += [f"CUDA, {operation}: {rule}" for operation, rule in cuda["rules"].items() if cuda["available"]]
+        lines += [f"CUDA, {operation}: {rule}" for operation, rule in cuda["rules"].items()]
+    elif cuda["missing"] is not None:
+        lines += [f"CUDA: not built: {cuda['missing']}"]
     return [part for line in lines for part in textwrap.wrap(line, width=110, subsequent_indent="  ")]
 
 

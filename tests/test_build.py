@@ -189,6 +189,28 @@ def test_a_missing_nvcc_is_named(build_module: ModuleType, monkeypatch: pytest.M
         build_module.find_nvcc()
 
 
+def test_without_nvcc_the_log_and_info_say_so_and_nobody_is_warned(
+    checkout: Path, compiled: Path, tmp_path: Path, fake_compiler: Path
+) -> None:
+    out = tmp_path / "out"
+    done = package(checkout, "wheel", out, SEDA_FAST_BUILD="auto", CXX=f"'{fake_compiler}'", NVCC="no-such-nvcc")
+    assert done.returncode == 0, done.stderr[-2000:]
+    cause = "no CUDA compiler was found (looked for no-such-nvcc)"
+    assert f"seda_fast is built without its CUDA library: {cause}" in done.stdout + done.stderr
+    assert "Warning: seda_fast" not in done.stdout + done.stderr
+    report = json.loads((unpack(out) / "seda_fast/_build.json").read_text())
+    assert report["libraries"] == ["libseda_fast_cpu.so"]
+    assert report["missing"] == {"cuda": cause}
+    # The same of a build that can be loaded, with PyTorch for the CPU and for CUDA.
+    site = tmp_path / "site"
+    shutil.copytree(compiled, site)
+    file = site / "seda_fast/_build.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"missing": report["missing"]}))
+    for before in ("", "import torch; torch.version.cuda = '13.0'"):
+        assert "".join(f"CUDA: not built: {cause}".split()) in info_of(site, before)
+    assert probe(site)["warnings"] == []
+
+
 @pytest.mark.parametrize("mode", ["auto", "cuda"])
 def test_an_nvcc_that_fails_leaves_the_cpu_half(checkout: Path, tmp_path: Path, mode: str) -> None:
     if COMPILER is None:

@@ -558,6 +558,19 @@ def test_info_names_versions_devices_and_implementations(capsys: pytest.CaptureF
     assert max(len(line) for line in shown.splitlines()) <= 160
 
 
+def test_info_tells_what_the_cuda_kernels_serve_where_they_were_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {"compiler": "release 13.0", "architectures": ["80", "90a"]}
+    shown = {"available": False, "reason": "this PyTorch was built without CUDA", "build": built, "missing": None}
+    rules = info.cuda_status()["rules"]
+    assert set(rules) == {"q_sample", "reverse_chain"}
+    for here, told in ((shown, True), (shown | {"build": {}}, False)):
+        monkeypatch.setattr(info, "cuda_status", lambda here=here: here | {"rules": rules})
+        text = " ".join(" ".join(info.extension_lines()).split())
+        assert ("CUDA: release 13.0; sm_80, sm_90a" in text) == told
+        for operation, rule in rules.items():
+            assert (f"CUDA, {operation}: {rule}" in text) == told
+
+
 def test_info_tells_of_a_gradient_that_another_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     real = info.choose
     monkeypatch.setattr(

@@ -156,6 +156,10 @@ def test_pages_of_commands_run_in_their_order(
             assert [line for line in block.splitlines()[1:] if line[:1] != " "] == [
                 line for line in said.splitlines()[1:] if line[:1] != " "
             ]
+            rules = [line for line in block.splitlines() if line.startswith("  CUDA, ")]
+            assert len(rules) == 2
+            if "sm_" in said:
+                assert set(rules) <= set(said.splitlines())
         else:
             assert shape_of(block) == shape_of(said)
         said = ""

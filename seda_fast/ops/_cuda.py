@@ -121,11 +121,13 @@ def status() -> dict[str, Any]:
 
     Returns:
         ``available``: bool; ``reason``: why not, or None; ``rules``: operation to what the kernel serves; ``build``:
-        compiler, flags and architectures, empty where it was not built.
+        compiler, flags and architectures, empty where it was not built; ``missing``: why the build left it out, or
+        None.
     """
     return {
         "available": _reason is None,
         "reason": _reason,
         "rules": dict(RULES),
         "build": _cpp.report().get("cuda", {}),
+        "missing": _cpp.report().get("missing", {}).get("cuda"),
     }

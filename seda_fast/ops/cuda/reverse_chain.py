@@ -13,8 +13,8 @@ from .._cuda import RULES, implement_with_cuda
 from ..reverse_chain import _reference
 
 RULES["reverse_chain"] = (
-    "bfloat16 alone, width and hidden multiples of 64, width at most 1024 (640 where a block of threads has less than "
-    "137 KiB of shared memory), features and condition multiples of 8, at most 32 blocks; the rest goes to PyTorch"
+    "bfloat16; width and hidden multiples of 64, width to 1024 (640 below 137 KiB of shared memory); features and "
+    "condition multiples of 8; to 32 blocks; else PyTorch"
 )
 
 
