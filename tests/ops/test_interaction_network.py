@@ -161,6 +161,32 @@ def test_results_do_not_depend_on_the_number_of_threads(lane: Any) -> None:
         torch.testing.assert_close(one, four, rtol=1e-5, atol=1e-5)
 
 
+def test_the_number_of_threads_changes_no_bit_beside_the_products(lane: Any) -> None:
+    if lane.backend != "cpp":
+        pytest.skip(f"{lane}: what PyTorch sums by itself may depend on it")
+    case = Case(700, 16, (7, 9), 16, 16, 2, 9, dropout=0.1, sorted_steps=False)
+    flat, tau = operands(case, torch.float32, "cpu")
+    first = 2 + len(case.conditions)
+    matrices = [i for i, t in enumerate(flat) if i >= first and t.ndim == 2]
+    # One entry of 1 in each row and column: the vendor's GEMM has no more than two terms to add, in whatever order.
+    for i in matrices:
+        flat[i] = torch.eye(16).flip(0).repeat(flat[i].shape[0] // 16, 1)
+    weight = torch.randn(case.batch, case.dim)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(run(by_op, case, flat, tau, weight))
+    finally:
+        torch.set_num_threads(before)
+    alone, *others = results
+    for i, one in enumerate(alone):
+        # A weight's own gradient is a product over the rows; `run` gives the value first.
+        if i - 1 not in matrices:
+            assert all(torch.equal(one, other[i]) for other in others), i
+
+
 def test_strided_operands(lane: Any) -> None:
     case = CASES[3]
     flat, tau = operands(case, torch.float32, lane.device)
