@@ -38,6 +38,18 @@ struct HopperThread {
   TensorMaps maps{};
 };
 
+// Rows and columns of a weight by its number.
+WeightMatrix sizes_of(const ChainShape& s, int weight) {
+  switch (weight) {
+    case kConditionWeight: return {nullptr, s.width, s.condition_dim};
+    case kGateWeight: return {nullptr, s.blocks * s.hidden, s.width};
+    case kInputWeight: return {nullptr, s.width, s.dim};
+    case kOutputWeight: return {nullptr, s.dim, s.width};
+    default: return (weight - kBlockWeights) % 2 == 0 ? WeightMatrix{nullptr, s.hidden, s.width}
+                                                      : WeightMatrix{nullptr, s.width, s.hidden};
+  }
+}
+
 std::string last_error;
 int last_barriers = 0, last_meetings = 0, last_consumers_barriers = 0;
 
@@ -115,8 +127,9 @@ void plan_for(const int64_t* sizes, int processors, int room, int hopper, int* a
   answer[0] = static_cast<int>(std::find(kernels, kernels + 5, plan.kernel) - kernels) - 1, answer[1] = plan.blocks;
 }
 
-// Tiles of one pass of the weight stream, as counted and as the stream gives them; each inside its weight.
-int count_tiles(const int64_t* sizes) {
+// Tiles of one pass of the weight stream, as counted and as the stream gives them; -1 where they differ or where one
+// begins outside its weight, of which so many columns are missing.
+int count_tiles(const int64_t* sizes, int missing) {
   const auto at = [sizes](int i) { return static_cast<int>(sizes[i]); };
   const ChainShape s{at(1), at(2), at(3), at(4), at(5), at(6)};
   TileStream stream(s, 1);
@@ -125,6 +138,8 @@ int count_tiles(const int64_t* sizes) {
     const WeightTile tile = stream.next();
     const bool first = tile.weight == kConditionWeight;
     if (tile.row < 0 || tile.column < 0 || (given == 0) != (first && tile.row == 0 && tile.column == 0)) return -1;
+    const WeightMatrix of = sizes_of(s, tile.weight);
+    if (tile.row >= of.rows || tile.column >= of.columns - missing) return -1;
     ++given;
   }
   return given == tiles_of_a_pass(s) ? static_cast<int>(given) : -1;

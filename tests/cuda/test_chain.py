@@ -265,6 +265,12 @@ def test_the_cluster_meets_before_the_barriers_are_used_and_before_a_block_leave
         ((65_536, 768, 768, 640, 640, 3, 5), 84, 99, False, (WIDE, 84)),
         ((65_536, 768, 768, 704, 704, 3, 5), 84, 99, False, (-1, 0)),
         ((100, 768, 768, 1024, 1024, 32, 1), 132, 137, False, (WIDE, 4)),
+        # The calls of test_sanitizer.py.
+        ((3, 72, 144, 64, 64, 1, 2), 132, 227, True, (SPLIT, 9)),
+        ((40, 72, 144, 64, 192, 1, 2), 132, 227, True, (WIDE, 2)),
+        ((40, 72, 144, 1024, 64, 1, 1), 132, 227, True, (WIDE, 2)),
+        ((32 * 132 + 40, 72, 144, 64, 64, 1, 2), 132, 227, True, (HOPPER, 66)),
+        ((32 * 108 + 40, 72, 144, 64, 64, 1, 2), 108, 163, False, (TALL, 55)),
         ((100, 768, 768, 1088, 1088, 1, 1), 132, 227, False, (-1, 0)),
         ((100, 770, 768, 512, 512, 1, 1), 132, 227, False, (-1, 0)),
         ((100, 768, 768, 512, 480, 1, 1), 132, 227, False, (-1, 0)),
@@ -285,7 +291,9 @@ def test_the_weight_stream_gives_as_many_tiles_as_were_counted(machine: ctypes.C
     for _ in range(200):
         draw = [int(v) for v in torch.randint(1, 9, (6,), generator=generator)]
         sizes = (100, 40 * draw[0], 24 * draw[1], 64 * draw[2], 64 * draw[3], draw[4], draw[5])
-        assert machine.count_tiles((ctypes.c_int64 * 7)(*sizes)) > 0, sizes
+        assert machine.count_tiles((ctypes.c_int64 * 7)(*sizes), 0) > 0, sizes
+        # A weight that is a slice narrower than the stream takes it for would be read beyond its end.
+        assert machine.count_tiles((ctypes.c_int64 * 7)(*sizes), 64) == -1, sizes
 
 
 def test_a_few_rows_lie_on_different_banks(machine: ctypes.CDLL) -> None:

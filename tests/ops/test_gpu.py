@@ -21,7 +21,14 @@ from seda_fast.ops import (
 )
 
 pytestmark = pytest.mark.gpu
-needs_library = pytest.mark.skipif(not cuda_status()["available"], reason="the CUDA C++ operators were not built")
+needs_library = pytest.mark.usefixtures("cuda_library")
+
+
+@pytest.fixture
+def cuda_library(request: pytest.FixtureRequest) -> None:
+    """Skip, by name, a test of the CUDA C++ operators where they are not here."""
+    if not cuda_status()["available"]:
+        pytest.skip(f"{request.node.nodeid} needs the CUDA library: {cuda_status()['reason']}")
 
 
 def noised(x0: Tensor, step: Tensor) -> Tensor:
@@ -208,6 +215,7 @@ with here["use_backend"]("cuda"):
 """
 
 
+@needs_library
 @pytest.mark.parametrize("rows", [1, 100, 5000])
 def test_the_persistent_chain_s_first_call_may_be_inside_a_capture(rows: int) -> None:
     command = [sys.executable, "-c", COLD, __file__, str(rows)]
