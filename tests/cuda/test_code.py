@@ -10,23 +10,35 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ("80", "90a", "100")
-SOURCES = ("noising", "reverse_chain", "hopper_chain")
-# What each kernel must hold, and what none may: loads and stores of local memory.
+# Products on tensor cores, copies to shared memory that pass registers by, matrices from there.
+TILES = {"HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"}
+# The kernels of each file by a part of their names, and what each must hold.
 EXPECTED = {
-    "noising_kernel": {"LDG"},
-    # Products on tensor cores, copies to shared memory that pass registers by, matrices from there.
-    "ChainThread": {"HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"},
-    # Products there as well; weights 16 bytes at a time; exchange through the cache that all share.
-    "SplitThread": {"HMMA.16816.F32.BF16", "LDG.E.128", "LDS.128", "LDG.E.STRONG.GPU", "STG.E.STRONG.GPU"},
+    "noising": {
+        # Four features in one access, where all rows begin at a multiple of that; else one by one.
+        "noising_kernelIfLb1E": {"LDG.E.128", "STG.E.128"},
+        "noising_kernelIfLb0E": {"LDG.E", "STG.E"},
+        "noising_kernelI13__nv_bfloat16Lb1E": {"LDG.E.64", "STG.E.64"},
+        "noising_kernelI13__nv_bfloat16Lb0E": {"LDG.E.U16", "STG.E.U16"},
+    },
+    "reverse_chain": {
+        # Tiles of 32 rows of up to eight panels, and of 64 of up to four.
+        "RingEngineILi32ELi8ELi3E": TILES,
+        "RingEngineILi64ELi4ELi4E": TILES,
+        # Products there as well; weights 16 bytes at a time; exchange through the cache that all share.
+        "SplitThread": {"HMMA.16816.F32.BF16", "LDG.E.128", "LDS.128", "LDG.E.STRONG.GPU", "STG.E.STRONG.GPU"},
+    },
+    "hopper_chain": {"hopper_chain_kernel": {"BPT.TRAP"}},
 }
-# Beside that, what has code for one architecture alone: products by warpgroups, tiles that the copy engine sends to
-# both blocks of a cluster, waits at barriers in shared memory, registers that change hands, published writes.
+# What has code for one architecture alone: products by warpgroups, tiles that the copy engine sends to both blocks of a
+# cluster, waits at barriers in shared memory, registers that change hands, published writes.
 ON_90A = {
     "hopper_chain_kernel": {
         *("HGMMA.64x64x16.F32.BF16", "UTMALDG.2D.MULTICAST", "SYNCS.PHASECHK", "USETMAXREG.TRY_ALLOC"),
         *("WARPGROUP.DEPBAR", "FENCE.VIEW.ASYNC", "UCGABAR_WAIT"),
     }
 }
+# Loads and stores of local memory.
 FORBIDDEN = {"LDL", "STL"}
 
 
@@ -40,7 +52,7 @@ def cuobjdump() -> str | None:
     return str(carried) if carried.is_file() else None
 
 
-@pytest.fixture(scope="module", params=SOURCES)
+@pytest.fixture(scope="module", params=EXPECTED)
 def compiled(
     request: pytest.FixtureRequest, repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
@@ -80,12 +92,15 @@ def disassembled(built: Path, architecture: str) -> dict[str, list[str]]:
 
 
 def test_instructions_are_those_that_were_meant(compiled: tuple[Path, str]) -> None:
+    kernels = EXPECTED[compiled[0].stem]
     for architecture in ARCHITECTURES:
-        for function, instructions in disassembled(compiled[0], architecture).items():
-            expected = EXPECTED | (ON_90A if architecture == "90a" else {name: {"BPT.TRAP"} for name in ON_90A})
-            name = next(kernel for kernel in expected if kernel in function)
-            found = set(instructions)
-            for wanted in expected[name]:
+        functions = disassembled(compiled[0], architecture)
+        by_name = {name: [function for function in functions if name in function] for name in kernels}
+        assert sorted(map(sorted, by_name.values())) == sorted([function] for function in functions), by_name
+        for name, (function,) in by_name.items():
+            found = set(functions[function])
+            wanted_here = ON_90A.get(name, kernels[name]) if architecture == "90a" else kernels[name]
+            for wanted in wanted_here:
                 assert any(i.startswith(wanted) for i in found), f"{name} for sm_{architecture} has no {wanted}"
             assert not {i for i in found if i.partition(".")[0] in FORBIDDEN}, f"{name} for sm_{architecture}"
 

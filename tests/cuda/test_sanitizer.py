@@ -12,9 +12,9 @@ from seda_fast.ops import cuda_status
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-# A call of each kernel: few rows, split over columns; low tiles, rows of one panel and of eight; with more rows than low
-# tiles share out (32 a processor), clusters where the GPU has them and tall tiles elsewhere; noising in two dtypes.
-# tests/cuda/test_chain.py holds the rule for sizes against these.
+# A call of each kernel: few rows, split over columns; low tiles, rows of one panel and of eight; with more rows than
+# low tiles share out (32 a processor), clusters where the GPU has them and tall tiles elsewhere; noising in two dtypes,
+# each with rows of whole vectors and without. tests/cuda/test_chain.py holds the rule for sizes against these.
 CALLS = {
     "split": "chain(3, 72, 64, 64, 1, 2)",
     "wide": "chain(40, 72, 64, 192, 1, 2)",
@@ -35,16 +35,18 @@ def chain(*sizes):
 
 
 def noising(dtype):
-    x0 = torch.randn(7, 102, device="cuda", dtype=dtype, requires_grad=True)
-    rows, table = torch.arange(7, device="cuda"), torch.rand(7, device="cuda")
-    noised = q_sample(x0, rows, table, table, seed=1, step=2, sample_ids=rows)
-    return noised.detach(), *torch.autograd.grad(noised, x0, torch.ones_like(noised))
+    rows, table, found = torch.arange(7, device="cuda"), torch.rand(7, device="cuda"), []
+    for columns in (100, 102):
+        x0 = torch.randn(7, columns, device="cuda", dtype=dtype, requires_grad=True)
+        noised = q_sample(x0, rows, table, table, seed=1, step=2, sample_ids=rows)
+        found += [noised.detach(), *torch.autograd.grad(noised, x0, torch.ones_like(noised))]
+    return found
 
 
 with use_backend("cuda"):
     found = eval(sys.argv[2])
 torch.cuda.synchronize()
-assert all(torch.isfinite(t).all() for t in (found if isinstance(found, tuple) else (found,)))
+assert all(torch.isfinite(t).all() for t in (found if isinstance(found, list) else [found]))
 """
 
 
