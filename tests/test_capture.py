@@ -330,6 +330,30 @@ def test_in_bf16_the_captured_step_stays_as_near_to_eager_as_eager_to_float32() 
     assert apart(direct, eager) < 2 * apart(eager, exact) < 0.01
 
 
+@pytest.mark.parametrize(
+    ("backend", "rate"),
+    [
+        ("auto", "dropout"),
+        ("auto", "condition_dropout"),
+        ("auto", "translator_dropout"),
+        ("auto", "visual_dropout"),
+        ("auto", "visual_input_dropout"),
+        ("auto", "all"),
+        pytest.param("reference", "all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rate_of_0_is_captured(tapes: list[Tape], backend: str, rate: str) -> None:
+    """Without dropout an operation is given no seed; what it puts there must not come from the host."""
+    every = ("dropout", "condition_dropout", "translator_dropout", "visual_dropout", "visual_input_dropout")
+    rates: dict[str, Any] = dict.fromkeys(every if rate == "all" else (rate,), 0.0)
+    settings = dataclasses.replace(SETTINGS, epochs=2, **rates)
+    with use_backend(backend):
+        graphed = trainer("graph", settings)
+        graphed.run()
+        assert [tape.replays for tape in tapes] == [4 * settings.epochs]
+        same_bits(graphed, step_by_step(settings=settings))
+
+
 @pytest.mark.slow
 def test_the_kernels_launches_are_captured_too(tapes: list[Tape]) -> None:
     if _dispatch.refusal("q_sample", "triton", "cpu") is not None:
@@ -531,6 +555,14 @@ def faulty_random(x: Tensor) -> None:
 def test_the_machine_refuses(fault: Callable[[Tensor], None], why: str) -> None:
     with pytest.raises(CaptureError, match=why), capturing(Tape()):
         fault(torch.ones(3))
+
+
+def test_an_int_for_a_counter_is_captured() -> None:
+    tape = Tape()
+    with capturing(tape):
+        found = _dispatch.as_counter(2**40 + 3, "seed", torch.device("cpu"))
+    tape.replay()
+    assert (found.dtype, found.shape, found.item()) == (torch.int64, (), 2**40 + 3)
 
 
 def test_the_machine_bakes_in_what_the_host_knew() -> None:

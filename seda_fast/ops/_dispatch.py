@@ -209,7 +209,8 @@ def as_counter(value: int | Tensor, name: str, device: torch.device) -> Tensor:
         ValueError: it is neither an int nor an int64 tensor of shape () on ``device``.
     """
     if isinstance(value, int):
-        return torch.tensor(value, dtype=torch.int64, device=device)
+        # Filled on the device: `torch.tensor` would copy from the host's memory, which no graph can capture.
+        return torch.full((), value, dtype=torch.int64, device=device)
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.shape != ():
         raise ValueError(f"{name} must be an int or an int64 tensor of shape (), not {describe(value)}")
     if value.device != device:
