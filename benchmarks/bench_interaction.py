@@ -50,18 +50,38 @@ def eager(
     return h + (1 + alpha[tau]) * F.linear(u, w_o, b_o)
 
 
-def swiglu_peer(given: dict[str, Tensor]) -> Any:
-    """xformers' SwiGLU of the same sizes: three products, no norm, no tables, no dropout; None where it is absent."""
-    try:
+class SwigluPeer:
+    """xformers' SwiGLU of the same sizes: three products, no norm, no tables, no dropout.
+
+    Raises whatever its import does where it is absent, or built for another PyTorch.
+    """
+
+    def __init__(self, h: Tensor, weight: Tensor) -> None:
         from xformers.ops import SwiGLU
-    except Exception:  # noqa: BLE001 - built for another PyTorch it raises whatever its loader does
-        return None
-    h = given["h"]
-    return SwiGLU(WIDTH, EXPANSION * WIDTH, WIDTH, bias=True).to(device=h.device, dtype=h.dtype)
+
+        self.h, self.weight = h, weight
+        self.module = SwiGLU(WIDTH, EXPANSION * WIDTH, WIDTH, bias=True).to(device=h.device, dtype=h.dtype)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Gradients of h and of the parameters, in their order."""
+        return torch.autograd.grad(self.module(self.h), [self.h, *self.module.parameters()], self.weight)
+
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The same gradients by its formula in PyTorch: ``w3(silu(w1 h) * w2 h)``; w1 and w2 may lie in one, w12."""
+        h = self.h.detach().to(dtype).requires_grad_()
+        own = {name: p.detach().to(dtype).requires_grad_() for name, p in self.module.named_parameters()}
+        packed = ["w12"] if "w12.weight" in own else ["w1", "w2"]
+        both = torch.cat([F.linear(h, own[f"{name}.weight"], own[f"{name}.bias"]) for name in packed], dim=1)
+        first, second = both.chunk(2, dim=1)
+        value = F.linear(F.silu(first) * second, own["w3.weight"], own["w3.bias"])
+        return torch.autograd.grad(value, [h, *own.values()], self.weight.to(dtype))
+
+
+PEER = "xformers SwiGLU"
 
 
 def bench_interaction(
-    contest: Any, device: torch.device, quick: bool, workload: Any, compile_variants: Any, close: Any
+    contest: Any, device: torch.device, quick: bool, workload: Any, compile_variants: Any, close: Any, peer: Any
 ) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = 64 if quick else ROWS[device.type]
@@ -77,29 +97,36 @@ def bench_interaction(
     with_backward = lambda value: torch.autograd.grad(value, leaves, weight)  # noqa: E731
     competitors = {
         "seda_fast": lambda: with_backward(interaction_block(**given, timesteps=tau, dropout=DROPOUT, **keys)),
-        "eager": lambda: with_backward(eager(**given, tau=tau, dropout=DROPOUT)),
     }
-    for name, variant in compile_variants(eager, device).items():
+    variants = {"eager": eager, **compile_variants(eager, device)}
+    for name, variant in variants.items():
         competitors[name] = lambda variant=variant: with_backward(variant(**given, tau=tau, dropout=DROPOUT))
-    peer = swiglu_peer(given)
-    if peer is not None:
-        parameters = [given["h"], *peer.parameters()]
-        competitors["xformers SwiGLU"] = lambda: torch.autograd.grad(peer(given["h"]), parameters, weight)
+    competitors[PEER] = peer(lambda: SwigluPeer(given["h"], weight))
     wide = {name: value.detach().double().requires_grad_() for name, value in given.items()}
-    exact = torch.autograd.grad(
-        reference.interaction_block(**wide, timesteps=tau, dropout=DROPOUT, **keys),
-        list(wide.values()),
-        weight.double(),
-    )
+
+    def defined(dropout: float) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The definition's gradients in float64 and in the operands' dtype."""
+        options: dict[str, Any] = {"timesteps": tau, "dropout": dropout, **keys}
+        value = reference.interaction_block(**wide, **options)
+        exact = torch.autograd.grad(value, list(wide.values()), weight.double())
+        return exact, with_backward(reference.interaction_block(**given, **options))
+
+    dropped, whole = defined(DROPOUT), defined(0.0)
 
     def check(name: str, result: tuple[Tensor, ...]) -> None:
-        if name == "seda_fast":
-            for part, got, expected in zip(given, result, exact, strict=True):
-                close(got, expected, 64, f"{name}, gradient of {part}")
+        if name == PEER:
+            swiglu = competitors[PEER]
+            for three in zip(result, swiglu.plain(torch.float64), swiglu.plain(dtype), strict=True):
+                close(*three, f"{name}, a gradient", times=8.0)
+            return
+        expected = dropped
+        if name in variants:
+            # PyTorch's masks are others: finite with dropout, compared without.
+            assert all(part.isfinite().all() for part in result), name
+            result, expected = with_backward(variants[name](**given, tau=tau, dropout=0.0)), whole
+        for part, *three in zip(given, result, *expected, strict=True):
+            close(*three, f"{name}, gradient of {part}")
 
-    # Dropout masks differ, so the others are compared without: their own rate 0 against ours.
-    plain = interaction_block(**given, timesteps=tau)
-    close(eager(**given, tau=tau, dropout=0.0), plain, 64, "eager without dropout")
     hidden = EXPANSION * WIDTH
     # Read once: h, gate, the gradient; written once: the result and the gradients of h and gate.
     moved = given["h"].element_size() * rows * (4 * WIDTH + 2 * hidden)

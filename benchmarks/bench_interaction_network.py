@@ -33,20 +33,26 @@ def bench_interaction_network(
         "seda_fast": lambda: gradients(net, net(x, condition, tau, dropout)),
         "eager": lambda: gradients(net, network(net, x, condition, tau, DROPOUT)),
     }
-    for name, variant in compile_variants(network, device, large=True).items():
+    variants = compile_variants(network, device, large=True)
+    for name, variant in variants.items():
         competitors[name] = lambda variant=variant: gradients(net, variant(net, x, condition, tau, DROPOUT))
 
     # Dropout's masks differ, so values and gradients are compared without it.
     wide = copy.deepcopy(net).double()
     exact = network(wide, x.double(), condition.double(), tau, 0.0)
     expected = torch.autograd.grad(exact, list(wide.parameters()), weight.double())
-    plain = net(x, condition, tau)
-    close(plain, exact, 256, "seda_fast without dropout")
-    for (name, _), got, wanted in zip(net.named_parameters(), gradients(net, plain), expected, strict=True):
-        close(got, wanted, 512, f"seda_fast, gradient of {name}")
+    usual = network(net, x, condition, tau, 0.0)
+    usual_gradients = gradients(net, usual)
+    functions = {"seda_fast": lambda: net(x, condition, tau), "eager": lambda: usual}
+    functions |= {name: lambda v=v: v(net, x, condition, tau, 0.0) for name, v in variants.items()}
 
     def check(name: str, result: tuple[Tensor, ...]) -> None:
         assert all(part.isfinite().all() for part in result), name
+        value = functions[name]()
+        close(value, exact, usual, f"{name} without dropout")
+        found = usual_gradients if value is usual else gradients(net, value)
+        for (part, _), *three in zip(net.named_parameters(), found, expected, usual_gradients, strict=True):
+            close(*three, f"{name} without dropout, gradient of {part}")
 
     hidden = EXPANSION * WIDTH
     products = 2 * DIM * WIDTH + BLOCKS * (2 * WIDTH * hidden + WIDTH * hidden) + WIDTH * DIM

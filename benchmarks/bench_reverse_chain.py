@@ -1,6 +1,5 @@
 """One stage's reverse chain of five steps, no gradients, against a loop over the network as one would write it."""
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +97,7 @@ def bench_reverse_chain(
     compile_variants: Any,
     challengers: Any,
     close: Any,
+    peer: Any,
     place: int,
 ) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -123,14 +123,13 @@ def bench_reverse_chain(
         )
     for name, variant in variants.items():
         competitors[name] = lambda variant=variant: variant(network, x, condition, steps)
-    if importlib.util.find_spec("diffusers"):
-        competitors["eager, diffusers' DDIMScheduler"] = diffusers_loop(network, latent, condition, schedule)
+    competitors["eager, diffusers' DDIMScheduler"] = peer(lambda: diffusers_loop(network, latent, condition, schedule))
     wide = Network().to(device).double()
     wide.load_state_dict(network.state_dict())
-    exact = loop(wide, x.double(), condition.double(), steps)
+    exact, usual = loop(wide, x.double(), condition.double(), steps), loop(network, x, condition, steps)
 
     def check(name: str, result: Tensor) -> None:
-        close(result, exact, 256, name)
+        close(result, exact, usual, name)
 
     per_block = 2 * WIDTH * HIDDEN
     once = WIDTH * DIM + BLOCKS * WIDTH * HIDDEN

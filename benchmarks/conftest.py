@@ -201,6 +201,46 @@ class Contest:
         return max((copy, "copy"), (matrix, "matrix"))
 
 
+def agree(
+    got: Tensor, expected: Tensor, eager: Tensor, name: str, *, times: float = 2.0, contract: float = 0.0
+) -> None:
+    """Assert that ``got`` errs no more than ``times`` as much as ``eager``, PyTorch's in its dtype, plus roundings.
+
+    Against ``expected``, in float64, the largest error and the root mean square are compared. Neither sees a result
+    that is 2 % too large in bfloat16, so the error along ``expected`` is bounded too: rounding leaves next to nothing
+    of it. A wrong ``eager`` allows nothing: its own error may be 32 roundings in the root mean square.
+
+    Args:
+        contract: an absolute error that is allowed besides.
+    """
+    assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(expected.shape)}"
+    eps, expected = torch.finfo(got.dtype).eps, expected.detach().double()
+    error, usual = (x.detach().double() - expected for x in (got, eager))
+    size, spare = expected.norm(), contract * math.sqrt(max(1, expected.numel()))
+    bounds = {
+        "at most": (error.abs().max(), times * usual.abs().max() + 4 * eps * expected.abs().max() + contract),
+        "in the root mean square": (error.norm(), times * usual.norm() + 2 * eps * size + spare),
+        "in scale": ((error * expected).sum().abs(), 2 * eps * size**2 + spare * size),
+        "in the root mean square of eager": (usual.norm(), 32 * eps * size + spare),
+    }
+    for what, (found, allowed) in bounds.items():
+        # A comparison with NaN is false.
+        assert found <= allowed, f"{name}: off {what} by {float(found):.2e}, {float(allowed):.2e} allowed"
+
+
+def built(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """A peer's call, or one that raises what kept it from being made: a `Contest` then leaves it out and says why."""
+    try:
+        return make()
+    except Exception as error:  # noqa: BLE001 - built for another PyTorch or Triton it raises whatever it meets first
+        reason = error
+
+    def fails() -> Any:
+        raise reason
+
+    return fails
+
+
 def compiled(call: Callable[..., Any], device: torch.device, autotune: bool) -> dict[str, Callable[..., Any]]:
     """``call`` as `torch.compile` makes it, for the one shape: by default, and with ``autotune`` on a GPU also with
     max-autotune, which takes about a minute for half a dozen products."""
@@ -563,11 +603,11 @@ def compile_variants(request: pytest.FixtureRequest) -> Callable[..., dict[str, 
 
 @pytest.fixture(scope="session")
 def close() -> Callable[..., None]:
-    """Asserts that tensors agree to a few roundings of the coarser dtype, relative to the largest entry."""
+    """See `agree`."""
+    return agree
 
-    def check(got: Tensor, expected: Tensor, roundings: float, name: str) -> None:
-        allowed = roundings * torch.finfo(got.dtype).eps * expected.abs().max().item()
-        error = (got.double() - expected.double()).abs().max().item()
-        assert error <= allowed, f"{name}: off by {error:.2e}, {allowed:.2e} allowed"
 
-    return check
+@pytest.fixture(scope="session")
+def peer() -> Callable[[Callable[[], Callable[[], Any]]], Callable[[], Any]]:
+    """See `built`."""
+    return built

@@ -98,11 +98,20 @@ def table_of(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def not_compared(record: dict[str, Any]) -> list[str]:
+    """One line on the competitors that could not run, and why; none where all ran."""
+    reasons: dict[str, None] = {}
+    for place, said in record.get("left_out", {}).items():
+        reasons[f"{place.partition(': ')[2]} ({said})"] = None
+    return ["", f"Not compared: {'; '.join(reasons)}."] if reasons else []
+
+
 def section(record: dict[str, Any]) -> list[str]:
     """What one device's record says."""
     used = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version != "not installed")
     lines = [f"## {record['device']}", "", f"Commit {record['commit']}, {record['repeats']} repeats; {used}.", ""]
     lines += table_of(record)
+    lines += not_compared(record)
     if record.get("growth"):
         lines += ["", "How time grows, fitted on logarithms, and from the last size but one to the last:", ""]
         lines += ["| | sizes | slope | at the end |", "|---|---|---|---|"]

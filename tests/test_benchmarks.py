@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
-def harness(repository: Path) -> Any:
-    """``benchmarks/conftest.py`` as a module."""
-    name = "seda_fast_benchmark_harness"
-    spec = importlib.util.spec_from_file_location(name, repository / "benchmarks" / "conftest.py")
+def load(file: Path) -> Any:
+    name = f"seda_fast_benchmarks_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -25,6 +24,12 @@ def harness(repository: Path) -> Any:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def harness(repository: Path) -> Any:
+    """``benchmarks/conftest.py`` as a module."""
+    return load(repository / "benchmarks" / "conftest.py")
 
 
 @pytest.fixture
@@ -95,6 +100,106 @@ def test_a_competitor_that_cannot_run_is_left_out_and_named(contest: Any, harnes
     assert contest.left_out == {"sums: peer": "RuntimeError: no kernel image"}
     with pytest.raises(RuntimeError, match="no kernel image"):
         contest(work, {"seda_fast": ours, "seda_fast on cuda": fails}, lambda name, result: None)
+
+
+def two_products(dtype: torch.dtype) -> list[torch.Tensor]:
+    """A value and the gradients of its operands, of the same rounded numbers in any dtype."""
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(shape, generator=generator) for shape in ((64, 96), (128, 96), (96, 128), (64, 96))]
+    x, first, second, weight = (t.bfloat16().to(dtype).requires_grad_() for t in drawn)
+    value = torch.nn.functional.silu(x @ first.T / 10) @ second.T / 10
+    return [value.detach(), *torch.autograd.grad(value, (x, first, second), weight.detach())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_can_fail_in_every_dtype(harness: Any, dtype: torch.dtype) -> None:
+    for exact, eager in zip(two_products(torch.float64), two_products(dtype), strict=True):
+        harness.agree(exact.to(dtype), exact, eager, "rounded")
+        harness.agree(eager, exact, eager, "eager")
+        wrong_row = eager.clone()
+        wrong_row[7] = wrong_row[6]
+        for name, wrong in {
+            "nothing": torch.zeros_like(eager),
+            "not finite": torch.full_like(eager, torch.nan),
+            "another sign": -eager,
+            "2 % too large": 1.02 * eager,
+            "2 % too small": 0.98 * eager,
+            "a wrong row": wrong_row,
+        }.items():
+            with pytest.raises(AssertionError, match=name):
+                harness.agree(wrong, exact, eager, name)
+            with pytest.raises(AssertionError, match=name):
+                harness.agree(wrong, exact, eager, name, times=8.0)
+    with pytest.raises(AssertionError, match="of eager"):
+        harness.agree(exact.to(dtype), exact, torch.zeros_like(eager), "a wrong eager")
+
+
+@pytest.fixture
+def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no peer is installed."""
+    for name in ("xformers", "xformers.ops", "liger_kernel", "liger_kernel.transformers", "diffusers"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def swiglu(wrong: float) -> type[torch.nn.Module]:
+    """A stand-in for xformers' SwiGLU, ``wrong`` times its value."""
+
+    class SwiGLU(torch.nn.Module):
+        def __init__(self, into: int, hidden: int, out: int, bias: bool) -> None:
+            super().__init__()
+            self.w12, self.w3 = torch.nn.Linear(into, 2 * hidden, bias=bias), torch.nn.Linear(hidden, out, bias=bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second = self.w12(x).chunk(2, dim=1)
+            return wrong * self.w3(torch.nn.functional.silu(first) * second)
+
+    return SwiGLU
+
+
+@pytest.mark.parametrize("wrong", [1.0, 1.02])
+def test_a_peer_s_result_is_checked(
+    repository: Path, harness: Any, contest: Any, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    bench = load(repository / "benchmarks" / "bench_interaction.py")
+    package, module = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+    module.SwiGLU = swiglu(wrong)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    arguments = (contest, torch.device("cpu"), True, harness.Workload, lambda *unused: {}, harness.agree, harness.built)
+    if wrong == 1:
+        bench.bench_interaction(*arguments)
+        assert [row.competitor for row in contest.rows] == ["seda_fast", "eager", "xformers SwiGLU"]
+    else:
+        with pytest.raises(AssertionError, match="xformers SwiGLU"):
+            bench.bench_interaction(*arguments)
+
+
+def test_a_peer_that_does_not_load_is_named_with_the_reason(
+    repository: Path, harness: Any, contest: Any, no_peers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Absent, or built for another PyTorch: no row says so, the record does."""
+    interaction, projection, chain = (
+        load(repository / "benchmarks" / f"bench_{name}.py") for name in ("interaction", "projection", "reverse_chain")
+    )
+    fixtures: dict[str, Any] = {
+        "contest": contest, "device": torch.device("cpu"), "quick": True, "workload": harness.Workload,
+        "compile_variants": lambda *unused, **options: {}, "close": harness.agree, "peer": harness.built,
+    }  # fmt: skip
+    interaction.bench_interaction(**fixtures)
+    projection.bench_projection(**fixtures, size=0)
+    chain.bench_reverse_chain(**fixtures, challengers=lambda *unused: {}, place=0)
+    assert {row.competitor for row in contest.rows} == {"seda_fast", "eager"}
+    said = {place.partition(": ")[2]: reason for place, reason in contest.left_out.items()}
+    assert set(said) == {"xformers SwiGLU", "liger-kernel, without centre loss", "eager, diffusers' DDIMScheduler"}
+    assert all(reason.startswith("ModuleNotFoundError: ") for reason in said.values()), said
+    # One that is there but needs what is not.
+    package, module = types.ModuleType("liger_kernel"), types.ModuleType("liger_kernel.transformers")
+    module.LigerFusedLinearCrossEntropyLoss = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
+    projection.bench_projection(**fixtures, size=0)
+    assert "RuntimeError: liger-kernel needs a GPU" in contest.left_out.values()
+    assert json.loads(json.dumps(harness.as_json(contest, repository)))["left_out"] == contest.left_out
 
 
 def test_a_later_run_keeps_what_an_earlier_one_measured_of_other_workloads(

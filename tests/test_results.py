@@ -49,6 +49,21 @@ def test_nothing_recorded_is_said(maker: Any, tmp_path: Path) -> None:
     assert "## CPU\n\nNot measured." in text
 
 
+def test_who_could_not_run_is_named_once_with_the_reason(maker: Any, tmp_path: Path) -> None:
+    left_out = {
+        "projection, K = 100: liger-kernel": "RuntimeError: liger-kernel needs a GPU",
+        "projection, K = 1000: liger-kernel": "RuntimeError: liger-kernel needs a GPU",
+        "reverse chain: diffusers": "ModuleNotFoundError: No module named 'diffusers'",
+    }
+    (tmp_path / "cpu.json").write_text(json.dumps({**record(gpu=False), "left_out": left_out}))
+    assert (
+        "\nNot compared: liger-kernel (RuntimeError: liger-kernel needs a GPU); "
+        "diffusers (ModuleNotFoundError: No module named 'diffusers').\n"
+    ) in maker.results(tmp_path)
+    (tmp_path / "cpu.json").write_text(json.dumps(record(gpu=False)))
+    assert "Not compared" not in maker.results(tmp_path)
+
+
 def test_a_cpu_gives_ratios_and_leaves_the_gpu_unmeasured(maker: Any, tmp_path: Path) -> None:
     (tmp_path / "cpu.json").write_text(json.dumps(record(gpu=False)))
     text = maker.results(tmp_path)
