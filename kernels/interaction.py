@@ -429,8 +429,18 @@ def split_sums_kernel(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as `torch.set_float32_matmul_precision` says for PyTorch's own products."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """How float32 operands are multiplied: as PyTorch's own products on a GPU are, "tf32" or "ieee"."""
+    return "tf32" if dtype == torch.float32 and tf32_products() else "ieee"
+
+
+def tf32_products() -> bool:
+    """Whether PyTorch multiplies float32 matrices on a GPU in TF32.
+
+    `torch.backends.cuda.matmul.fp32_precision` knows, however it was said; the older getter refuses to answer where
+    that newer switch was used. It stands alone where the newer one says "none" or does not exist.
+    """
+    said = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    return said == "tf32" if said != "none" else torch.get_float32_matmul_precision() != "highest"
 
 
 def by_rows(tensor: Tensor) -> Tensor:

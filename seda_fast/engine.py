@@ -90,13 +90,23 @@ def plan(asked: EngineName, precision: PrecisionName, data: Rows, batch_size: in
 
 @contextmanager
 def matrix_precision(precision: PrecisionName) -> Iterator[None]:
-    """TF32 products while the block runs, where ``precision`` says so."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+    """TF32 products while the block runs, where ``precision`` says so; else as PyTorch's switches stand."""
+    if precision != "tf32":
+        yield
+        return
+    switches = torch.backends.cuda.matmul
+    newer = getattr(switches, "fp32_precision", None)
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer switch alone was used: the older one stands as PyTorch has it from the start
+        older = "highest"
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(older)
+        if newer is not None:
+            switches.fp32_precision = newer
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
