@@ -85,16 +85,76 @@ def double(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
 
 
+def compare(
+    case: Case, dtype: torch.dtype, device: str, check: Callable[..., None], timesteps: Tensor | None = None
+) -> None:
+    """Value and gradients of the case, with its own ``timesteps`` if given, against the definition."""
+    given, settings = operands(case, dtype, device), keys(case, device)
+    given |= {} if timesteps is None else {"timesteps": timesteps}
+    weight = torch.randn(case.batch, case.width, device=device).to(dtype)
+    got = run(interaction_block, given, settings, weight)
+    eager = run(reference.interaction_block, given, settings, weight)
+    exact = run(reference.interaction_block, double(given), settings, weight.double())
+    for name, result in got.items():
+        check(result, eager[name], exact[name], f"{name} in {dtype}")
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(lane: Any, case: Case, no_worse_than_eager: Callable[..., None]) -> None:
     for dtype in lane.dtypes():
-        given, settings = operands(case, dtype, lane.device), keys(case, lane.device)
-        weight = torch.randn(case.batch, case.width, device=lane.device).to(dtype)
-        got = run(interaction_block, given, settings, weight)
-        eager = run(reference.interaction_block, given, settings, weight)
-        exact = run(reference.interaction_block, double(given), settings, weight.double())
-        for name, result in got.items():
-            no_worse_than_eager(result, eager[name], exact[name], f"{name} in {dtype}")
+        compare(case, dtype, lane.device, no_worse_than_eager)
+
+
+def test_large_tiles_compute_the_same(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows that make enough programs; several tiles each way, the last ones not full."""
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it has no tiles")
+    monkeypatch.setattr("seda_fast.kernels.tuning.ENOUGH_PROGRAMS", 1)
+    case = Case(140, 132, 152, 3, dropout=0.3)
+    for dtype in lane.dtypes():
+        compare(case, dtype, lane.device, no_worse_than_eager)
+
+
+FALLS = {
+    "sorted": [],
+    "a fall between two programs' rows": [48],
+    "a fall inside a program's rows": [53],
+    "a fall before the last row": [99],
+}
+
+
+@pytest.mark.parametrize("falls", FALLS.values(), ids=FALLS)
+def test_bounds_of_timesteps_come_from_many_programs(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, falls: list[int]
+) -> None:
+    """A batch that is sorted but for one row: whichever program sees the fall, all must know of it."""
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it looks for no bounds")
+    monkeypatch.setattr("seda_fast.kernels.interaction.SEGMENT_ROWS", 16)
+    case = Case(100, 8, 8, 4)
+    tau = torch.arange(100) * 3 // 100 + 1
+    for row in falls:
+        tau[row] = 0
+    compare(case, torch.float32, lane.device, no_worse_than_eager, tau.to(lane.device))
+
+
+@pytest.mark.parametrize("fall", [None, 259], ids=["sorted", "a fall far behind"])
+def test_bounds_of_more_programs_than_one_load_reads(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, fall: int | None
+) -> None:
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it looks for no bounds")
+    monkeypatch.setattr("seda_fast.kernels.interaction.SEGMENT_ROWS", 2)
+    tau = torch.arange(261) * 2 // 261
+    if fall is not None:
+        tau[fall] = 0
+    compare(Case(261, 4, 4, 2), torch.float32, lane.device, no_worse_than_eager, tau.to(lane.device))
+
+
+def test_more_rows_than_one_program_looks_through(lane: Any, no_worse_than_eager: Callable[..., None]) -> None:
+    compare(Case(1100, 8, 8, 2), torch.float32, lane.device, no_worse_than_eager)
 
 
 def test_the_definition_is_the_formula_of_the_paper_in_other_words() -> None:

@@ -40,6 +40,9 @@ CASES = [
     Case(5, 12, 1100, smoothing=0.1, ignored=0.2),
     # Enough rows for several splits of the weight's gradient.
     Case(300, 12, 13, ignored=0.3),
+    # More rows than the losses' sums take at a time, more features than a row's distance to its centre.
+    Case(1100, 8, 3, ignored=0.3),
+    Case(20, 300, 3, smoothing=0.1, ignored=0.2),
 ]
 
 
@@ -91,6 +94,17 @@ def compare(given: dict[str, Any], options: dict[str, Any], check: Callable[...,
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(lane: Any, case: Case, no_worse_than_eager: Callable[..., None]) -> None:
+    for dtype in lane.dtypes():
+        compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
+
+
+def test_large_tiles_compute_the_same(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it has no tiles")
+    monkeypatch.setattr("seda_fast.kernels.tuning.ENOUGH_PROGRAMS", 1)
+    case = Case(140, 132, 150, temperature=0.7, smoothing=0.1, ignored=0.2)
     for dtype in lane.dtypes():
         compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
 
