@@ -66,6 +66,7 @@ class Report:
     tensor_core: str
     loads_16_bytes: int
     stores_16_bytes: int
+    atomics: int
     registers: int
     spilled_bytes: int
     shared_bytes: int
@@ -99,7 +100,7 @@ def record(call: Callable[[], object]) -> list[Launch]:
 
 
 def as_launch(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Launch:
-    """Specialise as Triton does: 1 becomes a constant, and divisibility by 16 is known to the compiler."""
+    """Specialise as Triton does: an integer 1 becomes a constant, and divisibility by 16 is known to the compiler."""
     names = kernel.arg_names
     options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
     given = dict(zip(names, arguments, strict=False)) | keywords
@@ -110,7 +111,7 @@ def as_launch(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any])
             signature[name] = POINTERS[value.dtype]
             if value.data_ptr() % 16 == 0:
                 divisible.append(place)
-        elif kernel.params[place].is_constexpr or value == 1:
+        elif kernel.params[place].is_constexpr or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
@@ -173,6 +174,8 @@ def read(launch: Launch, target: int) -> Report:
     products = sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx)))
     sizes = [str(launch.constants[name]) for name in launch.kernel.arg_names if name.startswith("BLOCK")]
     kinds = [kind for kind in launch.signature.values() if kind in ("*bf16", "*fp16", "*fp32")]
+    if launch.constants.get("PRECISION") == "tf32":
+        kinds = ["*tf32"]
     return Report(
         kernel=launch.kernel.__name__,
         dtype=kinds[0][1:] if kinds else "int",
@@ -182,6 +185,7 @@ def read(launch: Launch, target: int) -> Report:
             re.findall(r"ld\.global\S*\.v4\.[bfu]32|ld\.global\S*\.v2\.[bfu]64|cp\.async\.cg\S* .*, 0x10", ptx)
         ),
         stores_16_bytes=len(re.findall(r"st\.global\S*\.v4\.[bfu]32|st\.global\S*\.v2\.[bfu]64", ptx)),
+        atomics=len(re.findall(r"^\s*(?:@!?%\w+\s+)?(?:atom|red)\.", ptx, flags=re.MULTILINE)),
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=result.metadata.shared,
@@ -195,9 +199,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def noising_launches(dtype: torch.dtype) -> list[Launch]:
+def noising_launches(dtype: torch.dtype, features: int = FEATURES) -> list[Launch]:
     x0, tau, table, key = (
-        empty(65_536, FEATURES, dtype=dtype),
+        empty(65_536, features, dtype=dtype),
         empty(65_536, dtype=torch.int64),
         empty(STEPS),
         empty(dtype=torch.int64),
@@ -249,10 +253,24 @@ def projection_launches(dtype: torch.dtype) -> list[Launch]:
     return record(both)
 
 
-def all_launches(dtypes: tuple[torch.dtype, ...]) -> list[Launch]:
-    """Every kernel as the default model launches it, in each dtype."""
+def tf32_launches() -> list[Launch]:
+    """The products of float32 operands on tensor cores, as PyTorch's switch asks for them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        launches = [launch for maker in (interaction_launches, projection_launches) for launch in maker(torch.float32)]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return [launch for launch in launches if launch.constants.get("PRECISION") == "tf32"]
+
+
+def all_launches(dtypes: list[str]) -> list[Launch]:
+    """Every kernel as the default model launches it, in each dtype; "tf32" is that of the products alone."""
     makers = (noising_launches, interaction_launches, projection_launches)
-    return [*(launch for dtype in dtypes for maker in makers for launch in maker(dtype)), *timesteps_launches()]
+    plain = [getattr(torch, name) for name in dtypes if name != "tf32"]
+    launches = [launch for dtype in plain for maker in makers for launch in maker(dtype)]
+    launches += tf32_launches() if "tf32" in dtypes else []
+    return [*launches, *timesteps_launches()]
 
 
 def tiles_of(launch: Launch) -> list[Launch]:
@@ -284,13 +302,18 @@ def as_table(reports: list[Report]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities times ten")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="dtypes of the operands")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "tf32"], help="dtypes of the operands")
+    parser.add_argument("--features", type=int, help="noising alone, of so many features a row")
     parser.add_argument("--every-tile", action="store_true", help="all tiles that a kernel may get, not the chosen one")
     parser.add_argument("--ones", action="store_true", help="every size and stride 1, as of the smallest operands")
     parser.add_argument("--json", type=Path, help="write the reports here")
     parser.add_argument("--table", type=Path, help="write a Markdown table here")
     options = parser.parse_args()
-    launches = all_launches(tuple(getattr(torch, name) for name in options.dtypes))
+    if options.features:
+        dtypes = [getattr(torch, name) for name in options.dtypes]
+        launches = [launch for dtype in dtypes for launch in noising_launches(dtype, options.features)]
+    else:
+        launches = all_launches(options.dtypes)
     if options.every_tile:
         launches = [variant for launch in launches for variant in tiles_of(launch)]
     if options.ones:
