@@ -1,4 +1,8 @@
-"""Launches: on the tensor's device, with tiles chosen by shape rules, or measured once and remembered on disk."""
+"""Launches: on the tensor's device, with tiles chosen by shape rules, or measured once and remembered on disk.
+
+Measured, with SEDA_FAST_AUTOTUNE=1, are four products of the interaction alone: both of its forward, and backward those
+with w_o and w_h. Weight gradients and the projection's products go by the shape rules always.
+"""
 
 import contextlib
 import functools
@@ -89,9 +93,16 @@ def split_rows(dtype: torch.dtype, shape: tuple[int, int], rows: int, programs: 
 
 
 def choose(
-    name: str, like: Tensor, shape: tuple[int, int, int], tiles: tuple[Tile, ...], launch: Callable[[Tile], object]
+    name: str,
+    like: Tensor,
+    shape: tuple[int, int, int],
+    tiles: tuple[Tile, ...],
+    launch: Callable[[Tile], object],
+    variant: str = "",
 ) -> Tile:
     """The tile for a product of ``shape`` (rows, columns, depth) on ``like``'s device.
+
+    ``variant`` tells launches apart that differ in constants: a time measured for one says nothing of another.
 
     With SEDA_FAST_AUTOTUNE=1 on a GPU the tiles are timed by ``launch``, which must only overwrite its results, and
     the fastest is kept for every later process. Nothing is timed while a graph is captured: the shape rule serves.
@@ -100,7 +111,9 @@ def choose(
     if os.environ.get("SEDA_FAST_AUTOTUNE") != "1" or not like.is_cuda:
         return rule
     # Batches of similar size share an entry; features and classes do not change within a run.
-    key = f"{name} {like.dtype} {triton.next_power_of_2(shape[0])}x{shape[1]}x{shape[2]}"
+    size = f"{triton.next_power_of_2(shape[0])}x{shape[1]}x{shape[2]}"
+    offered = ",".join("x".join(map(str, tile)) for tile in tiles)
+    key = f"{name} {variant} {like.dtype} {size} of {offered}"
     file = cache_file(torch.cuda.get_device_name(like.device))
     known = read(file)
     if key in known:

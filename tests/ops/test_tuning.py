@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,59 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     tile = tuning.candidates(torch.bfloat16)[0]
     assert tuning.remember(tmp_path / "file" / "tiles.json", "key", tile) == tile
+
+
+class Gpu:
+    """What `choose` needs of a GPU: a tensor there, a device's name, whether a graph is being captured, a clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        monkeypatch.setenv("SEDA_FAST_AUTOTUNE", "1")
+        monkeypatch.setenv("SEDA_FAST_CACHE_DIR", str(folder))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(tuning, "fastest", self.fastest)
+        self.capturing, self.measured = False, 0
+        self.tensor: Any = types.SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.bfloat16)
+
+    def fastest(self, tiles: tuple[Any, ...], launch: Any) -> Any:
+        self.measured += 1
+        return tiles[0]
+
+    def choose(self, tiles: tuple[Any, ...], variant: str = "") -> Any:
+        def launch(tile: Any) -> None:
+            raise AssertionError("launched by the choice itself")
+
+        # By the rule a small result gets the last tile.
+        return tuning.choose("kernel", self.tensor, (8, 8, 8), tiles, launch, variant)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpu:
+    return Gpu(monkeypatch, tmp_path)
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(gpu: Gpu) -> None:
+    tiles = tuning.candidates(torch.bfloat16)
+    gpu.capturing = True
+    assert gpu.choose(tiles) == tiles[-1]
+    assert gpu.measured == 0
+    gpu.capturing = False
+    assert gpu.choose(tiles) == tiles[0]
+    gpu.capturing = True
+    assert gpu.choose(tiles) == tiles[0], "what was measured before serves a capture too"
+    assert gpu.measured == 1
+
+
+def test_another_set_of_tiles_or_another_variant_is_measured_by_itself(gpu: Gpu) -> None:
+    """The last block's product leaves no statistics and may take other tiles; TF32 and full precision differ."""
+    tiles, wide = tuning.candidates(torch.bfloat16), tuning.candidates(torch.bfloat16, columns=128)
+    assert wide != tiles
+    for chosen, variant in ((tiles, ""), (wide, ""), (tiles, "PRECISION=tf32"), (tiles, "PRECISION=ieee")):
+        before = gpu.measured
+        assert gpu.choose(chosen, variant) == chosen[0]
+        assert gpu.measured == before + 1
+        assert gpu.choose(chosen, variant) == chosen[0]
+        assert gpu.measured == before + 1
 
 
 @pytest.mark.gpu
