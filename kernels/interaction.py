@@ -1,4 +1,4 @@
-"""One PFIN block: three kernels forward, and backward four products and four small ones.
+"""One PFIN block: three kernels forward, four for a network's first block; backward four products and four small ones.
 
     z  = n(h) * (1 + scale[tau]) + shift[tau]
     u  = silu(z @ w_h.T + b_h) * gate, then dropout
@@ -10,6 +10,13 @@ timestep outside the tables makes its row NaN.
 ``z``, and backward ``(1 + alpha) * grad``, are written once and read by the products as they are. Made on the way into
 a product they would be made anew for every 128 of its columns, the tables' rows read each time: of 16 384 rows, 512
 wide, in half precision the products' tiles read 2.7 GB that way and 1.9 GB this way, for 0.2 GB of passes over rows.
+
+So the forward is not the two kernels that the algebra allows, with the norm as the first product's prologue. It is the
+modulated norm and the two products, and before them a network's first block, which has no statistics from a block
+before it, makes its own. Counted for those sizes: as a prologue the first product's tiles would read h, shift and scale
+for each of 8 column tiles, 0.40 GB, against 0.13 GB of z; the norm's own pass reads and writes 0.07 GB, of which h and
+z, 34 MB, go to memory, and is one launch more. These are counts of bytes: which of the two is faster has not been
+measured on a GPU.
 """
 
 import math
@@ -209,17 +216,21 @@ def residual_product_kernel(
 @triton.jit
 def operands_kernel(
     grad_ptr, h_ptr, timesteps_ptr, shift_ptr, scale_ptr, alpha_ptr, statistics_ptr, grad_residual_ptr, z_ptr,
-    rows, width, steps, grad_stride, h_stride, shift_stride, scale_stride, alpha_stride,
+    grad_h_ptr, rows, width, steps, grad_stride, h_stride, shift_stride, scale_stride, alpha_stride,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    """What the products of the backward read: ``(1 + alpha) * grad``, and z again as the forward had it."""
+    """What the products of the backward read: ``(1 + alpha) * grad``, and z again as the forward had it.
+
+    Rows of a timestep outside the tables, which no program of `norm_backward_kernel` meets, get their NaN here.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     tau = _timesteps(timesteps_ptr, row, rows, steps)
     grad = _tile(grad_ptr, row, rows, column, width, grad_stride)
     alpha = _modulation(alpha_ptr, tau, steps, column, width, alpha_stride)
     _put(grad_residual_ptr, (1.0 + alpha) * grad, row, rows, column, width)
+    _put(grad_h_ptr, alpha, tl.where(tau == steps, row, rows), rows, column, width)
     mean, rstd = _mean_rstd(statistics_ptr, row, rows, width, GROUPS)
     h = _tile(h_ptr, row, rows, column, width, h_stride)
     shift = _modulation(shift_ptr, tau, steps, column, width, shift_stride)
@@ -537,7 +548,8 @@ def _product(
         kernel[grid](*arguments, **constants, **tile.sizes(), **tile.options())  # type: ignore[index]
 
     name = kernel.__name__  # type: ignore[attr-defined]
-    launch(tuning.choose(name, like, shape, tiles, launch))
+    variant = " ".join(f"{constant}={value}" for constant, value in constants.items())
+    launch(tuning.choose(name, like, shape, tiles, launch, variant))
 
 
 def interaction_block_backward(
@@ -579,7 +591,7 @@ def interaction_block_backward(
         statistics = row_statistics(h) if statistics is None else statistics.float().contiguous()
         grad_residual, z = (torch.empty((rows, width), dtype=h.dtype, device=h.device) for _ in range(2))
         operands_kernel[_elementwise(rows, width)](
-            grad, h, timesteps, shift, scale, alpha, statistics, grad_residual, z, rows, width, steps,
+            grad, h, timesteps, shift, scale, alpha, statistics, grad_residual, z, grad_h, rows, width, steps,
             grad.stride(0), h.stride(0), shift.stride(0), scale.stride(0), alpha.stride(0),
             GROUPS=_groups(width), **ELEMENTWISE,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 Forward, a program keeps a running log-sum-exp over its share of the classes. Backward, the gradient of the logits is
 there for one chunk of rows and classes at a time, at most 2**22 of them whatever B and K are, in the features' dtype
 and before its scaling: numbers in [-1, 1], which half precision holds well. Products accumulate in float32. A class id
-outside 0 .. K-1 makes the cross entropy NaN.
+outside 0 .. K-1 makes the cross entropy NaN, and its row's gradient.
 """
 
 import torch
@@ -175,6 +175,8 @@ def logit_gradient_kernel(
     )  # fmt: skip
     normaliser = tl.load(normaliser_ptr + row, mask=row < rows, other=0.0)
     label = tl.load(labels_ptr + row, mask=row < rows, other=ignore_index).to(tl.int64)
+    known = (label >= 0) & (label < classes)
+    normaliser = tl.where(known, normaliser, float("nan"))
     smoothing = tl.cast(smoothing, tl.float32)
     target = tl.where(column[None, :] == label[:, None], 1.0 - smoothing, 0.0) + smoothing / classes
     grad = tl.exp(logits - normaliser[:, None]) - target

@@ -153,6 +153,21 @@ def test_bounds_of_more_programs_than_one_load_reads(
     compare(Case(261, 4, 4, 2), torch.float32, lane.device, no_worse_than_eager, tau.to(lane.device))
 
 
+@pytest.mark.parametrize("falls", FALLS.values(), ids=FALLS)
+def test_each_program_tells_of_its_own_fall(lane: Any, falls: list[int]) -> None:
+    """Of falls that nobody told of, the memory may say anything: in poisoned memory that there was one."""
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it looks for no bounds")
+    kernels: Any = pytest.importorskip("seda_fast.kernels.interaction")
+    tau = torch.arange(100, device=lane.device) * 3 // 100 + 1
+    tau[falls] = 0
+    bounds, told = (torch.full((n,), -5, dtype=torch.int32, device=lane.device) for n in (6, 7))
+    kernels.segments_kernel[(7,)](tau, bounds, told, 100, 5, BLOCK=16)
+    assert told.tolist() == [int(any(row // 16 == block for row in falls)) for block in range(7)]
+    if not falls:
+        assert bounds.tolist() == [int((tau < step).sum()) for step in range(6)]
+
+
 def test_more_rows_than_one_program_looks_through(lane: Any, no_worse_than_eager: Callable[..., None]) -> None:
     compare(Case(1100, 8, 8, 2), torch.float32, lane.device, no_worse_than_eager)
 
@@ -255,6 +270,25 @@ def test_timesteps_may_be_int32(lane: Any) -> None:
     given = operands(Case(9, 16, 32, 5), torch.float32, lane.device)
     narrow = {**given, "timesteps": given["timesteps"].int()}
     assert torch.equal(interaction_block(**narrow), interaction_block(**given))
+
+
+@pytest.mark.parametrize("sorted_steps", [True, False])
+def test_a_timestep_outside_the_tables_makes_its_row_nan_and_no_other(lane: Any, sorted_steps: bool) -> None:
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it refuses them")
+    case = Case(12, 16, 32, 4)
+    given, weight = operands(case, torch.float32, lane.device), torch.randn(12, 16, device=lane.device)
+    plain = run(interaction_block, given, {}, weight)
+    tau = given["timesteps"].clone()
+    wrong = [0, 1, 11] if sorted_steps else [0, 5, 7]
+    tau[wrong] = torch.tensor([-7, -1, 4] if sorted_steps else [4, -1, 2**40], device=lane.device)
+    got = run(interaction_block, {**given, "timesteps": tau}, {}, weight)
+    right = [row for row in range(12) if row not in wrong]
+    for name in ("value", "h", "gate"):
+        assert got[name][wrong].isnan().all(), name
+        torch.testing.assert_close(got[name][right], plain[name][right], msg=name)
+    # The tables' gradients are those of the other rows.
+    assert all(got[name].isfinite().all() for name in ("shift", "scale", "alpha"))
 
 
 @pytest.mark.parametrize("width", [16, 128, 300])

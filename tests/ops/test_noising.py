@@ -12,7 +12,7 @@ from seda_fast.ops import q_sample
 
 OPERATION = "q_sample"
 STEPS = 20
-SHAPES = [(0, 16), (1, 1), (7, 5), (3, 768), (33, 100), (5, 1030)]
+SHAPES = [(0, 16), (1, 1), (7, 5), (3, 768), (33, 100), (5, 1030), (9, 40)]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -99,6 +99,23 @@ def test_more_than_2_to_the_31_elements(lane: Any, far_apart: Callable[[Tensor],
     (near,) = torch.autograd.grad(q_sample(**given), leaf, weight)
     (far,) = torch.autograd.grad(q_sample(**given), leaf, far_apart(weight))
     assert torch.equal(far, near)
+
+
+def test_a_timestep_outside_the_tables_makes_its_row_nan_and_no_other(lane: Any) -> None:
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it refuses them")
+    given = arguments((9, 20), torch.float32, lane.device)
+    plain, wrong = q_sample(**given), [0, 4, 8]
+    tau = given["timesteps"].clone()
+    tau[wrong] = torch.tensor([-1, STEPS, 2**40], device=lane.device)
+    x0 = given["x0"].clone().requires_grad_()
+    got = q_sample(**{**given, "x0": x0, "timesteps": tau})
+    (grad,) = torch.autograd.grad(got, x0, torch.ones_like(got))
+    right = [row for row in range(9) if row not in wrong]
+    assert got[wrong].isnan().all()
+    assert grad[wrong].isnan().all()
+    assert torch.equal(got[right], plain[right])
+    assert torch.equal(grad[right], given["signal"][tau[right], None].expand(-1, 20))
 
 
 def test_int32_timesteps_and_half_tables(lane: Any) -> None:

@@ -195,6 +195,23 @@ def test_another_ignore_index(lane: Any) -> None:
     torch.testing.assert_close(got, semantic_projection(**part))
 
 
+@pytest.mark.parametrize("wrong", [-1, 4, 2**40])
+def test_a_label_that_is_no_class_makes_the_loss_and_its_row_s_gradient_nan(lane: Any, wrong: int) -> None:
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it refuses them")
+    given = operands(Case(9, 12, 4, ignored=0.2), torch.float32, lane.device)
+    row = int((given["labels"] != -100).nonzero()[0])
+    labels = given["labels"].clone()
+    labels[row] = wrong
+    got = run(semantic_projection, {**given, "labels": labels}, {})
+    assert got["cross entropy"].isnan()
+    assert got["features"][row].isnan().all()
+    assert torch.cat((got["features"][:row], got["features"][row + 1 :])).isfinite().all()
+    # A centre of its own it has none, so the centre loss is that of the other rows.
+    assert got["centre loss"].isfinite()
+    assert got["centres"].isfinite().all()
+
+
 def test_without_a_label_both_losses_and_all_gradients_are_0(lane: Any) -> None:
     given = operands(Case(5, 6, 4, ignored=1.0), torch.float32, lane.device)
     for name, result in run(semantic_projection, given, {}).items():
