@@ -427,8 +427,9 @@ def split_sums_kernel(
     # fmt: on
     """A weight's and its bias's gradient from `weight_gradient_kernel`: the first ``kept`` of the outputs, cast."""
     factor = tl.load(factor_ptr) if SCALED else 1.0
+    inputs = tl.cast(inputs, tl.int64)
     blocks = tl.cdiv(kept * inputs, BLOCK)
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     if program < blocks:
         _put_sums(weight_sums_ptr, weight_ptr, program, splits, outputs * inputs, kept * inputs, factor, BLOCK)
     else:

@@ -22,7 +22,8 @@ LOGITS, ROW_STEP = 2**22, 128
 # element and chunk.
 WHOLE = 1024
 # Classes of a chunk where there are several. With 16 384 rows, 768 features and 21 841 classes its gradient, the
-# float32 sum of the features' gradient and those of the splits are 4.7 % of the logits in float32.
+# float32 sum of the features' gradient and those of the splits are 4.7 % of the logits in float32, 1431 MB, in which a
+# cross entropy takes them; of logits in half precision it is 9.4 %.
 CHUNK = 512
 
 

@@ -121,6 +121,47 @@ def test_noising_needs_few_instructions(reports: list[dict[str, Any]]) -> None:
     assert 20 < report["instructions_per_element"] < 60
 
 
+@pytest.fixture(scope="module")
+def tf32(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The float32 products as a run in TF32 launches them, with every tile that they may get."""
+    return read(repository, tmp_path_factory.mktemp("tf32"), "--every-tile", "--dtypes", "tf32")
+
+
+@pytest.mark.slow
+def test_float32_products_run_on_tensor_cores_in_tf32_and_do_not_spill(tf32: list[dict[str, Any]]) -> None:
+    products = [report for report in tf32 if report["dtype"] == "tf32"]
+    assert {report["kernel"] for report in products} == PRODUCTS
+    wrong = [r for r in products if r["spilled_bytes"] or r["shared_bytes"] > SHARED_MEMORY or not r["tensor_core"]]
+    assert not wrong, describe(wrong)
+
+
+def test_an_integer_1_is_a_constant_and_a_float_is_none(repository: Path) -> None:
+    """As Triton specialises; what is compiled otherwise is not what runs."""
+    code = """
+import runpy
+tool = runpy.run_path("benchmarks/machine_code.py")
+made = [*tool["projection_launches"](tool["torch"].float32), *tool["noising_launches"](tool["torch"].float32)]
+kinds = {launch.kernel.__name__: launch.signature for launch in made}
+assert kinds["normaliser_kernel"]["inverse"] == "fp32", kinds
+assert kinds["scaling_kernel"]["grad_feature_stride"] == "constexpr", kinds
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_recorded_table_is_of_these_kernels(repository: Path) -> None:
+    """Written by ``python benchmarks/machine_code.py --table benchmarks/results/machine_code.md``."""
+    code = "import runpy; print(runpy.run_path('benchmarks/machine_code.py')['heading']())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
+    table = (repository / "benchmarks" / "results" / "machine_code.md").read_text(encoding="utf-8")
+    (now,) = done.stdout.splitlines()
+    # Another Triton makes other code of the same kernels.
+    assert table.splitlines()[0].partition(", ")[2] == now.partition(", ")[2], "write the table anew"
+
+
 @pytest.mark.slow
 def test_every_kernel_compiles_where_sizes_are_1(repository: Path, tmp_path: Path) -> None:
     """A size of 1 is a constant in a kernel, which only a compiler sees: the interpreter has numbers there."""

@@ -135,6 +135,25 @@ FAULTS = [
     Fault("centre gradient of the first features", "projection", "feature = tl.program_id(1) * BLOCK_N +", "feature ="),
     Fault("centre gradient of the last rows", "projection", "pull += tl.where(", "pull = tl.where("),
     Fault("centre gradient without its factor", "projection", "axis=0) * tl.load(factors_ptr)", "axis=0)"),
+    Fault(
+        "32-bit offsets of products",
+        "interaction",
+        "(tl.program_id(0) // blocks).to(tl.int64)",
+        "(tl.program_id(0) // blocks)",
+        4,
+    ),
+    Fault(
+        "gradient of a row outside the tables not written",
+        "interaction",
+        "tl.where(tau == steps, row, rows)",
+        "tl.where(tau < 0, row, rows)",
+    ),
+    Fault(
+        "a label that is no class has a gradient",
+        "projection",
+        'tl.where(known, normaliser, float("nan"))',
+        "normaliser",
+    ),
     Fault("running sum not rescaled", "projection", "exponentials * tl.exp(largest - larger)", "exponentials"),
     Fault(
         "classes beyond the last one counted",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -213,9 +214,14 @@ def test_dropout_mask_is_the_contract_s(lane: Any) -> None:
 
 @pytest.mark.parametrize("layout", ["gate is a slice", "all transposed", "misaligned", "expanded gradient"])
 def test_any_memory_layout(lane: Any, layout: str, no_worse_than_eager: Callable[..., None]) -> None:
+    for dtype in lane.dtypes()[:2]:
+        check_layout(layout, dtype, lane.device, no_worse_than_eager)
+
+
+def check_layout(layout: str, dtype: torch.dtype, device: str, check: Callable[..., None]) -> None:
     case = Case(18, 32, 48, 4, dropout=0.2)
-    given, settings = operands(case, torch.float32, lane.device), keys(case, lane.device)
-    weight = torch.randn(18, 32, device=lane.device)
+    given, settings = operands(case, dtype, device), keys(case, device)
+    weight = torch.randn(18, 32, device=device).to(dtype)
 
     def misalign(t: Tensor) -> Tensor:
         return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
@@ -239,7 +245,41 @@ def test_any_memory_layout(lane: Any, layout: str, no_worse_than_eager: Callable
     exact = run(reference.interaction_block, double(given), settings, weight.double())
     eager = run(reference.interaction_block, given, settings, weight)
     for name, result in got.items():
-        no_worse_than_eager(result, eager[name], exact[name], name)
+        check(result, eager[name], exact[name], f"{name} in {dtype}")
+
+
+class LastProgram:
+    """Makes Triton's interpreter run a grid of one program as its last: at ``place`` along the first axis."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+        def set_grid_idx(builder: Any, x: int, y: int, z: int) -> None:
+            builder.grid_idx = (x + place, y, z)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", set_grid_idx)
+
+
+def test_products_reach_beyond_2_to_the_31_elements(lane: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rows of a tall operand: address space is reserved for all of it, and only their pages are touched."""
+    if lane.backend != "triton" or lane.device != "cpu":
+        pytest.skip(f"{lane}: Triton's interpreter runs one program of many")
+    kernels: Any = pytest.importorskip("seda_fast.kernels.interaction")
+    width = hidden = 4096
+    rows = 2**19 + 32
+    grad, out = (torch.from_numpy(np.empty((rows, n), dtype=np.float16)) for n in (hidden, width))
+    # The first columns alone, so that one step of the loop reads what is not 0.
+    w = torch.zeros(hidden, width, dtype=torch.float16)
+    w[:16, :64] = torch.randn(16, 64)
+    grad[-32:] = 0
+    grad[-32:, :16] = torch.randn(32, 16)
+    blocks = width // 64
+    LastProgram(monkeypatch, (rows // 32 - 1) * blocks)
+    kernels.input_gradient_kernel[(1,)](
+        grad, w, out, rows, width, hidden, PRECISION="ieee", BLOCK_M=32, BLOCK_N=64, BLOCK_K=1024
+    )
+    expected = grad[-32:, :16].double() @ w[:16, :64].double()
+    torch.testing.assert_close(out[-32:, :64].double(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_more_than_2_to_the_31_elements(lane: Any, far_apart: Callable[[Tensor], Tensor]) -> None:
@@ -273,9 +313,13 @@ def test_timesteps_may_be_int32(lane: Any) -> None:
 
 
 @pytest.mark.parametrize("sorted_steps", [True, False])
-def test_a_timestep_outside_the_tables_makes_its_row_nan_and_no_other(lane: Any, sorted_steps: bool) -> None:
+def test_a_timestep_outside_the_tables_makes_its_row_nan_and_no_other(
+    lane: Any, sorted_steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if lane.backend != "triton":
         pytest.skip(f"{lane}: it refuses them")
+    # Poisoned memory is NaN where nothing was written.
+    monkeypatch.setattr(torch, "empty", torch.zeros)
     case = Case(12, 16, 32, 4)
     given, weight = operands(case, torch.float32, lane.device), torch.randn(12, 16, device=lane.device)
     plain = run(interaction_block, given, {}, weight)

@@ -71,7 +71,12 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("layout", ["every second column", "transposed", "misaligned", "expanded", "row step"])
 def test_any_memory_layout(lane: Any, layout: str) -> None:
-    given = arguments((6, 24), torch.float32, lane.device)
+    for dtype in lane.dtypes()[:2]:
+        check_layout(layout, dtype, lane.device)
+
+
+def check_layout(layout: str, dtype: torch.dtype, device: str) -> None:
+    given = arguments((6, 24), dtype, device)
     x0 = given["x0"]
     given["x0"] = {
         "every second column": torch.stack((x0, x0 + 1), dim=2).flatten(1)[:, ::2],
@@ -84,7 +89,7 @@ def test_any_memory_layout(lane: Any, layout: str) -> None:
     given["sample_ids"] = torch.stack((given["sample_ids"], given["sample_ids"]), dim=1)[:, 0]
     assert_close(q_sample(**given), exact(given))
     x0 = given["x0"].requires_grad_()
-    weight = torch.randn(24, 6, device=lane.device).T
+    weight = torch.randn(24, 6, device=device).to(dtype).T
     (got,) = torch.autograd.grad(q_sample(**given), x0, weight)
     assert_close(got, given["signal"].double()[given["timesteps"], None] * weight.double())
 

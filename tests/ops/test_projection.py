@@ -124,6 +124,13 @@ def test_thirty_thousand_classes(lane: Any, no_worse_than_eager: Callable[..., N
     compare(operands(case, torch.float32, lane.device), settings(case), no_worse_than_eager)
 
 
+@pytest.mark.slow
+def test_thirty_thousand_classes_in_half_precision(lane: Any, no_worse_than_eager: Callable[..., None]) -> None:
+    case = Case(2, 16, 30_011, smoothing=0.1)
+    half = lane.dtypes()[1]
+    compare(operands(case, half, lane.device), settings(case), no_worse_than_eager, f"in {half}")
+
+
 @pytest.mark.parametrize("classes", [13, 1100])
 def test_rows_come_in_chunks_too(
     lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, classes: int
@@ -221,13 +228,15 @@ def test_without_a_label_both_losses_and_all_gradients_are_0(lane: Any) -> None:
 @pytest.mark.parametrize("layout", ["transposed", "misaligned", "row step"])
 def test_any_memory_layout(lane: Any, layout: str, no_worse_than_eager: Callable[..., None]) -> None:
     case = Case(18, 32, 24, smoothing=0.1, ignored=0.2)
-    given = operands(case, torch.float32, lane.device)
     change: dict[str, Callable[[Tensor], Tensor]] = {
         "transposed": lambda t: t.T.contiguous().T if t.dim() == 2 else t.repeat_interleave(2)[::2],
         "misaligned": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
         "row step": lambda t: torch.stack((t, t), dim=1)[:, 1],
     }
-    compare({name: change[layout](t) for name, t in given.items()}, settings(case), no_worse_than_eager)
+    for dtype in lane.dtypes()[:2]:
+        given = operands(case, dtype, lane.device)
+        laid = {name: change[layout](t) for name, t in given.items()}
+        compare(laid, settings(case), no_worse_than_eager, f"in {dtype}")
 
 
 def test_more_than_2_to_the_31_elements(lane: Any, far_apart: Callable[[Tensor], Tensor]) -> None:
