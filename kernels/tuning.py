@@ -49,6 +49,8 @@ HALF_TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64
 EPILOGUE_TILES = HALF_TILES[1:]
 # Products in full float32 precision run without tensor cores, and their registers are the limit.
 FLOAT_TILES = (Tile(64, 64, 16, 8, 3), Tile(32, 64, 16, 4, 3))
+# With 4 warps the small one spills in TF32 on sm_80, where the gate's backward follows the product.
+FLOAT_EPILOGUE_TILES = (FLOAT_TILES[0], FLOAT_TILES[1]._replace(warps=8))
 # For weight gradients, whose rows are split instead.
 HALF_WEIGHT_TILE, FLOAT_WEIGHT_TILE = Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)
 # Enough programs to give every multiprocessor of the larger GPUs one. A constant, so that results do not depend on
@@ -63,8 +65,10 @@ def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def candidates(dtype: torch.dtype, *, epilogue: bool = False, columns: int | None = None) -> tuple[Tile, ...]:
     """Tiles for products in ``dtype``; ``epilogue``: before a large one; ``columns`` fixes BLOCK_N."""
-    half = EPILOGUE_TILES if epilogue else HALF_TILES
-    tiles = FLOAT_TILES if dtype == torch.float32 else half
+    if dtype == torch.float32:
+        tiles = FLOAT_EPILOGUE_TILES if epilogue else FLOAT_TILES
+    else:
+        tiles = EPILOGUE_TILES if epilogue else HALF_TILES
     if columns is None:
         return tiles
     # Wider than its own BLOCK_N a tile needs twice the threads for its registers.
