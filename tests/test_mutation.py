@@ -145,8 +145,8 @@ FAULTS = [
     Fault(
         "gradient of a row outside the tables not written",
         "interaction",
-        "tl.where(tau == steps, row, rows)",
-        "tl.where(tau < 0, row, rows)",
+        "tl.where(tau == steps, rows, 0)",
+        "tl.where(tau < 0, rows, 0)",
     ),
     Fault(
         "a label that is no class has a gradient",
