@@ -36,6 +36,7 @@ from seda_fast.ranks import joined
 CONFIG = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=1, time_embedding=8, diffusion_steps=30)
 # 3 batches of 20 rows and one of a single row an epoch; unlabelled rows and rows without text lie unevenly.
 SETTINGS = TrainConfig(epochs=8, batch_size=20, learning_rate=3e-3)
+DEVICE = torch.device("cuda" if "cuda" in sys.argv else "cpu")
 
 
 def trainer(ranks, dtype, keeping=None, engine="eager"):
@@ -51,7 +52,9 @@ def trainer(ranks, dtype, keeping=None, engine="eager"):
     model.fit_statistics(zeros(8), ones(8), zeros(5), ones(5), data.visual, data.labels)
     model.fit_teacher(data.visual, data.text, data.labels, data.paired, 0)
     assert model.teacher is not None
-    return Trainer(model, data, SETTINGS, ranks=ranks, keeping=keeping, engine=engine)
+    fields = (data.visual, data.text, data.labels, data.paired, data.sample_ids)
+    data = TrainingSet(*(field.to(DEVICE) for field in fields))
+    return Trainer(model.to(DEVICE), data, SETTINGS, ranks=ranks, keeping=keeping, engine=engine)
 
 
 class Stop(Exception):
@@ -82,7 +85,7 @@ def resumed(ranks, whole, folder):
     return all(torch.equal(a, b) for a, b in pairs) and close
 
 
-with joined(torch.device("cpu")) as ranks:
+with joined(DEVICE) as ranks:
     found = {}
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         done = trainer(ranks, dtype)
@@ -194,6 +197,17 @@ def test_one_two_and_four_ranks_have_the_same_loss_curve_and_resume_to_the_bit(t
     assert (one["resumed"], two["resumed"], four["resumed"]) == (True, True, True)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_two_ranks_on_two_gpus_have_the_loss_curve_of_one_and_resume_to_the_bit(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("test_two_ranks_on_two_gpus needs two CUDA devices")
+    one, two = (curves(world, tmp_path / str(world), "cuda") for world in (1, 2))
+    assert differ(one["float64"], two["float64"]) < 1e-6
+    assert differ(one["float32"], two["float32"]) < 1e-4
+    assert (one["resumed"], two["resumed"]) == (True, True)
+
+
 @pytest.mark.slow
 def test_two_ranks_that_compile_have_the_eager_curve(tmp_path: Path) -> None:
     two = curves(2, tmp_path / "two", "compile")
@@ -255,19 +269,20 @@ def test_commands_of_two_ranks_write_what_one_writes(
 
     arguments = ["--model", str(tmp_path / "one"), "--data", str(data)]
     assert evaluate.main([*arguments, "--json"]) == 0
-    alone = capfd.readouterr().out
+    printed = capfd.readouterr().out
     ended = together(2, [*module, "seda_fast.evaluate", *arguments, "--json"], tmp_path)
-    assert [one.stdout for one in ended] == [alone, ""]
+    assert [one.stdout for one in ended] == [printed, ""]
 
     assert predict.main([*arguments, "--out", str(tmp_path / "one.csv"), "--features", str(tmp_path / "one.npz")]) == 0
-    outputs = ["--out", "two.csv", "--features", "two.npz"]
-    ended = together(2, [*module, "seda_fast.predict", *arguments, *outputs], tmp_path)
-    assert [one.returncode for one in ended] == [0, 0], ended
-    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
-    one, two = (dict(np.load(tmp_path / name)) for name in ("one.npz", "two.npz"))
-    assert set(one) == set(two)
-    for name in one:
-        np.testing.assert_array_equal(one[name], two[name])
+    for world, name in ((2, "two"), (4, "four")):
+        outputs = ["--out", f"{name}.csv", "--features", f"{name}.npz"]
+        ended = together(world, [*module, "seda_fast.predict", *arguments, *outputs], tmp_path)
+        assert [one.returncode for one in ended] == [0] * world, ended
+        assert (tmp_path / f"{name}.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+        alone, shared = (dict(np.load(tmp_path / f"{which}.npz")) for which in ("one", name))
+        assert set(alone) == set(shared)
+        for array in alone:
+            np.testing.assert_array_equal(alone[array], shared[array])
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,20 @@
 """Whole runs on a GPU: each engine and precision by the command, predictions as on a CPU, a resumed run's bits."""
 
 import json
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from seda_fast import SeDA, SeDAConfig, TrainConfig, train
 from seda_fast.checkpoint import Checkpoints
 from seda_fast.loop import Keeping, Trainer, TrainingSet
+from seda_fast.ranks import ALONE, Ranks
 
 pytestmark = pytest.mark.gpu
 
@@ -104,3 +108,40 @@ def test_a_resumed_graph_has_the_bits_of_one_run(tmp_path: Path) -> None:
     assert again.stepper.report()["used"] == "graph"
     for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+class OneRank(Ranks):
+    """A rank without others that asks them all the same."""
+
+    @property
+    def alone(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def nccl() -> Iterator[None]:
+    """One rank, whose exchanges on the GPU go through nccl: two of them need two GPUs (`tests/test_ranks.py`)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=address, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("nccl")
+def test_a_rank_of_nccl_trains_as_one_that_is_alone() -> None:
+    generator = torch.Generator().manual_seed(5)
+    fields = (torch.randn(60, 8, generator=generator), torch.randn(60, 5, generator=generator), torch.arange(60) % 3)
+    rows = TrainingSet(*(f.cuda() for f in (*fields, torch.ones(60, dtype=torch.bool), torch.arange(60))))
+    config = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=2, time_embedding=8, diffusion_steps=60)
+    curves = []
+    for ranks in (ALONE, OneRank()):
+        torch.manual_seed(0)
+        model = SeDA(config)
+        model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), fields[0], fields[2])
+        trainer = Trainer(model.cuda(), rows, TrainConfig(epochs=4, batch_size=14), engine="eager", ranks=ranks)
+        trainer.run()
+        curves.append([list(epoch.losses.values()) for epoch in trainer.history])
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-4, atol=1e-6)
