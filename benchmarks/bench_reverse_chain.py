@@ -14,6 +14,9 @@ from seda_fast.ops import ChainWeights, reverse_chain
 DIM, WIDTH, HIDDEN, BLOCKS, STEPS = 768, 512, 1024, 3, 5
 TIMESTEPS = 1000
 ROWS = {"cuda": [65_536, 1], "cpu": [1024, 1]}
+SIZES = (1, 16, 256, 1024, 4096, 16_384, 65_536)
+# Up to so many rows a size's result is compared with float64; a chain's rows do not depend on each other.
+CHECKED = 4096
 
 
 class Network(nn.Module):
@@ -141,3 +144,34 @@ def bench_reverse_chain(
         competitors,
         check,
     )
+
+
+@pytest.mark.timeout(1800)
+@torch.no_grad()
+def bench_chain_sizes(contest: Any, device: torch.device, quick: bool, growth: Any, any_size: Any, close: Any) -> None:
+    """The chain at every number of rows against eager and compiled, which is compiled for all sizes at once."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    network = Network().to(device=device, dtype=dtype)
+    wide = Network().to(device).double()
+    wide.load_state_dict(network.state_dict())
+    sampler = NoiseSchedule(TIMESTEPS).sampler("ddim", STEPS)
+    coefficients, steps = sampler.coefficients.to(device), sampler.coefficients.tolist()
+    weights, seed, step = network.weights(), torch.tensor(1, device=device), torch.tensor(0, device=device)
+    keys: dict[str, Any] = {"seed": seed, "step": step, "stream": 4, "noisy": False}
+
+    def ours(x: Tensor, condition: Tensor) -> Callable[[], Tensor]:
+        ids = torch.arange(len(x), device=device)
+        return lambda: reverse_chain(x, x, condition, coefficients, network.modulation, weights, **keys, sample_ids=ids)
+
+    def other(call: Callable[..., Tensor], x: Tensor, condition: Tensor) -> Callable[[], Tensor]:
+        return lambda: call(network, x, condition, steps)
+
+    given = {n: [torch.randn(n, DIM, device=device).to(dtype) for _ in range(2)] for n in SIZES[: 2 if quick else None]}
+    points = {n: ours(*tensors) for n, tensors in given.items()}
+    for n, (x, condition) in given.items():
+        if n <= CHECKED:
+            exact, usual = loop(wide, x.double(), condition.double(), steps), loop(network, x, condition, steps)
+            close(points[n](), exact, usual, f"{n} rows")
+    calls = {"eager": loop, **any_size(loop, device)}
+    others = {name: {n: other(call, *tensors) for n, tensors in given.items()} for name, call in calls.items()}
+    growth(contest, f"a reverse chain of {STEPS} steps over its rows", points, others)

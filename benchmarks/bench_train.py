@@ -250,27 +250,24 @@ def bench_epoch(contest: Any, device: torch.device, quick: bool, workload: Any) 
     contest(work, {name: epoch(step) for name, step in steps.items()}, check)
 
 
-GROWING_ROWS = (1, 16, 256, 1024, 4096, 16384, 65536)
+BATCH_SIZES = (1, 16, 256, 1024, 4096, 16384, 65536)
 GROWTH: dict[str, tuple[str, dict[str, Sequence[int]]]] = {
-    "rows of a batch, B": ("batch", dict.fromkeys(("cpu", "cuda"), GROWING_ROWS)),
-    "rows of a chain": ("chain", dict.fromkeys(("cpu", "cuda"), GROWING_ROWS)),
     "classes, K": ("n_classes", {"cpu": [128, 512, 2048], "cuda": [128, 1024, 8192, 32768]}),
     "width, d": ("width", {"cpu": [128, 256, 512], "cuda": [128, 256, 512, 1024]}),
-    "training rows, N": ("rows", {"cpu": [256, 512, 1024], "cuda": [4096, 16384, 65536, 262144]}),
+    "training rows, N": ("rows", {"cpu": [1024, 4096, 16384, 65536], "cuda": [4096, 16384, 65536, 262144]}),
     "sampling steps, S": ("steps", {"cpu": [2, 8, 32], "cuda": [2, 8, 32, 128]}),
 }
 
 
 def point(name: str, value: int, device: torch.device, quick: bool) -> Callable[[], object]:
     """A training step, an epoch of ``rows`` rows, or a reverse chain of ``steps`` steps, all else as by default."""
-    rows = value if name == "batch" else (32 if quick else 256)
+    rows = 32 if quick else 256
     sizes = {**SIZES, **(SMALL if quick else {}), **({name: value} if name in ("n_classes", "width") else {})}
     config = SeDAConfig(**sizes)
     model = SeDA(config).to(device)
-    if name in ("steps", "chain"):
-        visual = torch.randn(64 if name == "steps" else value, config.visual_dim, device=device)
-        sampling = {"steps": value, "semantic_steps": 1} if name == "steps" else {}
-        return torch.inference_mode()(lambda: model.align(visual, **sampling))
+    if name == "steps":
+        visual = torch.randn(64, config.visual_dim, device=device)
+        return torch.inference_mode()(lambda: model.align(visual, steps=value, semantic_steps=1))
     step = ours(model, training_set(config, value if name == "rows" else 2 * rows, device), rows, TrainConfig())
     return (lambda: [step() for _ in range(value // rows)]) if name == "rows" else step
 
@@ -281,8 +278,27 @@ def bench_growth(contest: Any, device: torch.device, quick: bool, growth: Any, w
     """How time grows with one size while the others stay."""
     name, values = GROWTH[what]
     points = {value: point(name, value, device, quick) for value in values[device.type][: 2 if quick else None]}
-    kind = {"rows": "an epoch", "steps": "a reverse chain", "chain": "both reverse chains"}.get(name, "a training step")
+    kind = {"rows": "an epoch", "steps": "a reverse chain"}.get(name, "a training step")
     growth(contest, f"{kind} over {what}", points)
+
+
+@pytest.mark.timeout(3600)  # the largest steps take most of a minute each on a slow CPU
+def bench_batch_sizes(contest: Any, device: torch.device, quick: bool, growth: Any, any_size: Any) -> None:
+    """A step at every batch size against eager and compiled, which is compiled for all sizes at once."""
+    sizes = BATCH_SIZES[: 2 if quick else None]
+    config = SeDAConfig(**{**SIZES, **(SMALL if quick else {})})
+    data, model = training_set(config, 2 * sizes[-1], device), SeDA(config).to(device)
+    settings = TrainConfig().for_rows(len(data))
+
+    def plain(rows: int, loss: Callable[..., Tensor], trained: SeDA) -> Callable[[], Tensor]:
+        return Plain(trained, data, rows, loss, settings).step
+
+    points = {rows: ours(copy.deepcopy(model), data, rows, settings) for rows in sizes}
+    others = {}
+    for name, loss in {"eager": plain_loss, **any_size(plain_loss, device)}.items():
+        trained = copy.deepcopy(model)
+        others[name] = {rows: plain(rows, loss, trained) for rows in sizes}
+    growth(contest, "a training step over rows of a batch, B", points, others)
 
 
 FIRST_STEP = """

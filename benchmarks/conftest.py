@@ -338,25 +338,51 @@ def as_table(rows: list[Row]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def measure_growth(contest: Contest, name: str, points: dict[int, Callable[[], object]]) -> None:
+Points = dict[int, Callable[[], object]]
+
+
+def measure_growth(contest: Contest, name: str, points: Points, others: dict[str, Points] | None = None) -> None:
     """Time ``points``, interleaved, and fit the slope of log time over log size.
 
     Times are kept from GPUs; on a CPU they count in that of the first point. A point that has taken `GROWTH_BUDGET`
     seconds is not measured again, but once at least after its warm-up.
+
+    Args:
+        others: the same points of competitors, whose times over ours are kept; one that raises is left out and named.
     """
-    calls = {size: contest.clock.calls_for(call) for size, call in points.items() if call() is not None}
-    times: dict[int, list[float]] = {size: [] for size in points}
-    spent = dict.fromkeys(points, 0.0)
+    series = {OURS: points, **(others or {})}
+    calls: dict[tuple[str, int], int] = {}
+    for competitor, those in list(series.items()):
+        try:
+            calls |= {(competitor, n): contest.clock.calls_for(call) for n, call in those.items() if not warm(call)}
+        except Exception as error:  # a compiler that does not know this device or this PyTorch
+            if competitor == OURS:
+                raise
+            said = (str(error).splitlines() or [""])[0]
+            contest.left_out[f"{name}: {competitor}"] = f"{type(error).__name__}: {said}"[:200]
+            del series[competitor]
+    times: dict[tuple[str, int], list[float]] = {(c, n): [] for c, those in series.items() for n in those}
+    spent = dict.fromkeys(times, 0.0)
     for _ in range(min(contest.repeats, 10)):
-        for size, call in points.items():
-            if spent[size] < GROWTH_BUDGET:
+        for which in sorted(times, key=lambda which: which[1]):
+            if spent[which] < GROWTH_BUDGET:
                 begin = time.perf_counter()
-                times[size].append(contest.clock(call, calls[size]))
-                spent[size] += time.perf_counter() - begin
-    medians = [statistics.median(taken) for taken in times.values()]
-    unit = 1.0 if contest.device.type == "cuda" else medians[0]
-    slope, _ = statistics.linear_regression([math.log(n) for n in points], [math.log(t) for t in medians])
-    contest.growth[name] = {"sizes": list(points), "times": [t / unit for t in medians], "slope": slope}
+                times[which].append(contest.clock(series[which[0]][which[1]], calls[which]))
+                spent[which] += time.perf_counter() - begin
+    medians = {c: [statistics.median(times[c, n]) for n in those] for c, those in series.items()}
+    ours = medians.pop(OURS)
+    unit = 1.0 if contest.device.type == "cuda" else ours[0]
+    slope, _ = statistics.linear_regression([math.log(n) for n in points], [math.log(t) for t in ours])
+    contest.growth[name] = {"sizes": list(points), "times": [t / unit for t in ours], "slope": slope}
+    ratios = {c: [theirs / own for theirs, own in zip(found, ours, strict=True)] for c, found in medians.items()}
+    if ratios:
+        contest.growth[name]["ratios"] = ratios
+
+
+def warm(call: Callable[[], object]) -> None:
+    """Call it twice: a captured graph is recorded by the second call."""
+    call()
+    call()
 
 
 def measure_start(contest: Contest, name: str, command: list[str], caches: Path, tuned: bool) -> None:
@@ -597,6 +623,21 @@ def compile_variants(request: pytest.FixtureRequest) -> Callable[..., dict[str, 
         call: Callable[..., Any], device: torch.device, *, large: bool = False
     ) -> dict[str, Callable[..., Any]]:
         return compiled(call, device, tune or not large)
+
+    return variants
+
+
+@pytest.fixture(scope="session")
+def any_size() -> Callable[..., dict[str, Callable[..., Any]]]:
+    """`torch.compile` once for every number of rows; on a GPU also with a graph for each of them."""
+
+    def variants(call: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
+        found = {"compiled": torch.compile(call, fullgraph=True, dynamic=True)}
+        if device.type == "cuda":
+            found["compiled, reduce-overhead"] = torch.compile(
+                call, mode="reduce-overhead", fullgraph=True, dynamic=True
+            )
+        return found
 
     return variants
 

@@ -119,6 +119,7 @@ def section(record: dict[str, Any]) -> list[str]:
             sizes, times = found["sizes"], found["times"]
             end = math.log(times[-1] / times[-2]) / math.log(sizes[-1] / sizes[-2])
             lines.append(f"| {name} | {', '.join(map(str, sizes))} | {found['slope']:.2f} | {end:.2f} |")
+        lines += sizes_of(record)
     if record.get("runs"):
         lines += runs_of(record)
     if record.get("starts"):
@@ -131,6 +132,22 @@ def section(record: dict[str, Any]) -> list[str]:
             first, imported = start["first_step_over_later"], start["import_over_torch"]
             lines.append(f"| {name} | {first:.1f} | {imported:.2f} | {start['peak_memory_bytes'] / 1e6:.0f} MB |")
     return [*lines, ""]
+
+
+def sizes_of(record: dict[str, Any]) -> list[str]:
+    """Competitors over the sizes of a growth, a row each."""
+    lines = []
+    for name, found in record["growth"].items():
+        ratios = found.get("ratios", {})
+        if ratios:
+            lines += ["", f"Time over ours: {name}", ""]
+            lines.append("| | " + " | ".join(map(str, found["sizes"])) + " |")
+            lines.append("|---" * (len(found["sizes"]) + 1) + "|")
+            for competitor, values in ratios.items():
+                lines.append(f"| {competitor} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+            if is_gpu(record):
+                lines.append("| ours takes | " + " | ".join(duration(taken) for taken in found["times"]) + " |")
+    return lines
 
 
 def runs_of(record: dict[str, Any]) -> list[str]:

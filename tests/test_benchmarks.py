@@ -72,6 +72,24 @@ def test_competitors_are_interleaved_and_compared(harness: Any, contest: Any) ->
     assert ours.median is None, "a CPU's times are not kept"
 
 
+def test_sizes_are_compared_with_competitors_and_one_that_fails_is_named(harness: Any, contest: Any) -> None:
+    calls: list[str] = []
+
+    def broken() -> int:
+        raise ValueError("no code for this size")
+
+    sizes = (20_000, 40_000, 80_000)
+    points = {size: spin(calls, "ours", size) for size in sizes}
+    others = {"slow": {size: spin(calls, "slow", 4 * size) for size in sizes}, "broken": dict.fromkeys(sizes, broken)}
+    harness.measure_growth(contest, "sums", points, others)
+    found = contest.growth["sums"]
+    assert found["sizes"] == list(sizes)
+    assert set(found["ratios"]) == {"slow"}
+    assert all(2 < ratio < 8 for ratio in found["ratios"]["slow"]), found
+    assert found["times"][0] == 1, "a CPU's times are not kept"
+    assert contest.left_out == {"sums: broken": "ValueError: no code for this size"}
+
+
 def test_the_report_names_the_machine_and_the_commit(
     harness: Any, contest: Any, repository: Path, tmp_path: Path
 ) -> None:
