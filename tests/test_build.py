@@ -147,6 +147,36 @@ def test_compiled_package_serves_the_cpu_and_tells_its_build(compiled: Path) -> 
     assert json.loads((compiled / "seda_fast/_build.json").read_text()).items() >= report.items()
 
 
+COMPARED = """
+import json, torch
+from seda_fast import ops
+ids = torch.arange(37)
+key = dict(seed=torch.tensor(1), step=torch.tensor(2), sample_ids=ids)
+torch.manual_seed(0)
+h, gate, *tables = (torch.randn(37, n) for n in (20, 36, 20, 20, 20))
+weights = torch.randn(36, 20), torch.randn(36), torch.randn(20, 36), torch.randn(20)
+x0, table = torch.randn(37, 22), torch.rand(37)
+found = {}
+for backend in ("cpp", "reference"):
+    with ops.use_backend(backend):
+        noised = ops.q_sample(x0, ids, table, table, **key)
+        block = ops.interaction_block(h, gate, ids, *tables, *weights, dropout=0.3, **key)
+        found[backend] = noised, block
+apart = max((a - b).abs().max().item() for a, b in zip(found["cpp"], found["reference"]))
+print(json.dumps({"apart": apart, "build": ops.cpp_status()["build"]["compiler"]}))
+"""
+
+
+def test_clang_s_library_computes_what_the_reference_does(checkout: Path, tmp_path: Path) -> None:
+    if shutil.which("clang++") is None:
+        pytest.skip("test_clang_s_library_computes_what_the_reference_does needs clang++")
+    done = build(checkout, tmp_path, SEDA_FAST_BUILD="cpu", CXX="clang++")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = probe(unpack(tmp_path), script=COMPARED)
+    assert "clang" in str(found["build"])
+    assert float(str(found["apart"])) < 1e-4
+
+
 def test_the_cuda_half_is_built_without_a_gpu_and_loaded_only_where_pytorch_has_cuda(compiled_cuda: Path) -> None:
     assert (compiled_cuda / "seda_fast/libseda_fast_cuda.so").is_file()
     found = probe(compiled_cuda)
