@@ -1,22 +1,17 @@
-"""One PFIN block: three kernels forward, four for a network's first block; backward four products and four small ones.
+"""One PFIN block: cuBLAS multiplies, and what lies between the products is one pass over rows each.
 
     z  = n(h) * (1 + scale[tau]) + shift[tau]
     u  = silu(z @ w_h.T + b_h) * gate, then dropout
     h' = h + (1 + alpha[tau]) * (u @ w_o.T + b_o)
 
-Every pointer's features are contiguous; rows lie ``*_stride`` elements apart. Products accumulate in float32. A
-timestep outside the tables makes its row NaN.
+Forward three passes and two products, backward three passes, four products, and two small kernels: one finds the bounds
+of the timesteps, one adds up the biases' gradients. Every pointer's features are contiguous; rows lie ``*_stride``
+elements apart. Passes compute in float32. A timestep outside the tables makes its row NaN.
 
-``z``, and backward ``(1 + alpha) * grad``, are written once and read by the products as they are. Made on the way into
-a product they would be made anew for every 128 of its columns, the tables' rows read each time: of 16 384 rows, 512
-wide, in half precision the products' tiles read 2.7 GB that way and 1.9 GB this way, for 0.2 GB of passes over rows.
-
-So the forward is not the two kernels that the algebra allows, with the norm as the first product's prologue. It is the
-modulated norm and the two products, and before them a network's first block, which has no statistics from a block
-before it, makes its own. Counted for those sizes: as a prologue the first product's tiles would read h, shift and scale
-for each of 8 column tiles, 0.40 GB, against 0.13 GB of z; the norm's own pass reads and writes 0.07 GB, of which h and
-z, 34 MB, go to memory, and is one launch more. These are counts of bytes: which of the two is faster has not been
-measured on a GPU.
+The passes could be the products' epilogues, which saves the reading of a product's result. In Triton, with operands by
+cp.async or TMA, tiles of 64 and 128 rows by 64 to 256 columns and the epilogue in one, two or four parts, the fastest
+took on an H100 for 16 384 rows in bfloat16, 512 features and 1024 inner ones, each timed alone: the gate's backward 117
+us, where cuBLAS and the pass take 34 and 69; the gate 78 us against 35 and 42; the residual 65 us against 32 and 22.
 """
 
 import math
@@ -28,19 +23,24 @@ import triton.language as tl
 from torch import Tensor
 
 from . import philox, tuning
-from .tuning import Tile, launching_on
+from .tuning import Tile, cdiv, launching_on
 
 NORM_EPS = tl.constexpr(1e-5)
 # Columns for which one mean and one centred sum of squares stand in the row statistics.
 GROUP = 128
 _GROUP = tl.constexpr(GROUP)
-# Rows that a program of the norm's backward holds, and its warps: with 512 features 8 values a thread for each of six
-# tiles, which take 128 registers, so that 16 warps fit a multiprocessor.
-NORM_ROWS, NORM_WARPS = 4, 8
-# Tile of the kernels that only pass over rows: 16 values a thread.
-ELEMENTWISE = {"BLOCK_M": 8, "BLOCK_N": 256}
+# Values of whole rows in a program, and of these in a thread. The norm's backward has two warps for two rows of 512
+# features: at 128 registers a thread 8 of its programs fit a multiprocessor, and 1000 timesteps an H100 at once.
+ROW_TILE, NORM_TILE, ROW_VALUES = 2048, 1024, 16
+# Tiles of the passes that need no whole rows; the residual's columns are a group of the statistics.
+GATE_TILE = {"BLOCK_M": 8, "BLOCK_N": 256}
+RESIDUAL_TILE = {"BLOCK_M": 16, "BLOCK_N": GROUP}
+# The gate's backward adds up so many rows, tile by tile, for the gradient of b_h.
+GATE_BACKWARD_TILE, GATE_ROWS = {"BLOCK_M": 8, "BLOCK_N": 128}, 32
+# Tile of a program that adds up columns: few columns, as there are few of them for all multiprocessors.
+COLUMN_TILE = {"BLOCK_M": 128, "BLOCK_N": 8, "num_warps": 8}
 # Rows of a program that looks for the bounds of timesteps, and entries of one that adds up splits.
-SEGMENT_ROWS, SUMS = 1024, 1024
+SEGMENT_ROWS, SUMS = 256, 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,19 +79,11 @@ def _modulation(ptr, tau, steps, column, columns, stride):
 
 
 @triton.jit
-def _mean_rstd(statistics_ptr, row, rows, width, GROUPS: tl.constexpr):
-    """Mean and reciprocal deviation of whole rows from those of their groups of columns (Chan et al. 1979)."""
-    group = tl.arange(0, GROUPS)
-    count = tl.minimum(tl.maximum(width - group * _GROUP, 0), _GROUP).to(tl.float32)[None, :]
-    groups = (width + _GROUP - 1) // _GROUP
-    inside = (row < rows)[:, None] & (group < groups)[None, :]
-    place = statistics_ptr + (row[:, None] * groups + group[None, :]) * 2
-    means = tl.load(place, mask=inside, other=0.0)
-    squares = tl.load(place + 1, mask=inside, other=0.0)
-    mean = tl.sum(means * count, axis=1) / width
-    away = means - mean[:, None]
-    variance = tl.sum(squares + count * away * away, axis=1) / width
-    return mean, tl.rsqrt(variance + NORM_EPS)
+def _moments(tile, here, width):
+    """Mean and reciprocal deviation of whole rows; ``here`` is where the tile's columns are features."""
+    mean = tl.sum(tile, axis=1) / width
+    away = tl.where(here[None, :], tile - mean[:, None], 0.0)
+    return mean, tl.rsqrt(tl.sum(away * away, axis=1) / width + NORM_EPS)
 
 
 @triton.jit
@@ -118,58 +110,36 @@ def _kept(seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept
 # Forward
 
 
-@triton.jit
-def statistics_kernel(h_ptr, statistics_ptr, rows, width, h_stride, BLOCK_M: tl.constexpr):
-    """Row statistics of ``h``, for a block that no other block precedes."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * _GROUP + tl.arange(0, _GROUP)
-    h = _tile(h_ptr, row, rows, column, width, h_stride)
-    _put_statistics(statistics_ptr, h, row, rows, column, width)
-
-
 # fmt: off
 @triton.jit
 def modulated_norm_kernel(
-    h_ptr, timesteps_ptr, shift_ptr, scale_ptr, statistics_ptr, z_ptr,
-    rows, width, steps, h_stride, shift_stride, scale_stride,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    h_ptr, timesteps_ptr, shift_ptr, scale_ptr, z_ptr,
+    rows, width, steps, h_stride, shift_stride, scale_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     """``z = n(h) * (1 + scale) + shift``, what the first product reads."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_N)
     tau = _timesteps(timesteps_ptr, row, rows, steps)
-    mean, rstd = _mean_rstd(statistics_ptr, row, rows, width, GROUPS)
     h = _tile(h_ptr, row, rows, column, width, h_stride)
     shift = _modulation(shift_ptr, tau, steps, column, width, shift_stride)
     scale = _modulation(scale_ptr, tau, steps, column, width, scale_stride)
+    mean, rstd = _moments(h, column < width, width)
     _put(z_ptr, (h - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift, row, rows, column, width)
 
 
 # fmt: off
 @triton.jit
-def gated_product_kernel(
-    z_ptr, gate_ptr, w_ptr, b_ptr, pre_ptr, hidden_ptr, seed_ptr, step_ptr, ids_ptr, stream, threshold, kept_scale,
-    rows, width, hidden, gate_stride, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def gate_kernel(
+    pre_ptr, gate_ptr, hidden_ptr, seed_ptr, step_ptr, ids_ptr, stream, threshold, kept_scale,
+    rows, hidden, gate_stride, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    """``pre = z @ w_h.T + b_h`` and ``hidden = dropout(silu(pre) * gate)``."""
-    # Programs of one row block run side by side: z stays in the L2 cache, the weights fit it anyway.
-    blocks = tl.cdiv(hidden, BLOCK_N)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = (tl.program_id(0) % blocks) * BLOCK_N
+    """``hidden = dropout(silu(pre) * gate)``."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * BLOCK_N
     column = first + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, width, BLOCK_K):
-        feature = start + tl.arange(0, BLOCK_K)
-        inside = (row < rows)[:, None] & (feature < width)[None, :]
-        z = tl.load(z_ptr + row[:, None] * width + feature[None, :], mask=inside, other=0.0)
-        inside = (feature < width)[:, None] & (column < hidden)[None, :]
-        w = tl.load(w_ptr + column[None, :].to(tl.int64) * width + feature[:, None], mask=inside, other=0.0)
-        acc = tl.dot(z, w.to(z.dtype), acc, input_precision=PRECISION)
-    pre = acc + tl.load(b_ptr + column, mask=column < hidden, other=0.0).to(tl.float32)[None, :]
-    _put(pre_ptr, pre, row, rows, column, hidden)
+    pre = _tile(pre_ptr, row, rows, column, hidden, hidden)
     u = pre * tl.sigmoid(pre) * _tile(gate_ptr, row, rows, column, hidden, gate_stride)
     if DROPOUT:
         u *= _kept(seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept_scale, BLOCK_N)
@@ -178,31 +148,20 @@ def gated_product_kernel(
 
 # fmt: off
 @triton.jit
-def residual_product_kernel(
-    hidden_ptr, h_ptr, timesteps_ptr, alpha_ptr, w_ptr, b_ptr, h_next_ptr, residual_ptr, statistics_ptr,
-    rows, width, hidden, steps, h_stride, alpha_stride,
-    STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def residual_kernel(
+    residual_ptr, h_ptr, timesteps_ptr, alpha_ptr, h_next_ptr, statistics_ptr,
+    rows, width, steps, h_stride, alpha_stride,
+    STATISTICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    """``residual = hidden @ w_o.T + b_o``, ``h_next = h + (1 + alpha) * residual``, and h_next's row statistics."""
-    blocks = tl.cdiv(width, BLOCK_N)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, hidden, BLOCK_K):
-        feature = start + tl.arange(0, BLOCK_K)
-        inside = (row < rows)[:, None] & (feature < hidden)[None, :]
-        u = tl.load(hidden_ptr + row[:, None] * hidden + feature[None, :], mask=inside, other=0.0)
-        inside = (feature < hidden)[:, None] & (column < width)[None, :]
-        w = tl.load(w_ptr + column[None, :].to(tl.int64) * hidden + feature[:, None], mask=inside, other=0.0)
-        acc = tl.dot(u, w.to(u.dtype), acc, input_precision=PRECISION)
-    residual = acc + tl.load(b_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+    """``h_next = h + (1 + alpha) * residual``, and h_next's row statistics."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     tau = _timesteps(timesteps_ptr, row, rows, steps)
+    residual = _tile(residual_ptr, row, rows, column, width, width)
     alpha = _modulation(alpha_ptr, tau, steps, column, width, alpha_stride)
     h_next = _tile(h_ptr, row, rows, column, width, h_stride) + (1.0 + alpha) * residual
     h_next = h_next.to(h_next_ptr.dtype.element_ty)
-    _put(residual_ptr, residual, row, rows, column, width)
     _put(h_next_ptr, h_next, row, rows, column, width)
     if STATISTICS:
         _put_statistics(statistics_ptr, h_next.to(tl.float32), row, rows, column, width)
@@ -215,83 +174,65 @@ def residual_product_kernel(
 # fmt: off
 @triton.jit
 def operands_kernel(
-    grad_ptr, h_ptr, timesteps_ptr, shift_ptr, scale_ptr, alpha_ptr, statistics_ptr, grad_residual_ptr, z_ptr,
+    grad_ptr, h_ptr, timesteps_ptr, shift_ptr, scale_ptr, alpha_ptr, grad_residual_ptr, z_ptr, moments_ptr,
     grad_h_ptr, rows, width, steps, grad_stride, h_stride, shift_stride, scale_stride, alpha_stride,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     """What the products of the backward read: ``(1 + alpha) * grad``, and z again as the forward had it.
 
-    Rows of a timestep outside the tables, which no program of `norm_backward_kernel` meets, get their NaN here.
+    The rows' mean and reciprocal deviation are left for `norm_backward_kernel`. Rows of a timestep outside the tables,
+    which none of its programs meets, get their NaN here.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_N)
     tau = _timesteps(timesteps_ptr, row, rows, steps)
     grad = _tile(grad_ptr, row, rows, column, width, grad_stride)
+    h = _tile(h_ptr, row, rows, column, width, h_stride)
     alpha = _modulation(alpha_ptr, tau, steps, column, width, alpha_stride)
     _put(grad_residual_ptr, (1.0 + alpha) * grad, row, rows, column, width)
     nowhere = tl.full((BLOCK_M, BLOCK_N), float("nan"), dtype=tl.float32)
     _put(grad_h_ptr, nowhere, row, tl.where(tau == steps, rows, 0), column, width)
-    mean, rstd = _mean_rstd(statistics_ptr, row, rows, width, GROUPS)
-    h = _tile(h_ptr, row, rows, column, width, h_stride)
     shift = _modulation(shift_ptr, tau, steps, column, width, shift_stride)
     scale = _modulation(scale_ptr, tau, steps, column, width, scale_stride)
+    mean, rstd = _moments(h, column < width, width)
+    tl.store(moments_ptr + row * 2, mean, mask=row < rows)
+    tl.store(moments_ptr + row * 2 + 1, rstd, mask=row < rows)
     _put(z_ptr, (h - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift, row, rows, column, width)
 
 
 # fmt: off
 @triton.jit
 def gate_backward_kernel(
-    grad_ptr, gate_ptr, pre_ptr, w_ptr, grad_gate_ptr, grad_pre_ptr,
+    grad_ptr, gate_ptr, pre_ptr, grad_gate_ptr, sums_ptr,
     seed_ptr, step_ptr, ids_ptr, stream, threshold, kept_scale,
-    rows, width, hidden, gate_stride, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    rows, hidden, gate_stride,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    """Gradients of the gate and of ``pre`` from ``grad @ w_o``; silu and dropout are made again."""
-    blocks = tl.cdiv(hidden, BLOCK_N)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = (tl.program_id(0) % blocks) * BLOCK_N
+    """Gradients of the gate and of ``pre`` from that of ``hidden``; silu and dropout are made again.
+
+    The gradient of ``pre`` takes the place of the one that comes in; the sum of its ROWS rows is left for b_h.
+    """
+    first = tl.program_id(1) * BLOCK_N
     column = first + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, width, BLOCK_K):
-        feature = start + tl.arange(0, BLOCK_K)
-        inside = (row < rows)[:, None] & (feature < width)[None, :]
-        grad = tl.load(grad_ptr + row[:, None] * width + feature[None, :], mask=inside, other=0.0)
-        inside = (feature < width)[:, None] & (column < hidden)[None, :]
-        w = tl.load(w_ptr + feature[:, None].to(tl.int64) * hidden + column[None, :], mask=inside, other=0.0)
-        acc = tl.dot(grad, w.to(grad.dtype), acc, input_precision=PRECISION)
-    if DROPOUT:
-        acc *= _kept(seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept_scale, BLOCK_N)
-    pre = _tile(pre_ptr, row, rows, column, hidden, tl.cast(hidden, tl.int64))
-    sigmoid = tl.sigmoid(pre)
-    acc *= sigmoid
-    _put(grad_gate_ptr, acc * pre, row, rows, column, hidden)
-    # Loaded after the store: all of it at once takes more registers.
-    acc *= 1.0 + pre * (1.0 - sigmoid)
-    _put(grad_pre_ptr, acc * _tile(gate_ptr, row, rows, column, hidden, gate_stride), row, rows, column, hidden)
-
-
-# fmt: off
-@triton.jit
-def input_gradient_kernel(
-    grad_ptr, w_ptr, out_ptr, rows, width, hidden, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    # fmt: on
-    """``out = grad @ w``, the gradient of z: (rows, hidden) @ (hidden, width)."""
-    blocks = tl.cdiv(width, BLOCK_N)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, hidden, BLOCK_K):
-        feature = start + tl.arange(0, BLOCK_K)
-        inside = (row < rows)[:, None] & (feature < hidden)[None, :]
-        grad = tl.load(grad_ptr + row[:, None] * hidden + feature[None, :], mask=inside, other=0.0)
-        inside = (feature < hidden)[:, None] & (column < width)[None, :]
-        w = tl.load(w_ptr + feature[:, None].to(tl.int64) * width + column[None, :], mask=inside, other=0.0)
-        acc = tl.dot(grad, w.to(grad.dtype), acc, input_precision=PRECISION)
-    _put(out_ptr, acc, row, rows, column, width)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, ROWS, BLOCK_M):
+        row = tl.program_id(0).to(tl.int64) * ROWS + start + tl.arange(0, BLOCK_M)
+        grad = _tile(grad_ptr, row, rows, column, hidden, hidden)
+        pre = _tile(pre_ptr, row, rows, column, hidden, hidden)
+        gate = _tile(gate_ptr, row, rows, column, hidden, gate_stride)
+        if DROPOUT:
+            grad *= _kept(seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept_scale, BLOCK_N)
+        sigmoid = tl.sigmoid(pre)
+        grad *= sigmoid
+        _put(grad_gate_ptr, grad * pre, row, rows, column, hidden)
+        grad *= 1.0 + pre * (1.0 - sigmoid)
+        grad *= gate
+        _put(grad_ptr, grad, row, rows, column, hidden)
+        total += grad
+    place = sums_ptr + tl.program_id(0).to(tl.int64) * hidden + column
+    tl.store(place, tl.sum(total, axis=0), mask=column < hidden)
 
 
 @triton.jit
@@ -317,61 +258,104 @@ def segments_kernel(timesteps_ptr, bounds_ptr, falls_ptr, rows, steps, BLOCK: tl
 
 @triton.jit
 def _segment(bounds_ptr, falls_ptr, step, rows, blocks, BLOCK: tl.constexpr):
-    """Where the rows of timestep ``step`` begin and end; from 0 to ``rows`` where they may lie anywhere."""
-    falls = tl.zeros((BLOCK,), dtype=tl.int32)
+    """Where the rows of timestep ``step`` begin and end, and whether they may lie anywhere: then from 0 to ``rows``."""
+    # Bounds of an unsorted batch were never written: what is read is not used.
+    first, last = tl.load(bounds_ptr + step), tl.load(bounds_ptr + step + 1)
+    # A number, not a tile: behind a loop over a tile Triton no longer knows that rows are aligned, and loads values
+    # singly.
+    falls = 0
     for start in range(0, blocks, BLOCK):
         block = start + tl.arange(0, BLOCK)
-        falls |= tl.load(falls_ptr + block, mask=block < blocks, other=0)
-    unsorted = tl.max(falls, axis=0) != 0
-    # Bounds of an unsorted batch were never written.
-    first = tl.load(bounds_ptr + step, mask=unsorted == 0, other=0)
-    return first, tl.where(unsorted, rows, tl.load(bounds_ptr + step + 1, mask=unsorted == 0, other=0))
+        falls |= tl.max(tl.load(falls_ptr + block, mask=block < blocks, other=0), axis=0)
+    unsorted = falls != 0
+    return tl.where(unsorted, 0, first), tl.where(unsorted, rows, last), unsorted
 
 
 # fmt: off
 @triton.jit
 def norm_backward_kernel(
-    grad_ptr, grad_z_ptr, h_ptr, residual_ptr, statistics_ptr, timesteps_ptr, bounds_ptr, falls_ptr, scale_ptr,
-    grad_h_ptr, grad_shift_ptr, grad_scale_ptr, grad_alpha_ptr,
-    rows, width, blocks, grad_stride, h_stride, scale_stride,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    grad_ptr, grad_z_ptr, h_ptr, residual_ptr, moments_ptr, timesteps_ptr, bounds_ptr, falls_ptr, scale_ptr, alpha_ptr,
+    grad_h_ptr, grad_shift_ptr, grad_scale_ptr, grad_alpha_ptr, sums_ptr,
+    rows, width, blocks, grad_stride, h_stride, scale_stride, alpha_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    """The norm's backward, and the tables' gradients: a program goes through one timestep's rows in their order."""
+    """The norm's backward, and the tables' gradients: a program goes through one timestep's rows in their order.
+
+    ``(1 + alpha) * grad`` of these rows is summed for b_o.
+    """
     step = tl.program_id(0)
     column = tl.arange(0, BLOCK_N)
     here = (column < width)[None, :]
     own_scale = scale_ptr + tl.cast(step, tl.int64) * scale_stride
-    scale = 1.0 + tl.load(own_scale + column, mask=column < width, other=0.0).to(tl.float32)
-    shift_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    scale_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    alpha_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    first, last = _segment(bounds_ptr, falls_ptr, step, rows, blocks, 128)
+    scale = 1.0 + tl.load(own_scale + column[None, :], mask=here, other=0.0).to(tl.float32)
+    own_alpha = alpha_ptr + tl.cast(step, tl.int64) * alpha_stride
+    alpha = tl.load(own_alpha + column, mask=column < width, other=0.0)
+    shift_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    scale_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    alpha_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    grad_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    first, last, unsorted = _segment(bounds_ptr, falls_ptr, step, rows, blocks, 128)
     for start in range(first, last, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M).to(tl.int64)
         own = row < last
-        own &= tl.load(timesteps_ptr + row, mask=own, other=-1).to(tl.int64) == step
-        if tl.max(own.to(tl.int32), axis=0) != 0:
-            # A row of another timestep counts as outside.
-            row = tl.where(own, row, rows)
-            mean, rstd = _mean_rstd(statistics_ptr, row, rows, width, GROUPS)
-            normed = (_tile(h_ptr, row, rows, column, width, h_stride) - mean[:, None]) * rstd[:, None]
-            normed = tl.where(here & own[:, None], normed, 0.0)
-            grad = _tile(grad_ptr, row, rows, column, width, grad_stride)
-            grad_z = _tile(grad_z_ptr, row, rows, column, width, tl.cast(width, tl.int64))
-            alpha_sum += grad * _tile(residual_ptr, row, rows, column, width, tl.cast(width, tl.int64))
-            shift_sum += grad_z
-            scale_sum += grad_z * normed
-            inner = grad_z * scale[None, :]
+        # In a sorted batch all rows between the bounds are the timestep's.
+        own &= tl.load(timesteps_ptr + row, mask=own & unsorted, other=step).to(tl.int64) == step
+        count = 1
+        if unsorted:
+            count = tl.max(own.to(tl.int32), axis=0)
+        if count != 0:
+            inside = own[:, None] & here
+            mean = tl.load(moments_ptr + row * 2, mask=own, other=0.0)
+            rstd = tl.load(moments_ptr + row * 2 + 1, mask=own, other=0.0)
+            h = tl.load(h_ptr + row[:, None] * h_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            place = row[:, None] * width + column[None, :]
+            grad_z = tl.load(grad_z_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            residual = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptr + row[:, None] * grad_stride + column[None, :], mask=inside, other=0.0)
+            grad = grad.to(tl.float32)
+            normed = tl.where(inside, (h - mean[:, None]) * rstd[:, None], 0.0)
+            grad_sum += tl.sum(grad, axis=0)
+            alpha_sum += tl.sum(grad * residual, axis=0)
+            shift_sum += tl.sum(grad_z, axis=0)
+            scale_sum += tl.sum(grad_z * normed, axis=0)
+            inner = grad_z * scale
             mean_inner = tl.sum(inner, axis=1) / width
             mean_product = tl.sum(inner * normed, axis=1) / width
             grad += rstd[:, None] * (inner - mean_inner[:, None] - normed * mean_product[:, None])
-            _put(grad_h_ptr, grad, row, rows, column, width)
+            tl.store(grad_h_ptr + place, grad.to(grad_h_ptr.dtype.element_ty), mask=inside)
     place = tl.cast(step, tl.int64) * width + column
     element = grad_shift_ptr.dtype.element_ty
-    tl.store(grad_shift_ptr + place, tl.sum(shift_sum, axis=0).to(element), mask=column < width)
-    tl.store(grad_scale_ptr + place, tl.sum(scale_sum, axis=0).to(element), mask=column < width)
-    tl.store(grad_alpha_ptr + place, tl.sum(alpha_sum, axis=0).to(element), mask=column < width)
+    tl.store(grad_shift_ptr + place, shift_sum.to(element), mask=column < width)
+    tl.store(grad_scale_ptr + place, scale_sum.to(element), mask=column < width)
+    tl.store(grad_alpha_ptr + place, alpha_sum.to(element), mask=column < width)
+    tl.store(sums_ptr + place, (1.0 + alpha.to(tl.float32)) * grad_sum, mask=column < width)
+
+
+@triton.jit
+def _sum_columns(parts_ptr, out_ptr, block, parts, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sums of ``parts`` rows, in one fixed order, of the columns of one block."""
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, parts, BLOCK_M):
+        total += _tile(parts_ptr, start + tl.arange(0, BLOCK_M).to(tl.int64), parts, column, columns, columns)
+    tl.store(out_ptr + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=column < columns)
+
+
+# fmt: off
+@triton.jit
+def bias_gradients_kernel(
+    hidden_sums_ptr, width_sums_ptr, b_h_ptr, b_o_ptr, hidden_parts, width_parts, hidden, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    # fmt: on
+    """Gradients of both biases from the sums that `gate_backward_kernel` and `norm_backward_kernel` left."""
+    blocks = tl.cdiv(hidden, BLOCK_N)
+    program = tl.program_id(0)
+    if program < blocks:
+        _sum_columns(hidden_sums_ptr, b_h_ptr, program, hidden_parts, hidden, BLOCK_M, BLOCK_N)
+    else:
+        _sum_columns(width_sums_ptr, b_o_ptr, program - blocks, width_parts, width, BLOCK_M, BLOCK_N)
 
 
 # fmt: off
@@ -466,21 +450,15 @@ def _dropout(rate: float, seed: Tensor, step: Tensor, sample_ids: Tensor, stream
     return seed, step, sample_ids.contiguous(), stream, threshold, 1 / (1 - rate)
 
 
-def _groups(width: int) -> int:
-    return triton.next_power_of_2(triton.cdiv(width, GROUP))
+def _whole_rows(width: int, values: int) -> dict[str, int]:
+    """Tile and warps of a program that holds about ``values`` values of whole rows."""
+    columns = max(16, 1 << (width - 1).bit_length())
+    rows = max(1, min(16, values // columns))
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": max(1, min(16, rows * columns // (32 * ROW_VALUES)))}
 
 
-def _elementwise(rows: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(rows, ELEMENTWISE["BLOCK_M"]), triton.cdiv(width, ELEMENTWISE["BLOCK_N"])
-
-
-def row_statistics(h: Tensor) -> Tensor:
-    """Mean and centred sum of squares of each 128 columns of each row: float32 (B, ceil(d/128), 2)."""
-    rows, width = h.shape
-    groups = triton.cdiv(width, GROUP)
-    statistics = torch.empty((rows, groups, 2), dtype=torch.float32, device=h.device)
-    statistics_kernel[triton.cdiv(rows, 32), groups](h, statistics, rows, width, h.stride(0), BLOCK_M=32)
-    return statistics
+def _grid(rows: int, columns: int, tile: dict[str, int]) -> tuple[int, int]:
+    return cdiv(rows, tile["BLOCK_M"]), cdiv(columns, tile["BLOCK_N"])
 
 
 def interaction_block(
@@ -502,56 +480,47 @@ def interaction_block(
     statistics: Tensor | None,
     leave_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The block's result, the second product, the first product, the gated activation, the result's statistics."""
+    """The block's result, the second product, the first product, the gated activation, the result's statistics.
+
+    The given statistics are for backends that read h tile by tile; here the norm sees whole rows anyway.
+    """
     (rows, width), hidden, steps = h.shape, gate.shape[1], shift.shape[0]
     h, gate, shift, scale, alpha = map(by_rows, (h, gate, shift, scale, alpha))
     h_next, residual = (torch.empty((rows, width), dtype=h.dtype, device=h.device) for _ in range(2))
     pre, u = (torch.empty((rows, hidden), dtype=h.dtype, device=h.device) for _ in range(2))
-    left_shape = (rows, triton.cdiv(width, GROUP), 2) if leave_statistics else (0,)
+    left_shape = (rows, cdiv(width, GROUP), 2) if leave_statistics else (0,)
     left = torch.empty(left_shape, dtype=torch.float32, device=h.device)
     if rows == 0:
         return h_next, residual, pre, u, left
-    timesteps, exact = timesteps.contiguous(), precision(h.dtype)
+    timesteps = timesteps.contiguous()
     keys = _dropout(dropout, seed, step, sample_ids, stream)
     with launching_on(h):
-        statistics = row_statistics(h) if statistics is None else statistics.float().contiguous()
-        z = torch.empty((rows, width), dtype=h.dtype, device=h.device)
-        modulated_norm_kernel[_elementwise(rows, width)](
-            h, timesteps, shift, scale, statistics, z,
-            rows, width, steps, h.stride(0), shift.stride(0), scale.stride(0), GROUPS=_groups(width), **ELEMENTWISE,
-        )  # fmt: skip
-        _product(
-            gated_product_kernel, (rows, hidden, width), tuning.candidates(h.dtype, epilogue=True), h,
-            z, gate, w_h.contiguous(), b_h.contiguous(), pre, u, *keys, rows, width, hidden, gate.stride(0),
-            DROPOUT=dropout > 0, PRECISION=exact,
-        )  # fmt: skip
-        plain = tuning.candidates(h.dtype, columns=GROUP if leave_statistics else None)
-        _product(
-            residual_product_kernel, (rows, width, hidden), plain, h,
-            u, h, timesteps, alpha, w_o.contiguous(), b_o.contiguous(), h_next, residual, left,
-            rows, width, hidden, steps, h.stride(0), alpha.stride(0),
-            STATISTICS=leave_statistics, PRECISION=exact,
+        # In the place of the result, which is made after it was read.
+        z, whole = h_next, _whole_rows(width, ROW_TILE)
+        modulated_norm_kernel[(cdiv(rows, whole["BLOCK_M"]),)](
+            h, timesteps, shift, scale, z, rows, width, steps, h.stride(0), shift.stride(0), scale.stride(0), **whole
+        )
+        _linear(z, w_h, b_h, pre)
+        gate_kernel[_grid(rows, hidden, GATE_TILE)](
+            pre, gate, u, *keys, rows, hidden, gate.stride(0), DROPOUT=dropout > 0, **GATE_TILE
+        )
+        _linear(u, w_o, b_o, residual)
+        residual_kernel[_grid(rows, width, RESIDUAL_TILE)](
+            residual, h, timesteps, alpha, h_next, left, rows, width, steps, h.stride(0), alpha.stride(0),
+            STATISTICS=leave_statistics, **RESIDUAL_TILE,
         )  # fmt: skip
     return h_next, residual, pre, u, left
 
 
-def _product(
-    kernel: object,
-    shape: tuple[int, int, int],
-    tiles: tuple[Tile, ...],
-    like: Tensor,
-    *arguments: object,
-    **constants: object,
-) -> None:
-    """Launch a product kernel for a result of ``shape[:2]`` with the tile chosen for it."""
+# Products are given their results: an autocast region, in which a backward may run, casts the operands of others.
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=out)
 
-    def launch(tile: Tile) -> None:
-        grid = (tile.programs(*shape[:2]),)
-        kernel[grid](*arguments, **constants, **tile.sizes(), **tile.options())  # type: ignore[index]
 
-    name = kernel.__name__  # type: ignore[attr-defined]
-    variant = " ".join(f"{constant}={value}" for constant, value in constants.items())
-    launch(tuning.choose(name, like, shape, tiles, launch, variant))
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``grad.T @ x``, like ``weight``."""
+    out = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+    return torch.mm(grad.t(), x, out=out).to(weight.dtype)
 
 
 def interaction_block_backward(
@@ -579,39 +548,41 @@ def interaction_block_backward(
     grad, h, gate, shift, scale, alpha = map(by_rows, (grad, h, gate, shift, scale, alpha))
     grad_h = torch.empty((rows, width), dtype=h.dtype, device=h.device)
     grad_gate = torch.empty((rows, columns), dtype=gate.dtype, device=h.device)
-    grad_pre = torch.empty((rows, columns), dtype=h.dtype, device=h.device)
     if rows == 0:
         weights = w_h.new_zeros(w_h.shape), w_h.new_zeros(columns), w_o.new_zeros(w_o.shape), w_o.new_zeros(width)
         return grad_h, grad_gate, *(table.new_zeros(table.shape) for table in (shift, scale, alpha)), *weights
-    timesteps, exact = timesteps.contiguous(), precision(h.dtype)
+    timesteps = timesteps.contiguous()
     keys = _dropout(dropout, seed, step, sample_ids, stream)
-    weights = (
-        *(torch.empty(w_h.shape, dtype=w_h.dtype, device=h.device), w_h.new_empty(columns)),
-        *(torch.empty(w_o.shape, dtype=w_o.dtype, device=h.device), w_o.new_empty(width)),
-    )
     with launching_on(h):
-        statistics = row_statistics(h) if statistics is None else statistics.float().contiguous()
         grad_residual, z = (torch.empty((rows, width), dtype=h.dtype, device=h.device) for _ in range(2))
-        operands_kernel[_elementwise(rows, width)](
-            grad, h, timesteps, shift, scale, alpha, statistics, grad_residual, z, grad_h, rows, width, steps,
-            grad.stride(0), h.stride(0), shift.stride(0), scale.stride(0), alpha.stride(0),
-            GROUPS=_groups(width), **ELEMENTWISE,
+        moments = torch.empty((rows, 2), dtype=torch.float32, device=h.device)
+        whole = _whole_rows(width, ROW_TILE)
+        operands_kernel[(cdiv(rows, whole["BLOCK_M"]),)](
+            grad, h, timesteps, shift, scale, alpha, grad_residual, z, moments, grad_h, rows, width, steps,
+            grad.stride(0), h.stride(0), shift.stride(0), scale.stride(0), alpha.stride(0), **whole,
         )  # fmt: skip
-        _product(
-            gate_backward_kernel, (rows, columns, width), tuning.candidates(h.dtype, epilogue=True), h,
-            grad_residual, gate, pre, w_o.contiguous(), grad_gate, grad_pre, *keys,
-            rows, width, columns, gate.stride(0), DROPOUT=dropout > 0, PRECISION=exact,
+        grad_w_o = _weight_gradient(grad_residual, hidden, w_o)
+        # First the gradient of hidden; that of pre takes its place.
+        grad_pre = torch.empty((rows, columns), dtype=h.dtype, device=h.device)
+        torch.mm(grad_residual, w_o.to(h.dtype), out=grad_pre)
+        hidden_sums = torch.empty((cdiv(rows, GATE_ROWS), columns), dtype=torch.float32, device=h.device)
+        tiles = (hidden_sums.shape[0], cdiv(columns, GATE_BACKWARD_TILE["BLOCK_N"]))
+        gate_backward_kernel[tiles](
+            grad_pre, gate, pre, grad_gate, hidden_sums, *keys, rows, columns, gate.stride(0),
+            DROPOUT=dropout > 0, ROWS=GATE_ROWS, **GATE_BACKWARD_TILE,
         )  # fmt: skip
-        weight_gradient(grad_residual, hidden, *weights[2:])
-        # Its place in memory is that of the gradient of z, which is made next.
-        grad_z = grad_residual
-        _product(
-            input_gradient_kernel, (rows, width, columns), tuning.candidates(h.dtype), h,
-            grad_pre, w_h.contiguous(), grad_z, rows, width, columns, PRECISION=exact,
-        )  # fmt: skip
-        weight_gradient(grad_pre, z, *weights[:2])
-        tables = _norm_backward(grad, grad_z, h, residual, statistics, timesteps, scale, grad_h, shift.dtype)
-    return grad_h, grad_gate, *tables, *weights
+        grad_w_h = _weight_gradient(grad_pre, z, w_h)
+        # The gradient of z, in the place of another that was read.
+        torch.mm(grad_pre, w_h.to(h.dtype), out=grad_residual)
+        tables, width_sums = _norm_backward(
+            grad, grad_residual, h, residual, moments, timesteps, scale, alpha, grad_h, shift.dtype
+        )
+        grad_b_h, grad_b_o = w_h.new_empty(columns), w_o.new_empty(width)
+        blocks = sum(cdiv(n, COLUMN_TILE["BLOCK_N"]) for n in (columns, width))
+        bias_gradients_kernel[(blocks,)](
+            hidden_sums, width_sums, grad_b_h, grad_b_o, hidden_sums.shape[0], steps, columns, width, **COLUMN_TILE
+        )
+    return grad_h, grad_gate, *tables, grad_w_h, grad_b_h, grad_w_o, grad_b_o
 
 
 def _norm_backward(
@@ -619,25 +590,27 @@ def _norm_backward(
     grad_z: Tensor,
     h: Tensor,
     residual: Tensor,
-    statistics: Tensor,
+    moments: Tensor,
     timesteps: Tensor,
     scale: Tensor,
+    alpha: Tensor,
     grad_h: Tensor,
     table_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Fills ``grad_h``; the tables' gradients, and each timestep's share of that of b_o, float32."""
     (rows, width), steps = h.shape, scale.shape[0]
     bounds = torch.empty((steps + 1,), dtype=torch.int32, device=h.device)
-    blocks = triton.cdiv(rows + 1, SEGMENT_ROWS)
+    blocks = cdiv(rows + 1, SEGMENT_ROWS)
     falls = torch.empty((blocks,), dtype=torch.int32, device=h.device)
     segments_kernel[(blocks,)](timesteps, bounds, falls, rows, steps, BLOCK=SEGMENT_ROWS)
     tables = tuple(torch.empty((steps, width), dtype=table_dtype, device=h.device) for _ in range(3))
+    sums = torch.empty((steps, width), dtype=torch.float32, device=h.device)
     norm_backward_kernel[(steps,)](
-        grad, grad_z, h, residual, statistics, timesteps, bounds, falls, scale, grad_h, *tables,
-        rows, width, blocks, grad.stride(0), h.stride(0), scale.stride(0),
-        GROUPS=_groups(width), BLOCK_M=NORM_ROWS, BLOCK_N=triton.next_power_of_2(width),
-        num_warps=NORM_WARPS,
+        grad, grad_z, h, residual, moments, timesteps, bounds, falls, scale, alpha, grad_h, *tables, sums,
+        rows, width, blocks, grad.stride(0), h.stride(0), scale.stride(0), alpha.stride(0),
+        **_whole_rows(width, NORM_TILE),
     )  # fmt: skip
-    return tables  # type: ignore[return-value]
+    return tables, sums
 
 
 class Splits(NamedTuple):
@@ -660,7 +633,7 @@ def add_weight_gradient(grad: Tensor, x: Tensor, total: Splits, *, first: bool) 
     """Put or add ``grad.T @ x`` and grad's columns into ``total``; ``grad`` (rows, outputs) is contiguous."""
     splits, outputs, inputs = total.weight.shape
     tile = total.tile
-    weight_gradient_kernel[triton.cdiv(outputs, tile.m), triton.cdiv(inputs, tile.n), splits](
+    weight_gradient_kernel[cdiv(outputs, tile.m), cdiv(inputs, tile.n), splits](
         grad, x, total.weight, total.bias, x.shape[0], outputs, inputs, x.stride(0), total.rows_per_split,
         ADD=not first, PRECISION=precision(x.dtype), **tile.sizes(), **tile.options(),
     )  # fmt: skip
@@ -669,16 +642,8 @@ def add_weight_gradient(grad: Tensor, x: Tensor, total: Splits, *, first: bool) 
 def put_weight_gradient(total: Splits, factor: Tensor | None, weight: Tensor, bias: Tensor) -> None:
     """``factor`` () times the sums into ``weight`` (kept, inputs) and ``bias`` (kept,), the first of the outputs."""
     (splits, outputs, inputs), kept = total.weight.shape, weight.shape[0]
-    grid = (triton.cdiv(kept * inputs, SUMS) + triton.cdiv(kept, SUMS),)
+    grid = (cdiv(kept * inputs, SUMS) + cdiv(kept, SUMS),)
     split_sums_kernel[grid](
         total.weight, total.bias, total.bias if factor is None else factor, weight, bias, splits, outputs, inputs, kept,
         SCALED=factor is not None, BLOCK=SUMS,
     )  # fmt: skip
-
-
-def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """``grad.T @ x`` into ``weight`` and grad's columns into ``bias``."""
-    shape = (weight.shape[0], weight.shape[1])
-    total = splits_for(x.dtype, shape, x.shape[0], x.device, 2 * tuning.ENOUGH_PROGRAMS)
-    add_weight_gradient(grad, x, total, first=True)
-    put_weight_gradient(total, None, weight, bias)

@@ -34,7 +34,7 @@ CASES = [
     Case(33, 48, 50, 6, dropout=0.25),
     Case(40, 130, 24, 9, sorted_steps=False, dropout=0.1),
     Case(70, 36, 68, 1),
-    # Enough rows for several splits of the weights' gradients.
+    # More rows than one program of a pass has.
     Case(300, 12, 20, 7),
 ]
 
@@ -106,14 +106,13 @@ def test_values_and_gradients(lane: Any, case: Case, no_worse_than_eager: Callab
         compare(case, dtype, lane.device, no_worse_than_eager)
 
 
-def test_large_tiles_compute_the_same(
+def test_several_tiles_each_way_the_last_ones_not_full(
     lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of rows that make enough programs; several tiles each way, the last ones not full."""
     if lane.backend != "triton":
         pytest.skip(f"{lane}: it has no tiles")
-    monkeypatch.setattr("seda_fast.kernels.tuning.ENOUGH_PROGRAMS", 1)
-    case = Case(140, 132, 152, 3, dropout=0.3)
+    monkeypatch.setitem(pytest.importorskip("seda_fast.kernels.interaction").COLUMN_TILE, "BLOCK_M", 2)
+    case = Case(70, 132, 300, 5, dropout=0.3)
     for dtype in lane.dtypes():
         compare(case, dtype, lane.device, no_worse_than_eager)
 
@@ -260,25 +259,22 @@ class LastProgram:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", set_grid_idx)
 
 
-def test_products_reach_beyond_2_to_the_31_elements(lane: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_reach_beyond_2_to_the_31_elements(lane: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last rows of a tall operand: address space is reserved for all of it, and only their pages are touched."""
     if lane.backend != "triton" or lane.device != "cpu":
         pytest.skip(f"{lane}: Triton's interpreter runs one program of many")
     kernels: Any = pytest.importorskip("seda_fast.kernels.interaction")
-    width = hidden = 4096
-    rows = 2**19 + 32
-    grad, out = (torch.from_numpy(np.empty((rows, n), dtype=np.float16)) for n in (hidden, width))
-    # The first columns alone, so that one step of the loop reads what is not 0.
-    w = torch.zeros(hidden, width, dtype=torch.float16)
-    w[:16, :64] = torch.randn(16, 64)
-    grad[-32:] = 0
-    grad[-32:, :16] = torch.randn(32, 16)
-    blocks = width // 64
-    LastProgram(monkeypatch, (rows // 32 - 1) * blocks)
-    kernels.input_gradient_kernel[(1,)](
-        grad, w, out, rows, width, hidden, PRECISION="ieee", BLOCK_M=32, BLOCK_N=64, BLOCK_K=1024
+    hidden, rows = 4096, 2**19 + 32
+    pre, out = (torch.from_numpy(np.empty((rows, hidden), dtype=np.float16)) for _ in range(2))
+    pre[-32:] = torch.randn(32, hidden)
+    gate = torch.randn(hidden, dtype=torch.float16)
+    key, ids = torch.tensor(0), torch.zeros(1, dtype=torch.int64)
+    LastProgram(monkeypatch, rows // 32 - 1)
+    # The gate is one row for all.
+    kernels.gate_kernel[(1,)](
+        pre, gate, out, key, key, ids, 0, 0, 1.0, rows, hidden, 0, DROPOUT=False, BLOCK_M=32, BLOCK_N=64
     )
-    expected = grad[-32:, :16].double() @ w[:16, :64].double()
+    expected = F.silu(pre[-32:, :64].double()) * gate[:64]
     torch.testing.assert_close(out[-32:, :64].double(), expected, rtol=1e-2, atol=1e-2)
 
 
