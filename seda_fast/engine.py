@@ -363,7 +363,7 @@ class Stepper:
         return _bad_loss(-1 if late < 0 else _LATEST - late), stop, pace
 
     def glance(self) -> tuple[int, str] | None:
-        """`look` at the losses of this rank on a GPU, as they were at an earlier glance: waits for nothing."""
+        """`look` at the losses of this rank on a GPU, as they were at the glance before; waits for that one alone."""
         if self._glance is None:
             self._glance = Glance(self._first_bad)
         return _bad_loss(self._glance.newest())
@@ -577,26 +577,30 @@ def _bad_loss(code: int) -> tuple[int, str] | None:
 
 
 class Glance:
-    """A number on a GPU, read by the host without waiting for it: as it was when it was last asked for."""
+    """A number on a GPU as it was at the glance before, which the host waits for.
+
+    The steps told since then keep the device busy meanwhile, and the host is never further ahead of it than the steps
+    of two glances. Without a bound a graph, which is told in less time than it runs, has a whole epoch waiting when
+    the host first sees a number of its beginning.
+    """
 
     def __init__(self, number: Tensor) -> None:
         self._number = number
-        # Page-locked, so that the copy need not wait either.
+        # Page-locked, so that the copy itself waits for nothing.
         self._copy = torch.full((), -1, dtype=number.dtype, pin_memory=True)
         self._arrived: torch.cuda.Event | None = None
-        self._seen = -1
 
     def newest(self) -> int:
-        """The value that arrived last, -1 before any did; asks for the next."""
-        if self._arrived is not None:
-            if not self._arrived.query():
-                return self._seen
-            self._seen = int(self._copy)
+        """The value of the last glance, -1 at the first; asks for the one of now."""
+        if self._arrived is None:
+            self._arrived = torch.cuda.Event(blocking=True)
+            seen = -1
         else:
-            self._arrived = torch.cuda.Event()
+            self._arrived.synchronize()
+            seen = int(self._copy)
         self._copy.copy_(self._number, non_blocking=True)
         self._arrived.record(torch.cuda.current_stream(self._number.device))
-        return self._seen
+        return seen
 
 
 @contextmanager

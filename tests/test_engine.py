@@ -436,15 +436,18 @@ def test_weights_gone_bad_in_the_last_step_are_not_returned() -> None:
         broken.run()
 
 
-def test_a_number_of_the_device_is_read_when_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_of_the_device_is_that_of_the_glance_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+
     class Event:
-        there = False
+        def __init__(self, blocking: bool) -> None:
+            assert blocking  # the host's core is free meanwhile
 
         def record(self, stream: Any) -> None:
-            Event.there = False
+            waits.append("recorded")
 
-        def query(self) -> bool:
-            return Event.there
+        def synchronize(self) -> None:
+            waits.append("waited")
 
     full = torch.full
     monkeypatch.setattr(torch, "full", lambda *args, pin_memory, **options: full(*args, **options))
@@ -453,13 +456,11 @@ def test_a_number_of_the_device_is_read_when_it_has_arrived(monkeypatch: pytest.
     number = torch.tensor(-1)
     glance = Glance(number)
     assert glance.newest() == -1
+    assert waits == ["recorded"]  # at the first there is nothing to wait for
     number.fill_(7)
-    assert glance.newest() == -1  # the copy of before is still under way
-    Event.there = True
     assert glance.newest() == -1  # it was made before the number changed
-    assert glance.newest() == -1
-    Event.there = True
     assert glance.newest() == 7
+    assert waits == ["recorded", "waited", "recorded", "waited", "recorded"]
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(1e-4, LOOK_STEPS), (0.1, 10), (20.0, 1)])
