@@ -306,8 +306,8 @@ class Trainer:
             raise Interrupted(f"stopped in step {done} of {self.total_steps}{where}", signum)
 
     def _time_to_look(self) -> bool:
-        """Whether to wait for the whole queue of the device: always on a CPU, which has none; never for the sake of a look
-        on one GPU, where the losses of the look before are looked at; together on several."""
+        """Whether to wait for the device: always on a CPU, which has no queue; never for the sake of a look on one GPU,
+        which is told of the losses of the look before; together on several."""
         if self.data.device.type == "cpu":
             return True
         if self._ranks.alone:
