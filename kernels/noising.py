@@ -49,10 +49,9 @@ def noising_kernel(
     noise = tl.load(noise_ptr + tau, mask=known, other=float("nan")).to(tl.float32)
     ids = tl.load(sample_ids_ptr + row, mask=row < rows, other=0)
 
-    quads = first // 4 + tl.arange(0, BLOCK_FEATURES // 4)[None, :]
-    eps0, eps1, eps2, eps3 = philox.normals(seed_ptr, step_ptr, ids[:, None], quads, stream)
-    eps = tl.interleave(tl.interleave(eps0, eps2), tl.interleave(eps1, eps3))
-    x = signal[:, None] * x0 + noise[:, None] * eps
+    half: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    eps = philox.row_normals(seed_ptr, step_ptr, ids[:, None], first, stream, noise[:, None], BLOCK_FEATURES, half)
+    x = signal[:, None] * x0 + eps
     target = x_ptr + row[:, None] * features + feature[None, :]
     tl.store(target, x.to(x_ptr.dtype.element_ty), mask=inside)
 

@@ -12,8 +12,27 @@ import triton.language as tl
 # Triton's own library functions are interpreted only if TRITON_INTERPRET=1 stood when Triton was imported.
 INTERPRETED = not isinstance(tl.philox_impl, triton.JITFunction)
 
-_SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
 _MINUS_2_LN_2 = tl.constexpr(-2 * math.log(2))
+# Philox4x32-10: the multipliers of a round, and what a round adds to the key (Salmon et al. 2011, table 2).
+_FACTOR_0, _FACTOR_2 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+_KEY_0, _KEY_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
+
+
+@triton.jit
+def _rounds(c0, c1, c2, c3, k0, k1):
+    """Ten rounds on four uint32 tensors. Both halves of a product in one instruction, unlike `tl.philox_impl`."""
+    for _ in tl.static_range(10):
+        product0 = c0.to(tl.uint64) * _FACTOR_0
+        product2 = c2.to(tl.uint64) * _FACTOR_2
+        c0 = (product2 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product2.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
+        k0 += tl.cast(_KEY_0, tl.uint32)
+        k1 += tl.cast(_KEY_1, tl.uint32)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -25,7 +44,7 @@ def random_words(seed_ptr, step_ptr, sample_ids, quads, stream):
     seed = tl.load(seed_ptr)
     step = tl.load(step_ptr)
     zero = quads * 0 + sample_ids * 0
-    return tl.philox_impl(
+    return _rounds(
         (zero + quads).to(tl.uint32),
         (zero + sample_ids).to(tl.uint32),
         (zero + step).to(tl.uint32),
@@ -36,28 +55,30 @@ def random_words(seed_ptr, step_ptr, sample_ids, quads, stream):
 
 
 @triton.jit
-def _squared_radius(word):
-    """``-2 ln u`` with ``u = (w + 0.5) * 2**-24``, ``w = word >> 8``; right to the last bits also next to u = 1.
+def _log2(u):
+    """The GPU's own logarithm of u in (0, 1]: 2**-22 absolute above 1/2, 2**-22 relative below (PTX, lg2.approx)."""
+    if _INTERPRETED:
+        return tl.log2(u)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
 
-    u has 25 significant bits, one more than float32, but the distance f of its mantissa from 1 is exact:
-    ln u = (e - 24) ln 2 + ln(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
+
+@triton.jit
+def _squared_radius(word):
+    """``-2 ln u`` with ``u = (w + 0.5) * 2**-24``, ``w = word >> 8``, so that its root is right to 1e-6 everywhere.
+
+    An error d of the square is one of d / 2r of the radius r. That of the GPU's logarithm, 3.3e-7 where u is above 1/2,
+    would be too much where r is small: within 1/64 of 1 a series in f = 1 - u, which is exact there, serves, with an
+    error of 2.4e-7 f. Beyond, d / 2r is at most 9.4e-7, and below 1/2 it is 1.2e-7 r, less than 7.1e-7.
     """
-    w = (word >> 8).to(tl.int32)
-    bits = w.to(tl.float32).to(tl.int32, bitcast=True)
-    e = (bits - _SQRT_HALF_BITS) >> 23
-    mantissa = (bits - (e << 23)).to(tl.float32, bitcast=True)
-    half = ((126 - e) << 23).to(tl.float32, bitcast=True)  # 0.5 * 2**-e
-    f = tl.where(w == 0, 0.0, (mantissa - 1.0) + half)
-    e = tl.where(w == 0, -1, e)
-    # Minimax of degree 6 for (ln(1 + f) - f + f**2/2) / f**3: 7e-9 absolute.
-    p = 0.08672178 * f - 0.14379016
-    p = p * f + 0.14977999
-    p = p * f - 0.16564423
-    p = p * f + 0.19954875
-    p = p * f - 0.25001699
-    p = p * f + 0.33334166
-    log1p = f + f * f * (p * f - 0.5)
-    return (e - 24).to(tl.float32) * _MINUS_2_LN_2 - 2.0 * log1p
+    w = (word >> 8).to(tl.int32).to(tl.float32)
+    far = _log2(w * 5.9604644775390625e-08 + 2.98023223876953125e-08) * _MINUS_2_LN_2
+    # u has 25 significant bits, one more than float32; both differences are exact near 1.
+    f = (1.0 - w * 5.9604644775390625e-08) - 2.98023223876953125e-08
+    near = ((0.6666666666666666 * f + 1.0) * f + 2.0) * f
+    return tl.where(f < 0.015625, near, far)
 
 
 @triton.jit
@@ -66,33 +87,56 @@ def _cosine_sine(word):
 
     The fold is exact, in integers: u = half / 2 + x, x in [-1/4, 1/4).
     """
-    turn = word + 0x40000000
-    # The upper 23 of the 31 bits, as the mantissa of a float in [2**23, 2**24).
-    mantissa = ((turn >> 8) & 0x7FFFFF) | 0x4B000000
-    x = (mantissa.to(tl.float32, bitcast=True) - 12582912.0) * 5.9604644775390625e-08 + 2.98023223876953125e-08
+    # Shifted out is the bit of half a turn; what is left, as a signed number, is x * 2**33, of 24 bits.
+    x = (((word << 1) & 0xFFFFFE00) | 0x100).to(tl.int32, bitcast=True).to(tl.float32) * 1.1641532182693481e-10
     s = x * x
     # Minimax in s: 3e-9 for the sine, 5e-8 for the cosine.
     sine = (((39.53670120 * s - 76.54977982) * s + 81.60100555) * s - 41.34165573) * s + 6.283185005
     cosine = (((56.34064102 * s - 85.25400543) * s + 64.93521881) * s - 19.73918152) * s + 1.0
-    return cosine, sine * x, turn & 0x80000000
+    return cosine, sine * x, (word + 0x40000000) & 0x80000000
 
 
 @triton.jit
-def box_muller(word0, word1):
-    """Two float32 standard normals from two uint32 words: ``r cos 2 pi u1`` and ``r sin 2 pi u1``, r**2 = -2 ln u0."""
+def box_muller(word0, word1, deviation=1.0):
+    """Two float32 normals from two uint32 words: ``r cos 2 pi u1`` and ``r sin 2 pi u1``, r**2 = -2 ln u0."""
     cosine, sine, sign = _cosine_sine(word1)
-    radius = tl.sqrt(_squared_radius(word0))
+    radius = tl.sqrt(_squared_radius(word0)) * deviation
     radius = (radius.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
     return radius * cosine, radius * sine
 
 
 @triton.jit
-def normals(seed_ptr, step_ptr, sample_ids, quads, stream):
-    """Standard normals of features ``4 * quads + (0, 1, 2, 3)``, four float32 tensors."""
+def normals(seed_ptr, step_ptr, sample_ids, quads, stream, deviation=1.0):
+    """Normals of features ``4 * quads + (0, 1, 2, 3)`` of that standard deviation, four float32 tensors."""
     word0, word1, word2, word3 = random_words(seed_ptr, step_ptr, sample_ids, quads, stream)
-    eps0, eps1 = box_muller(word0, word1)
-    eps2, eps3 = box_muller(word2, word3)
+    eps0, eps1 = box_muller(word0, word1, deviation)
+    eps2, eps3 = box_muller(word2, word3, deviation)
     return eps0, eps1, eps2, eps3
+
+
+@triton.jit
+def features_of_quads(quad0, quad1, quad2, quad3):
+    """Four (rows, n) tensors, one for each feature of n quads -> (rows, 4 n) in the features' order."""
+    return tl.interleave(tl.interleave(quad0, quad2), tl.interleave(quad1, quad3))
+
+
+@triton.jit
+def row_normals(seed_ptr, step_ptr, sample_ids, first_feature, stream, deviation, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """Normals of the WIDTH features from ``first_feature`` (a multiple of 8) of each row, (rows, WIDTH).
+
+    ``sample_ids`` and ``deviation`` (rows, 1). A thread makes as many neighbours as it stores at once, so that they need
+    not go through shared memory: four of float32, eight in half precision (HALF).
+    """
+    if HALF:
+        quads = first_feature // 4 + 2 * tl.arange(0, WIDTH // 8)[None, :]
+        a0, a1, a2, a3 = normals(seed_ptr, step_ptr, sample_ids, quads, stream, deviation)
+        b0, b1, b2, b3 = normals(seed_ptr, step_ptr, sample_ids, quads + 1, stream, deviation)
+        even, odd = features_of_quads(a0, a2, b0, b2), features_of_quads(a1, a3, b1, b3)
+        return tl.interleave(even, odd)
+    else:
+        quads = first_feature // 4 + tl.arange(0, WIDTH // 4)[None, :]
+        eps0, eps1, eps2, eps3 = normals(seed_ptr, step_ptr, sample_ids, quads, stream, deviation)
+        return features_of_quads(eps0, eps1, eps2, eps3)
 
 
 @triton.jit
@@ -103,6 +147,5 @@ def kept(seed_ptr, step_ptr, sample_ids, first_feature, stream, threshold, WIDTH
     """
     quads = first_feature // 4 + tl.arange(0, WIDTH // 4)[None, :]
     word0, word1, word2, word3 = random_words(seed_ptr, step_ptr, sample_ids, quads, stream)
-    even = tl.interleave(word0 >> 8, word2 >> 8)
-    odd = tl.interleave(word1 >> 8, word3 >> 8)
-    return (tl.interleave(even, odd).to(tl.int32) >= threshold).to(tl.int32)
+    words = features_of_quads(word0 >> 8, word1 >> 8, word2 >> 8, word3 >> 8)
+    return (words.to(tl.int32) >= threshold).to(tl.int32)
