@@ -32,6 +32,17 @@ SEDA_KERNEL uint32_t load_shared(uint32_t address) {
   return value;
 }
 
+SEDA_KERNEL void store_shared2(uint32_t address, uint32_t first, uint32_t second) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second) : "memory");
+}
+SEDA_KERNEL void load_shared2(uint32_t (&r)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+}
+SEDA_KERNEL void store_shared4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // The same value, of which the compiler no longer knows that it is the same.
 SEDA_KERNEL void forget(int& value) { asm volatile("" : "+r"(value)); }
 SEDA_KERNEL void forget(unsigned char*& value) { asm volatile("" : "+l"(value)); }
@@ -53,29 +64,35 @@ SEDA_KERNEL void store(T* p, T value) {
   *p = value;
 }
 
-// Values that blocks of threads exchange: from and to the cache that all share, past each processor's own.
-template <class T>
-SEDA_KERNEL T exchange_load(T* p) {
-  return __ldcg(p);
+// Words that blocks of threads exchange through the cache that all share: each is sent once, and holds kNothing before.
+constexpr uint32_t kNothing = 0xFFFFFFFFu;
+
+SEDA_KERNEL void send(uint32_t* to, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
 }
-template <class T>
-SEDA_KERNEL void exchange_store(T* p, T value) {
-  __stcg(p, value);
+SEDA_KERNEL void send2(uint32_t* to, uint32_t first, uint32_t second) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(first), "r"(second) : "memory");
 }
 
-// All threads of all blocks, for the number-th time; the counter starts at zero.
-SEDA_KERNEL void meet_all(uint32_t* counter, uint32_t number) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-    uint32_t seen;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    } while (seen < number * gridDim.x);
-    __threadfence();
-  }
-  __syncthreads();
+// The first `count` of kMost times four words, `stride` words apart, once all of them have been sent. No word says anything
+// of another, so no order among them is asked for.
+template <int kMost>
+SEDA_KERNEL void receive(uint32_t (&words)[kMost][4], const uint32_t* from, int stride, int count) {
+  bool missing;
+  do {
+    missing = false;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i)
+      if (i < count)
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[i][0]), "=r"(words[i][1]), "=r"(words[i][2]), "=r"(words[i][3])
+                     : "l"(from + i * stride)
+                     : "memory");
+#pragma unroll
+    for (int i = 0; i < kMost; ++i)
+#pragma unroll
+      for (int v = 0; v < 4; ++v) missing = missing || (i < count && words[i][v] == kNothing);
+  } while (missing);
 }
 
 // 16 bytes from global to shared memory, or 16 zero bytes; there after the wait for the group that they were put in.

@@ -120,8 +120,8 @@ bool chain_fits(int64_t dim, int64_t condition_dim, int64_t width, int64_t hidde
   const auto narrow = [](int64_t size) { return static_cast<int>(size); };
   const ChainShape shape{narrow(dim), narrow(condition_dim), narrow(width), narrow(hidden), narrow(blocks), narrow(steps)};
   ChainPlan plan{};
-  // As many rows as need the kernel that takes any number.
-  check_launch("the reverse chain", plan_chain(shape, kSplitRows + 1, static_cast<int>(device), plan));
+  // As many rows as need a kernel that takes any number.
+  check_launch("the reverse chain", plan_chain(shape, int64_t{1} << 32, static_cast<int>(device), plan));
   return plan.kernel != ChainKernel::none;
 }
 

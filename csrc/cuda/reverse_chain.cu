@@ -30,7 +30,9 @@ cudaError_t start(const ChainLaunch& launch, int blocks, int device, cudaStream_
 }
 
 cudaError_t start_split(const ChainLaunch& launch, int blocks, int device, cudaStream_t stream) {
-  const cudaError_t error = cudaMemsetAsync(launch.scratch + launch.split.counter, 0, sizeof(uint32_t), stream);
+  // Every byte of kNothing.
+  const int64_t words = launch.split.exchange * (blocks / launch.split.blocks);
+  const cudaError_t error = cudaMemsetAsync(launch.scratch, 0xFF, static_cast<size_t>(4 * words), stream);
   return error == cudaSuccess ? start<SplitThread>(launch, blocks, device, stream, true) : error;
 }
 

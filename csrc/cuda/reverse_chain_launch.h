@@ -26,7 +26,7 @@ struct ChainLaunch {
   const int64_t *seed, *step, *sample_ids;
   int64_t stream;
   bool noisy;
-  unsigned char* scratch;  // saved.bytes for each block of threads, or split.bytes for all together
+  unsigned char* scratch;  // saved.bytes for each block of threads, or split.exchange words for each group
   SharedPlan shared;
   ScratchPlan saved;
   SplitPlan split;
@@ -44,12 +44,30 @@ struct TensorMaps {
 constexpr int kTallRows = 64, kTallPanels = 4, kTallStages = 4;
 constexpr int kWideRows = 32, kWidePanels = 8, kWideStages = 3;
 
+// A few rows: at most so many groups, and words that they exchange.
+constexpr int kMostGroups = 32;
+constexpr int64_t kMostExchange = int64_t{1} << 25;
+
 enum class ChainKernel { none, tall, wide, split, hopper };
 
 struct ChainPlan {
   ChainKernel kernel;
-  int blocks;  // of threads
+  int blocks;    // of threads
+  int room = 0;  // bytes of shared memory that a block may have
 };
+
+// Blocks of threads of each group of 16 rows, or 0 where another kernel is better: groups share the processors, and each
+// reads all weights in every step once they are too many for its shared memory.
+SEDA_BOTH int split_blocks(const ChainShape& s, int64_t rows, int processors, int room) {
+  const int64_t groups = (rows + kSplitRows - 1) / kSplitRows;
+  if (groups > kMostGroups || groups > processors) return 0;
+  int widest = s.width > s.hidden ? s.width : s.hidden;
+  widest = (widest > s.dim ? widest : s.dim) / kSplitColumns;
+  const int share = processors / static_cast<int>(groups > 0 ? groups : 1), blocks = widest < share ? widest : share;
+  const SplitPlan plan = plan_split(s, rows, blocks, room);
+  const bool fits = plan.weights <= static_cast<uint32_t>(room) && plan.exchange * groups <= kMostExchange;
+  return fits ? blocks : 0;
+}
 
 // How a call is spread over a GPU with so many processors, each with so much shared memory for a block of threads.
 SEDA_BOTH ChainPlan choose_plan(const ChainShape& s, int64_t rows, int processors, int room,
@@ -61,11 +79,8 @@ SEDA_BOTH ChainPlan choose_plan(const ChainShape& s, int64_t rows, int processor
     return s.width <= panels * kTileRows && plan_shared(s, tile, stages).bytes <= static_cast<uint32_t>(room);
   };
   if (!any) return {ChainKernel::none, 0};
-  if (rows <= kSplitRows && split_shared_bytes(s) <= static_cast<uint32_t>(room)) {
-    int widest = s.width > s.hidden ? s.width : s.hidden;
-    widest = pieces(widest > s.dim ? widest : s.dim, kSplitColumns);
-    return {ChainKernel::split, widest < processors ? widest : processors};
-  }
+  const int group = split_blocks(s, rows, processors, room);
+  if (group > 0) return {ChainKernel::split, group * static_cast<int>((rows + kSplitRows - 1) / kSplitRows), room};
   const bool tall = fits(kTallRows, kTallPanels, kTallStages), wide = fits(kWideRows, kWidePanels, kWideStages);
   if (!tall && !wide) return {ChainKernel::none, 0};
   // Few rows go in low tiles, so that more processors have some.
@@ -80,9 +95,10 @@ SEDA_BOTH ChainPlan choose_plan(const ChainShape& s, int64_t rows, int processor
 // Sets where things lie; how much of `scratch` the launch needs, in bytes.
 SEDA_BOTH int64_t complete(ChainLaunch& launch, const ChainPlan& plan) {
   if (plan.kernel == ChainKernel::split) {
-    launch.split = plan_split(launch.shape);
-    launch.shared.bytes = split_shared_bytes(launch.shape);
-    return launch.split.bytes;
+    const auto groups = static_cast<int>((launch.rows + kSplitRows - 1) / kSplitRows);
+    launch.split = plan_split(launch.shape, launch.rows, plan.blocks / groups, plan.room);
+    launch.shared.bytes = launch.split.bytes;
+    return launch.split.exchange * groups * 4;
   }
   const bool tall = plan.kernel == ChainKernel::tall || plan.kernel == ChainKernel::hopper;
   launch.shared = plan_shared(launch.shape, tall ? kTallRows : kWideRows, tall ? kTallStages : kWideStages);

@@ -170,8 +170,9 @@ SEDA_BOTH ScratchPlan plan_scratch(const ChainShape& s, int rows) {
 
 // ---- a few rows ------------------------------------------------------------------------------------------------------
 
-// Rows that go together, and the outputs of one product by one block of threads.
-constexpr int kSplitRows = 16, kSplitColumns = 8;
+// Rows that a group of blocks of threads has, the outputs of one product by one block, the threads of a block and the inner
+// columns that they multiply in one step.
+constexpr int kSplitRows = 16, kSplitColumns = 8, kSplitThreads = 256, kSplitStep = kSplitThreads;
 
 SEDA_BOTH int widest_row(const ChainShape& s) {
   int widest = s.dim > s.condition_dim ? s.dim : s.condition_dim;
@@ -188,27 +189,37 @@ SEDA_BOTH uint32_t split_place(uint32_t stride, int row, int chunk) {
   return static_cast<uint32_t>(row) * stride + static_cast<uint32_t>(16 * chunk);
 }
 
-// The rows, and each warp's part of the sums.
-SEDA_BOTH uint32_t split_shared_bytes(const ChainShape& s) {
-  return kSplitRows * split_stride(s) + 8 * kSplitRows * kSplitColumns * 4;
-}
-
-// Byte offsets in global memory: the counter of meetings, what blocks of threads exchange, what threads keep.
+// How a group of so many blocks of threads works. In shared memory: the rows, two rooms for each warp's part of the sums,
+// what threads keep for themselves of each tile, and 16 bytes a thread for each slot of weights: first those that every step
+// needs. In global memory: 32-bit words that are exchanged.
 struct SplitPlan {
-  int64_t counter, state, hidden, x, own_condition, own_gates, own_x, own_total, bytes;
+  int blocks, rows;  // of a group; rows of a region of what is exchanged
+  int width_tiles, hidden_tiles, dim_tiles;
+  int step_slots, slots;  // what the steps need; what there is room for
+  uint32_t stride, sums, own, weights, bytes;
+  int64_t exchange, exchange_of_step;
 };
 
-SEDA_BOTH SplitPlan plan_split(const ChainShape& s) {
+SEDA_BOTH SplitPlan plan_split(const ChainShape& s, int64_t rows, int blocks, int room) {
   SplitPlan plan{};
-  const int64_t single = int64_t{kSplitRows} * 4, half = int64_t{kSplitRows} * 2;
-  plan.state = 128;
-  plan.hidden = plan.state + single * s.width;
-  plan.x = plan.hidden + half * s.hidden;
-  plan.own_condition = plan.x + half * s.dim;
-  plan.own_gates = plan.own_condition + single * s.width;
-  plan.own_x = plan.own_gates + single * s.hidden * s.blocks;
-  plan.own_total = plan.own_x + single * s.dim;
-  plan.bytes = plan.own_total + single * s.dim;
+  plan.blocks = blocks, plan.rows = rows < kSplitRows ? static_cast<int>(rows) : kSplitRows;
+  plan.width_tiles = pieces(s.width / kSplitColumns, blocks), plan.hidden_tiles = pieces(s.hidden / kSplitColumns, blocks);
+  plan.dim_tiles = pieces(s.dim / kSplitColumns, blocks);
+  plan.stride = split_stride(s);
+  plan.sums = kSplitRows * plan.stride;
+  plan.own = plan.sums + 2 * kSplitThreads / 32 * kSplitRows * kSplitColumns * 4;
+  const int kept = 2 * plan.width_tiles + 2 * plan.dim_tiles + s.blocks * plan.hidden_tiles;
+  plan.weights = plan.own + static_cast<uint32_t>(kept * kSplitRows * kSplitColumns * 4);
+  const int of_width = pieces(s.width, kSplitStep), of_hidden = pieces(s.hidden, kSplitStep);
+  plan.step_slots = plan.width_tiles * (pieces(s.dim, kSplitStep) + s.blocks * of_hidden) +
+                    s.blocks * plan.hidden_tiles * of_width + plan.dim_tiles * of_width;
+  const int all = plan.step_slots + plan.width_tiles * pieces(s.condition_dim, kSplitStep) +
+                  s.blocks * plan.hidden_tiles * of_width;
+  const int fit = (room - static_cast<int>(plan.weights)) / (16 * kSplitThreads);
+  plan.slots = fit < 0 ? 0 : fit < all ? fit : all;
+  plan.bytes = plan.weights + static_cast<uint32_t>(plan.slots * 16 * kSplitThreads);
+  plan.exchange_of_step = int64_t{plan.rows} * ((s.blocks + 1) * s.width + s.blocks * (s.hidden / 2) + s.dim / 2);
+  plan.exchange = int64_t{plan.rows} * s.width + s.steps * plan.exchange_of_step;
   return plan;
 }
 

@@ -51,16 +51,16 @@ WeightMatrix sizes_of(const ChainShape& s, int weight) {
 }
 
 std::string last_error;
-int last_barriers = 0, last_meetings = 0, last_consumers_barriers = 0;
+int last_barriers = 0, last_consumers_barriers = 0;
 
 }  // namespace
 
 extern "C" {
 
 // sizes: rows, dim, condition_dim, width, hidden, blocks, steps, stream, noisy, thread blocks, kernel (0 wide, 1 tall,
-// 2 split, 3 hopper), seed of the order, dropped barrier, early arrival, dropped meeting, dropped barrier of consumers,
+// 2 split, 3 hopper), seed of the order, dropped barrier, early arrival, no waiting for words, dropped barrier of consumers,
 // what is forgotten (1 publishing, 2 waiting for an empty slot, 3 for a full one, 4 telling the neighbour, 5 to begin
-// products), dropped meeting of the cluster. pointers: initial, source, condition, result, coefficients, modulation,
+// products), dropped meeting of the cluster, shared memory that a block may have. pointers: initial, source, condition, result, coefficients, modulation,
 // seed, step, sample_ids, then w_x, b_x, w_c, b_c, w_g, b_g, w_y, b_y, then w_h, b_h, w_o, b_o of each block.
 const char* emulate_chain(const int64_t* sizes, void* const* p) {
   ChainLaunch a{};
@@ -70,11 +70,11 @@ const char* emulate_chain(const int64_t* sizes, void* const* p) {
   const ChainShape& s = a.shape;
   a.stream = sizes[7], a.noisy = sizes[8] != 0;
   constexpr ChainKernel kKernels[] = {ChainKernel::wide, ChainKernel::tall, ChainKernel::split, ChainKernel::hopper};
-  const ChainPlan plan{kKernels[sizes[10]], at(9)};
+  const ChainPlan plan{kKernels[sizes[10]], at(9), at(18)};
   const int64_t bytes = complete(a, plan);
   const bool hopper = plan.kernel == ChainKernel::hopper;
   const auto forgotten = [sizes](int what) { return sizes[16] == what; };
-  const machine::Faults faults{at(12),       sizes[13] != 0, at(14),       at(15),       forgotten(1),
+  const machine::Faults faults{at(12),       sizes[13] != 0, sizes[14] != 0, at(15),       forgotten(1),
                                forgotten(2), forgotten(3),   forgotten(4), forgotten(5), at(17)};
   machine::Emulator emulator(hopper ? kHopperThreads : 256, a.shared.bytes, static_cast<unsigned>(sizes[11]), faults);
   const auto tensor = [&emulator](void* q, int64_t elements, int64_t size) {
@@ -105,7 +105,7 @@ const char* emulate_chain(const int64_t* sizes, void* const* p) {
   else if (hopper) last_error = run<HopperThread>(a, emulator, plan.blocks, bytes, false, true);
   else if (plan.kernel == ChainKernel::tall) last_error = run<TallChain>(a, emulator, plan.blocks, bytes, false);
   else last_error = run<WideChain>(a, emulator, plan.blocks, bytes, false);
-  last_barriers = emulator.barriers(), last_meetings = emulator.meetings();
+  last_barriers = emulator.barriers();
   last_consumers_barriers = emulator.consumers_barriers();
   return last_error.c_str();
 }
@@ -115,9 +115,6 @@ int barriers_passed() { return last_barriers; }
 
 // Barriers of the warps that multiply, in the last cluster.
 int consumers_barriers_passed() { return last_consumers_barriers; }
-
-// Meetings of all blocks.
-int meetings_held() { return last_meetings; }
 
 // What choose_plan says: kernel (-1 none, else as above) and blocks of threads.
 void plan_for(const int64_t* sizes, int processors, int room, int hopper, int* answer) {

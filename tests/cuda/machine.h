@@ -4,7 +4,7 @@
 // - A word of shared memory is unwritten, pending (a copy into it is under way) or written. Reading the first two is
 //   an error. A copy's bytes arrive only when the thread that started it waits for it: as late as the machine may.
 // - Between two barriers no word may be touched by two threads if one of them writes it.
-// - What blocks of threads exchange through global memory keeps the same rules between two meetings of all blocks.
+// - A word that blocks of threads exchange through global memory is sent once, and read when it is there.
 // - With clusters (`pairs`) threads wait at barriers of their own choice, so each carries a vector of clocks: what one
 //   thread did is before what another does only if barriers led from the one to the other. The copy engine is a further
 //   agent, whose bytes arrive at a random time; products of warpgroups read when they are waited for. Where their operands
@@ -29,7 +29,6 @@
 #include <random>
 #include <sstream>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #define SEDA_KERNEL inline
@@ -56,13 +55,16 @@ struct WeightBox {
 struct Faults {
   int dropped_barrier = -1;    // its number, counted by the block; no thread waits there
   bool early_arrival = false;  // a wait for copies lets one more group be under way
-  int dropped_meeting = -1;    // of all blocks; its number, counted by the thread
+  bool no_waiting_for_words = false;  // of other blocks
   int dropped_consumers_barrier = -1;  // its number, counted by the thread
   bool no_publishing = false, no_waiting_for_empty = false, no_waiting_for_full = false;
   bool no_word_to_the_neighbour = false;  // that a slot is empty: it is said to one's own block twice
   bool no_beginning = false;              // of products
   int dropped_cluster_meeting = -1;       // its number, counted by the thread
 };
+
+// What a word that is exchanged holds before it is sent.
+constexpr uint32_t kNothing = 0xFFFFFFFFu;
 
 // Where a block's own shared memory begins; below lies what the system keeps, on GPUs from compute capability 8.0 on.
 constexpr uint32_t kSharedBase = 1024;
@@ -93,7 +95,6 @@ class Emulator {
   // The first error, or nothing.
   const std::string& error() const { return error_; }
   int barriers() const { return block_->epoch; }
-  int meetings() const { return meetings_; }
   int consumers_barriers() const { return blocks_.front()->fibres.front().consumers_barriers; }
 
   int thread() const { return current_; }
@@ -107,10 +108,21 @@ class Emulator {
     leave();
   }
 
-  void meet_all(uint32_t number) {
-    if (static_cast<int>(number) - 1 == faults_.dropped_meeting) return;
-    fibre().state = State::at_meeting_of_all;
+  // Words that blocks of threads exchange: each is sent once, to a place that holds nothing.
+  void send(uint32_t* to, uint32_t word) {
+    check_global(to, 4);
+    if (word == kNothing) fail("nothing is sent", 0);
+    if (*to != kNothing) fail("a word is sent to a place that is taken", 0);
+    *to = word, ++words_sent_;
+  }
+
+  // Whether the word is there; the thread has waited for others to send one where it is not.
+  bool await_word(const uint32_t* from) {
+    check_global(from, 4);
+    if (*from != kNothing || faults_.no_waiting_for_words) return true;
+    fibre().state = State::at_words, fibre().words_seen = words_sent_;
     leave();
+    return !error_.empty();
   }
 
   // ---- clusters of two ---------------------------------------------------------------------------------------------
@@ -226,21 +238,6 @@ class Emulator {
 
   // ------------------------------------------------------------------------------------------------------------------
 
-  // Two bytes that another block of threads may have written; `write` for its own.
-  void exchange(const void* at, bool write) {
-    check_global(at, 2);
-    Exchanged& e = exchanged_[reinterpret_cast<uintptr_t>(at)];
-    const int me = block_->number * threads_ + current_;
-    if (!write && e.writer < 0) fail("a read of exchanged memory before any write", 0);
-    if (e.writer >= 0 && e.writer != me && e.write_meeting == meetings_)
-      fail("an exchange with no meeting after another thread's write", 0);
-    if (write && e.read_meeting == meetings_ && e.reader != me)
-      fail("a write with no meeting after another thread's read of exchanged memory", 0);
-    if (write) e.writer = me, e.write_meeting = meetings_;
-    else if (e.read_meeting != meetings_) e.reader = me, e.read_meeting = meetings_;
-    else if (e.reader != me) e.reader = kMany;
-  }
-
   void write_word(uint32_t address, uint32_t value) {
     Word& w = word(address);
     if (pairs_) {
@@ -324,7 +321,7 @@ class Emulator {
 
  private:
   static constexpr int kMany = -2;
-  enum class State { ready, at_barrier, at_meeting, at_meeting_of_all, at_consumers, at_cluster, at_phase, done };
+  enum class State { ready, at_barrier, at_meeting, at_words, at_consumers, at_cluster, at_phase, done };
   enum class Content : uint8_t { unwritten, pending, written };
   struct Word {
     uint32_t value = 0;
@@ -341,6 +338,7 @@ class Emulator {
     bool started = false;
     int barriers = 0, consumers_barriers = 0, cluster_meetings = 0;
     bool products_begun = false;
+    int64_t words_seen = 0;
     std::pair<uint32_t, uint32_t> phase;
     std::vector<uint32_t> unpublished;
     const char* what = nullptr;
@@ -358,10 +356,6 @@ class Emulator {
     std::vector<Word> words;
     std::vector<Fibre> fibres;
   };
-  struct Exchanged {
-    int writer = -1, write_meeting = -1, reader = -1, read_meeting = -1;
-  };
-
   // Who wrote a word last and at which of its clocks, and who read it since.
   struct Owned {
     int writer = -1, clock = 0;
@@ -595,13 +589,13 @@ class Emulator {
     return true;
   }
 
-  bool release_meeting() {
+  // Threads that wait for words look again after some were sent.
+  bool release_words() {
+    bool any = false;
     for (const auto& block : blocks_)
-      for (const Fibre& f : block->fibres)
-        if (f.state != State::at_meeting_of_all) return false;
-    ++meetings_;
-    for (const auto& block : blocks_) ++block->epoch, release(block->fibres, State::at_meeting_of_all);
-    return true;
+      for (Fibre& f : block->fibres)
+        if (f.state == State::at_words && f.words_seen != words_sent_) f.state = State::ready, any = true;
+    return any;
   }
 
   bool all_done() const {
@@ -626,7 +620,7 @@ class Emulator {
       if (all_done()) return;
       for (const auto& block : blocks_)
         if (release(block->fibres, State::at_barrier)) ++block->epoch, moved = true;
-      moved = release_meeting() || moved;
+      moved = release_words() || moved;
       if (pairs_) moved = release_pairs() || moved;
       if (!moved) fail("threads wait for each other for ever", 0);
     }
@@ -650,11 +644,11 @@ class Emulator {
   int threads_;
   uint32_t words_of_a_block_;
   std::vector<std::unique_ptr<Block>> blocks_;
-  std::unordered_map<uintptr_t, Exchanged> exchanged_;
   std::vector<std::pair<const unsigned char*, const unsigned char*>> ranges_;
   const std::function<void()>* body_ = nullptr;
   Block* block_ = nullptr;
-  int count_ = 0, current_ = 0, meetings_ = 0;
+  int count_ = 0, current_ = 0;
+  int64_t words_sent_ = 0;
   std::string error_;
   jmp_buf scheduler_;
 };
@@ -683,17 +677,33 @@ void store(T* p, T value) {
   *p = value;
 }
 
-template <class T>
-T exchange_load(T* p) {
-  for (size_t i = 0; i < sizeof(T); i += 2) emulator().exchange(reinterpret_cast<char*>(p) + i, false);
-  return *p;
+inline void send(uint32_t* to, uint32_t word) { emulator().send(to, word); }
+inline void send2(uint32_t* to, uint32_t first, uint32_t second) {
+  emulator().check_global(to, 8);
+  emulator().send(to, first), emulator().send(to + 1, second);
 }
-template <class T>
-void exchange_store(T* p, T value) {
-  for (size_t i = 0; i < sizeof(T); i += 2) emulator().exchange(reinterpret_cast<char*>(p) + i, true);
-  *p = value;
+template <int kMost>
+void receive(uint32_t (&words)[kMost][4], const uint32_t* from, int stride, int count) {
+  for (int i = 0; i < count && i < kMost; ++i) {
+    emulator().check_global(from + i * stride, 16);
+    for (int v = 0; v < 4; ++v) {
+      while (!emulator().await_word(from + i * stride + v)) continue;
+      words[i][v] = from[i * stride + v];
+    }
+  }
 }
-inline void meet_all(uint32_t*, uint32_t number) { emulator().meet_all(number); }
+inline void store_shared2(uint32_t address, uint32_t first, uint32_t second) {
+  if (address % 8 != 0) emulator().refuse("a misaligned access to shared memory");
+  store_shared(address, first), store_shared(address + 4, second);
+}
+inline void load_shared2(uint32_t (&r)[2], uint32_t address) {
+  if (address % 8 != 0) emulator().refuse("a misaligned access to shared memory");
+  r[0] = load_shared(address), r[1] = load_shared(address + 4);
+}
+inline void store_shared4(uint32_t address, const uint32_t (&r)[4]) {
+  if (address % 16 != 0) emulator().refuse("a misaligned access to shared memory");
+  for (uint32_t i = 0; i < 4; ++i) store_shared(address + 4 * i, r[i]);
+}
 inline void load_shared4(uint32_t (&r)[4], uint32_t address) {
   if (address % 16 != 0) emulator().read_word(~0u, thread());
   for (uint32_t i = 0; i < 4; ++i) r[i] = load_shared(address + 4 * i);

@@ -34,12 +34,11 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the emulator says, the result, barriers of the last block of threads, meetings of all."""
+    """What the emulator says, the result, barriers of the last block of threads."""
 
     error: str
     result: Tensor
     barriers: int
-    meetings: int
 
 
 SMALL = Case(5, 24, 40, 64, 128, 1, 2, True, 1, WIDE)
@@ -100,10 +99,11 @@ def emulate(
     order: int = 0,
     dropped_barrier: int = -1,
     early_arrival: bool = False,
-    dropped_meeting: int = -1,
+    no_waiting_for_words: bool = False,
     dropped_consumers_barrier: int = -1,
     forgotten: str = "nothing",
     dropped_cluster_meeting: int = -1,
+    room: int = 227 * 1024,
 ) -> Outcome:
     initial, source, condition, coefficients, modulation, w_x, b_x, w_c, b_c, w_g, b_g, w_h, b_h, w_o, b_o = given[:15]
     result = torch.full((case.rows, case.dim), float("nan"), dtype=torch.bfloat16)
@@ -112,14 +112,14 @@ def emulate(
     operands += [w_x, b_x, w_c, b_c, w_g, b_g, *given[15:]]
     operands += [t for layer in zip(w_h, b_h, w_o, b_o, strict=True) for t in layer]
     sizes = [*case[:7], keys["stream"], case.noisy, case.thread_blocks, case.kernel]
-    sizes += [order, dropped_barrier, early_arrival, dropped_meeting, dropped_consumers_barrier]
+    sizes += [order, dropped_barrier, early_arrival, no_waiting_for_words, dropped_consumers_barrier]
     sizes += [("nothing", "publishing", "empty", "full", "neighbour", "beginning").index(forgotten)]
-    sizes += [dropped_cluster_meeting]
+    sizes += [dropped_cluster_meeting, room]
     said = machine.emulate_chain(
         (ctypes.c_int64 * len(sizes))(*map(int, sizes)),
         (ctypes.c_void_p * len(operands))(*(t.data_ptr() for t in operands)),
     )
-    return Outcome(said.decode(), result, machine.barriers_passed(), machine.meetings_held())
+    return Outcome(said.decode(), result, machine.barriers_passed())
 
 
 def convert(given: list[Any], dtype: torch.dtype) -> list[Any]:
@@ -140,6 +140,8 @@ CASES += [
     SMALL_SPLIT,
     Case(1, 8, 72, 128, 64, 2, 3, True, 5, SPLIT),
     Case(16, 136, 8, 192, 192, 2, 1, False, 2, SPLIT),
+    # Three groups of 16 rows, the last with fewer.
+    Case(37, 24, 40, 64, 128, 1, 2, True, 6, SPLIT),
 ]
 SMALL_HOPPER = Case(5, 24, 40, 64, 128, 1, 2, True, 2, HOPPER)
 CASES += [
@@ -205,16 +207,30 @@ def test_every_barrier_is_needed_and_its_loss_is_found(machine: ctypes.CDLL) -> 
     assert all("shared memory" in error or "no barrier" in error for error in found)
 
 
-def test_every_meeting_is_needed_and_its_loss_is_found(machine: ctypes.CDLL) -> None:
+def test_a_few_rows_wait_for_every_word_that_others_send(machine: ctypes.CDLL) -> None:
     given, keys = arguments(SMALL_SPLIT)
-    meetings = emulate(machine, SMALL_SPLIT, given, keys).meetings
-    # Two to embed the condition; in each step one after w_x, two a block, and one before the next step.
-    assert meetings == 2 + 2 * (1 + 2 * 1) + 1
-    found = [emulate(machine, SMALL_SPLIT, given, keys, dropped_meeting=i).error for i in range(meetings)]
+    got = emulate(machine, SMALL_SPLIT, given, keys, no_waiting_for_words=True)
+    assert got.error or not torch.isfinite(got.result).all()
+
+
+def test_a_few_rows_need_their_barriers_and_a_loss_is_found(machine: ctypes.CDLL) -> None:
+    # One block of threads, which has columns in every product.
+    case = SMALL_SPLIT._replace(rows=16, hidden=64, thread_blocks=1)
+    given, keys = arguments(case)
+    barriers = emulate(machine, case, given, keys).barriers
+    assert barriers > 10
+    found = [emulate(machine, case, given, keys, dropped_barrier=i).error for i in range(barriers)]
+    assert all("shared memory" in error or "no barrier" in error for error in found if error)
     assert [i for i, error in enumerate(found) if not error] == []
-    assert all("meeting" in error or "exchanged" in error for error in found)
-    # A barrier of one block of threads is missed, too.
-    assert "shared memory" in emulate(machine, SMALL_SPLIT, given, keys, dropped_barrier=1).error
+
+
+def test_weights_without_room_in_shared_memory_are_read_where_they_lie(machine: ctypes.CDLL) -> None:
+    given, keys = arguments(SMALL_SPLIT)
+    whole = emulate(machine, SMALL_SPLIT, given, keys).result
+    for kilobytes in (20, 40, 60):
+        got = emulate(machine, SMALL_SPLIT, given, keys, room=kilobytes * 1024)
+        assert got.error == ""
+        assert torch.equal(got.result, whole)
 
 
 def test_every_barrier_of_the_consumers_is_needed_and_its_loss_is_found(machine: ctypes.CDLL) -> None:
