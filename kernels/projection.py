@@ -6,120 +6,174 @@ and before its scaling: numbers in [-1, 1], which half precision holds well. Pro
 outside 0 .. K-1 makes the cross entropy NaN, and its row's gradient.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .interaction import Splits, add_weight_gradient, by_rows, precision, put_weight_gradient, splits_for
-from .tuning import launching_on
+from .interaction import by_rows, precision
+from .tuning import Tile, cdiv, launching_on
 
-# Most logits whose gradient is there at a time: 8 MiB in half precision, and enough work for a launch (11 us of
-# products at 768 features and 600 TFLOP/s). Their rows are a multiple of the step, so that tiles are full.
-LOGITS, ROW_STEP = 2**22, 128
+# Most logits whose gradient is there at a time. Their rows are a multiple of the step, so that tiles are full.
+LOGITS, ROW_STEP = 2**24, 128
+# Fewer than these are no work for a launch.
+FEWEST = 2**20
 # Up to so many classes are one chunk: the features' gradient is then not added up in memory, which costs 8 bytes an
 # element and chunk.
 WHOLE = 1024
-# Classes of a chunk where there are several. With 16 384 rows, 768 features and 21 841 classes its gradient, the
-# float32 sum of the features' gradient and those of the splits are 4.7 % of the logits in float32, 1431 MB, in which a
-# cross entropy takes them; of logits in half precision it is 9.4 %.
-CHUNK = 512
+# Classes of a chunk where there are several.
+CHUNK = 2240
+WIDTH_STEP = 64
+MULTIPROCESSORS = 132
+NORMALISER_TILE, LOGIT_TILE = Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 3)
+FEATURE_TILE, CLASS_TILE = Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4)
 
 
 @triton.jit
-def _logits(
-    features_ptr, weight_ptr, bias_ptr, row, rows, column, classes, dim, features_stride, weight_stride, inverse,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _product(
+    features, weight, top, rows, first, classes, dim, features_stride, weight_stride,
+    DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``(features @ weight.T + bias) * inverse``, float32."""
+    """A tile of ``features @ weight.T`` from row ``top`` and class ``first`` on, as its left and its right half.
+
+    What follows a product needs fewer registers half by half. Beyond the last row and class pointers read the last one
+    again, so that nothing is masked where BLOCK_K divides ``dim``.
+    """
+    feature = tl.arange(0, BLOCK_K)
+    if not DESCRIPTORS:
+        column = first + tl.arange(0, BLOCK_N)
+        row = tl.minimum(tl.cast(top, tl.int64) + tl.arange(0, BLOCK_M), rows - 1)
+        f_place = features + row[:, None] * features_stride + feature[None, :]
+        w_place = weight + tl.minimum(column, classes - 1).to(tl.int64)[None, :] * weight_stride + feature[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, dim, BLOCK_K):
-        feature = start + tl.arange(0, BLOCK_K)
-        inside = (row < rows)[:, None] & (feature < dim)[None, :]
-        f = tl.load(features_ptr + row[:, None] * features_stride + feature[None, :], mask=inside, other=0.0)
-        inside = (feature < dim)[:, None] & (column < classes)[None, :]
-        place = weight_ptr + column[None, :].to(tl.int64) * weight_stride + feature[:, None]
-        w = tl.load(place, mask=inside, other=0.0)
+        if DESCRIPTORS:
+            f = features.load([top, start])
+            w = weight.load([first, start]).T
+        elif EVEN:
+            f = tl.load(f_place + start)
+            w = tl.load(w_place + start)
+        else:
+            f = tl.load(f_place + start, mask=(start + feature < dim)[None, :], other=0.0)
+            w = tl.load(w_place + start, mask=(start + feature < dim)[:, None], other=0.0)
         acc = tl.dot(f, w.to(f.dtype), acc, input_precision=PRECISION)
-    bias = tl.load(bias_ptr + column, mask=column < classes, other=0.0).to(tl.float32)
-    return (acc + bias[None, :]) * tl.cast(inverse, tl.float32)
+    return _halves(acc, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _logits(product, bias_ptr, column, classes, inverse):
+    """``(product + bias) * inverse``; -inf beyond the last class."""
+    bias = tl.load(bias_ptr + column, mask=column < classes, other=float("-inf")).to(tl.float32)
+    return (product + bias[None, :]) * tl.cast(inverse, tl.float32)
+
+
+@triton.jit
+def _join(
+    largest, exponentials, total, product, bias_ptr, first, classes, inverse, SMOOTHED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The running largest logit, sum of exponentials relative to it, and sum, joined with those of more classes."""
+    column = first + tl.arange(0, BLOCK_N)
+    logits = _logits(product, bias_ptr, column, classes, inverse)
+    if SMOOTHED:
+        total += tl.sum(tl.where((column < classes)[None, :], logits, 0.0), axis=1)
+    larger = tl.maximum(largest, tl.max(logits, axis=1))
+    exponentials = exponentials * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), axis=1)
+    return larger, exponentials, total
 
 
 # fmt: off
 @triton.jit
 def normaliser_kernel(
-    features_ptr, labels_ptr, weight_ptr, bias_ptr, partial_ptr,
+    features, weight, bias_ptr, partial_ptr,
     rows, dim, classes, features_stride, weight_stride, inverse, classes_per_split,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SMOOTHED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     # fmt: on
-    """Of one share of the classes: largest logit, sum of exponentials relative to it, sum of logits, true logit."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    label = tl.load(labels_ptr + row, mask=row < rows, other=-1).to(tl.int64)
+    """Of one share of the classes: largest logit, sum of exponentials relative to it, sum of logits if ``SMOOTHED``."""
+    top = tl.program_id(0) * BLOCK_M
     largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     exponentials = tl.zeros((BLOCK_M,), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    true = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    first = tl.program_id(1) * classes_per_split
-    for start in range(first, tl.minimum(first + classes_per_split, classes), BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        logits = _logits(
-            features_ptr, weight_ptr, bias_ptr, row, rows, column, classes, dim, features_stride, weight_stride,
-            inverse, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    begin = tl.program_id(1) * classes_per_split
+    for first in tl.range(begin, tl.minimum(begin + classes_per_split, classes), BLOCK_N, flatten=DESCRIPTORS):
+        one, other = _product(
+            features, weight, top, rows, first, classes, dim, features_stride, weight_stride,
+            DESCRIPTORS, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        here = (column < classes)[None, :]
-        total += tl.sum(tl.where(here, logits, 0.0), axis=1)
-        true += tl.sum(tl.where(column[None, :] == label[:, None], logits, 0.0), axis=1)
-        logits = tl.where(here, logits, float("-inf"))
-        larger = tl.maximum(largest, tl.max(logits, axis=1))
-        exponentials = exponentials * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), axis=1)
-        largest = larger
-    place = partial_ptr + (tl.program_id(1).to(tl.int64) * rows + row) * 4
+        largest, exponentials, total = _join(
+            largest, exponentials, total, one, bias_ptr, first, classes, inverse, SMOOTHED, BLOCK_N // 2
+        )
+        largest, exponentials, total = _join(
+            largest, exponentials, total, other, bias_ptr, first + BLOCK_N // 2, classes, inverse, SMOOTHED,
+            BLOCK_N // 2,
+        )  # fmt: skip
+    row = tl.cast(top, tl.int64) + tl.arange(0, BLOCK_M)
+    place = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * rows + row
     tl.store(place, largest, mask=row < rows)
-    tl.store(place + 1, exponentials, mask=row < rows)
-    tl.store(place + 2, total, mask=row < rows)
-    tl.store(place + 3, true, mask=row < rows)
+    tl.store(place + rows, exponentials, mask=row < rows)
+    if SMOOTHED:
+        tl.store(place + 2 * rows, total, mask=row < rows)
 
 
 # fmt: off
 @triton.jit
 def row_loss_kernel(
-    partial_ptr, features_ptr, labels_ptr, centres_ptr, normaliser_ptr, losses_ptr,
-    rows, dim, classes, splits, features_stride, centres_stride, smoothing, ignore_index,
-    CENTRES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    partial_ptr, features_ptr, labels_ptr, centres_ptr, weight_ptr, bias_ptr, normaliser_ptr, losses_ptr,
+    rows, dim, classes, splits, features_stride, centres_stride, weight_stride, inverse, smoothing, ignore_index,
+    CENTRES: tl.constexpr, SMOOTHED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     """Join the shares of the classes; each row's cross entropy and squared distance to its centre, 0 if ignored."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.arange(0, SPLITS)
     inside = (row < rows)[:, None] & (split < splits)[None, :]
-    place = partial_ptr + (split[None, :].to(tl.int64) * rows + row[:, None]) * 4
+    place = partial_ptr + split[None, :].to(tl.int64) * 3 * rows + row[:, None]
     largest = tl.load(place, mask=inside, other=float("-inf"))
     overall = tl.where(row < rows, tl.max(largest, axis=1), 0.0)
-    shares = tl.load(place + 1, mask=inside, other=0.0) * tl.exp(largest - overall[:, None])
+    shares = tl.load(place + rows, mask=inside, other=0.0) * tl.exp(largest - overall[:, None])
     normaliser = overall + tl.log(tl.where(row < rows, tl.sum(shares, axis=1), 1.0))
-    total = tl.sum(tl.load(place + 2, mask=inside, other=0.0), axis=1)
-    true = tl.sum(tl.load(place + 3, mask=inside, other=0.0), axis=1)
     tl.store(normaliser_ptr + row, normaliser, mask=row < rows)
 
     label = tl.load(labels_ptr + row, mask=row < rows, other=ignore_index).to(tl.int64)
     labelled = label != ignore_index
     known = (label >= 0) & (label < classes)
-    smoothing = tl.cast(smoothing, tl.float32)
-    entropy = normaliser - (1.0 - smoothing) * true - smoothing * total / classes
-    entropy = tl.where(known, entropy, float("nan"))
-    tl.store(losses_ptr + row * 2 + 1, tl.where(labelled, entropy, 0.0), mask=row < rows)
-    squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    if CENTRES:
-        for start in range(0, dim, BLOCK_N):
-            feature = start + tl.arange(0, BLOCK_N)
-            counted = (labelled & known & (row < rows))[:, None] & (feature < dim)[None, :]
-            f = tl.load(features_ptr + row[:, None] * features_stride + feature[None, :], mask=counted, other=0.0)
-            c = tl.load(centres_ptr + label[:, None] * centres_stride + feature[None, :], mask=counted, other=0.0)
+    counted = labelled & known
+    squares = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, dim, BLOCK_N):
+        feature = start + tl.arange(0, BLOCK_N)
+        here = counted[:, None] & (feature < dim)[None, :]
+        f = tl.load(features_ptr + row[:, None] * features_stride + feature[None, :], mask=here, other=0.0)
+        # The true logit once more: picked out of a tile of logits it would cost as much for each of them.
+        w = tl.load(weight_ptr + label[:, None] * weight_stride + feature[None, :], mask=here, other=0.0)
+        products += f.to(tl.float32) * w.to(f.dtype).to(tl.float32)
+        if CENTRES:
+            c = tl.load(centres_ptr + label[:, None] * centres_stride + feature[None, :], mask=here, other=0.0)
             away = f.to(tl.float32) - c.to(tl.float32)
-            squares += tl.sum(away * away, axis=1)
-    tl.store(losses_ptr + row * 2, squares, mask=row < rows)
+            squares += away * away
+    bias = tl.load(bias_ptr + label, mask=counted, other=0.0).to(tl.float32)
+    true = (tl.sum(products, axis=1) + bias) * tl.cast(inverse, tl.float32)
+    smoothing = tl.cast(smoothing, tl.float32)
+    entropy = normaliser - (1.0 - smoothing) * true
+    if SMOOTHED:
+        entropy -= smoothing * tl.sum(tl.load(place + 2 * rows, mask=inside, other=0.0), axis=1) / classes
+    entropy = tl.where(known, entropy, float("nan"))
+    tl.store(losses_ptr + row, tl.sum(squares, axis=1), mask=row < rows)
+    tl.store(losses_ptr + rows + row, tl.where(labelled, entropy, 0.0), mask=row < rows)
 
 
 @triton.jit
@@ -130,8 +184,8 @@ def mean_kernel(losses_ptr, labels_ptr, centre_ptr, entropy_ptr, rows, dim, igno
     labelled = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        squares += tl.load(losses_ptr + row.to(tl.int64) * 2, mask=row < rows, other=0.0)
-        entropy += tl.load(losses_ptr + row.to(tl.int64) * 2 + 1, mask=row < rows, other=0.0)
+        squares += tl.load(losses_ptr + row, mask=row < rows, other=0.0)
+        entropy += tl.load(losses_ptr + rows + row, mask=row < rows, other=0.0)
         label = tl.load(labels_ptr + row, mask=row < rows, other=ignore_index)
         labelled += (label != ignore_index).to(tl.float32)
     count = tl.maximum(tl.sum(labelled, axis=0), 1.0)
@@ -154,75 +208,240 @@ def factors_kernel(
     tl.store(factors_ptr + 1, tl.load(grad_entropy_ptr).to(tl.float32) / count * tl.cast(inverse, tl.float32))
 
 
+@triton.jit
+def _put_logit_gradient(
+    product, bias_ptr, normaliser, target, labelled, out, bias_sums_ptr, block, row, rows, left, first_class, classes,
+    chunk, inverse, smoothing, SMOOTHED: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``softmax - smoothed target`` from a tile of the product, and its sums over the rows."""
+    column = left + tl.arange(0, BLOCK_N)
+    logits = _logits(product, bias_ptr, first_class + column, classes, inverse)
+    grad = tl.exp(logits - normaliser[:, None])
+    if SMOOTHED:
+        grad -= tl.where(first_class + column < classes, smoothing / classes, 0.0)[None, :]
+    grad = tl.where(column[None, :] == target[:, None], grad - (1.0 - smoothing), grad)
+    grad = tl.where(labelled[:, None], grad, 0.0)
+    tl.store(bias_sums_ptr + block * chunk + column, tl.sum(grad, axis=0), mask=column < chunk)
+    if DESCRIPTORS:
+        out.store([block * BLOCK_M, left], grad.to(out.dtype))
+    else:
+        inside = (row < rows)[:, None] & (column < chunk)[None, :]
+        tl.store(out + row[:, None] * chunk + column[None, :], grad.to(out.dtype.element_ty), mask=inside)
+
+
 # fmt: off
 @triton.jit
 def logit_gradient_kernel(
-    features_ptr, labels_ptr, weight_ptr, bias_ptr, normaliser_ptr, out_ptr,
-    rows, dim, classes, first_class, chunk, features_stride, weight_stride, inverse, smoothing, ignore_index,
+    features, labels_ptr, weight, bias_ptr, normaliser_ptr, out, bias_sums_ptr,
+    rows, dim, classes, first_class, chunk, columns_per_program, features_stride, weight_stride,
+    inverse, smoothing, ignore_index, SMOOTHED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     # fmt: on
-    """``softmax - smoothed target`` for the ``chunk`` classes from ``first_class``; 0 in ignored rows.
+    """``softmax - smoothed target`` for the ``chunk`` classes from ``first_class``, and its sums over BLOCK_M rows.
 
-    ``chunk`` may reach beyond the last class, so that rows stay aligned: 0 there too.
+    0 in ignored rows, and where ``chunk`` reaches beyond the last class.
     """
-    blocks = tl.cdiv(chunk, BLOCK_N)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    place = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = first_class + place
-    logits = _logits(
-        features_ptr, weight_ptr, bias_ptr, row, rows, column, classes, dim, features_stride, weight_stride, inverse,
-        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    normaliser = tl.load(normaliser_ptr + row, mask=row < rows, other=0.0)
+    shares = tl.cdiv(chunk, columns_per_program)
+    block = tl.program_id(0) // shares
+    row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     label = tl.load(labels_ptr + row, mask=row < rows, other=ignore_index).to(tl.int64)
     known = (label >= 0) & (label < classes)
+    normaliser = tl.load(normaliser_ptr + row, mask=row < rows, other=0.0)
     normaliser = tl.where(known, normaliser, float("nan"))
+    # Compared with every column of a tile, in 32 bits.
+    target = tl.where(known, label - first_class, -1).to(tl.int32)
+    labelled = label != ignore_index
     smoothing = tl.cast(smoothing, tl.float32)
-    target = tl.where(column[None, :] == label[:, None], 1.0 - smoothing, 0.0) + smoothing / classes
-    grad = tl.exp(logits - normaliser[:, None]) - target
-    grad = tl.where((label != ignore_index)[:, None] & (column < classes)[None, :], grad, 0.0)
-    inside = (row < rows)[:, None] & (place < chunk)[None, :]
-    tl.store(out_ptr + row[:, None] * chunk + place[None, :], grad.to(out_ptr.dtype.element_ty), mask=inside)
+    begin = (tl.program_id(0) % shares) * columns_per_program
+    for left in tl.range(begin, tl.minimum(begin + columns_per_program, chunk), BLOCK_N, flatten=DESCRIPTORS):
+        one, other = _product(
+            features, weight, block * BLOCK_M, rows, first_class + left, classes, dim, features_stride, weight_stride,
+            DESCRIPTORS, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        _put_logit_gradient(
+            one, bias_ptr, normaliser, target, labelled, out, bias_sums_ptr, block, row, rows, left, first_class,
+            classes, chunk, inverse, smoothing, SMOOTHED, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        _put_logit_gradient(
+            other, bias_ptr, normaliser, target, labelled, out, bias_sums_ptr, block, row, rows, left + BLOCK_N // 2,
+            first_class, classes, chunk, inverse, smoothing, SMOOTHED, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pull(
+    features_ptr, labels_ptr, centres_ptr, factors_ptr, row, rows, feature, inside, classes, features_stride,
+    centres_stride, ignore_index,
+):  # fmt: skip
+    """The centre loss's gradient for a tile of the features, 0 for a label that is no class."""
+    label = tl.load(labels_ptr + row, mask=row < rows, other=ignore_index).to(tl.int64)
+    pulled = inside & ((label != ignore_index) & (label >= 0) & (label < classes))[:, None]
+    f = tl.load(features_ptr + row[:, None] * features_stride + feature[None, :], mask=pulled, other=0.0)
+    c = tl.load(centres_ptr + label[:, None] * centres_stride + feature[None, :], mask=pulled, other=0.0)
+    return (f.to(tl.float32) - c.to(tl.float32)) * tl.load(factors_ptr)
+
+
+@triton.jit
+def _put_features(
+    acc, features_ptr, labels_ptr, centres_ptr, factors_ptr, sum_ptr, out_ptr,
+    row, rows, feature, dim, classes, features_stride, centres_stride, ignore_index,
+    WHOLE: tl.constexpr, FIRST: tl.constexpr, CENTRES: tl.constexpr,
+):  # fmt: skip
+    """Part of a tile of the features' gradient: scaled and pulled if ``WHOLE``, else added to the other chunks'."""
+    inside = (row < rows)[:, None] & (feature < dim)[None, :]
+    place = row[:, None] * dim + feature[None, :]
+    if WHOLE:
+        acc *= tl.load(factors_ptr + 1)
+        if CENTRES:
+            acc += _pull(
+                features_ptr, labels_ptr, centres_ptr, factors_ptr, row, rows, feature, inside, classes,
+                features_stride, centres_stride, ignore_index,
+            )  # fmt: skip
+        tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        if not FIRST:
+            acc += tl.load(sum_ptr + place, mask=inside, other=0.0)
+        tl.store(sum_ptr + place, acc, mask=inside)
 
 
 # fmt: off
 @triton.jit
 def feature_gradient_kernel(
-    logit_grad_ptr, weight_ptr, features_ptr, labels_ptr, centres_ptr, factors_ptr, sum_ptr, out_ptr,
+    logit_grad, weight, features_ptr, labels_ptr, centres_ptr, factors_ptr, sum_ptr, out_ptr,
     rows, dim, classes, first_class, chunk, features_stride, weight_stride, centres_stride, ignore_index,
-    FIRST: tl.constexpr, LAST: tl.constexpr, CENTRES: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, FIRST: tl.constexpr, CENTRES: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    # fmt: on
+    """Add one chunk's share to the features' gradient; ``WHOLE``: scale it and add the pull of the centres."""
+    blocks = tl.cdiv(dim, BLOCK_N)
+    top = (tl.program_id(0) // blocks) * BLOCK_M
+    left = (tl.program_id(0) % blocks) * BLOCK_N
+    row = tl.cast(top, tl.int64) + tl.arange(0, BLOCK_M)
+    feature = left + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, chunk, BLOCK_K):
+        # The chunk's gradient is 0 beyond the last class, whose weights stand in.
+        w_row = tl.minimum(first_class + start + column, classes - 1).to(tl.int64)[:, None] * weight_stride
+        if DESCRIPTORS:
+            grad = logit_grad.load([top, start])
+            w = weight.load([first_class + start, left])
+        else:
+            grad = tl.load(logit_grad + tl.minimum(row, rows - 1)[:, None] * chunk + (start + column)[None, :])
+            if EVEN:
+                w = tl.load(weight + w_row + feature[None, :])
+            else:
+                w = tl.load(weight + w_row + feature[None, :], mask=(feature < dim)[None, :], other=0.0)
+        acc = tl.dot(grad, w.to(grad.dtype), acc, input_precision=PRECISION)
+    one, other = _halves(acc, BLOCK_M, BLOCK_N)
+    feature = left + tl.arange(0, BLOCK_N // 2)
+    _put_features(
+        one, features_ptr, labels_ptr, centres_ptr, factors_ptr, sum_ptr, out_ptr, row, rows, feature, dim, classes,
+        features_stride, centres_stride, ignore_index, WHOLE, FIRST, CENTRES,
+    )  # fmt: skip
+    _put_features(
+        other, features_ptr, labels_ptr, centres_ptr, factors_ptr, sum_ptr, out_ptr, row, rows, feature + BLOCK_N // 2,
+        dim, classes, features_stride, centres_stride, ignore_index, WHOLE, FIRST, CENTRES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _put_sum(acc, sums_ptr, row, columns, feature, dim, ADD: tl.constexpr):
+    """Store a tile, or add it to what is there."""
+    inside = (row < columns)[:, None] & (feature < dim)[None, :]
+    place = sums_ptr + row.to(tl.int64)[:, None] * dim + feature[None, :]
+    if ADD:
+        acc += tl.load(place, mask=inside, other=0.0)
+    tl.store(place, acc, mask=inside)
+
+
+# fmt: off
+@triton.jit
+def class_gradient_kernel(
+    logit_grad, features, sums_ptr, rows, dim, chunk, features_stride, rows_per_split,
+    ADD: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     # fmt: on
-    """Add one chunk's share to the features' gradient; the last one scales it and adds the pull of the centres."""
+    """Over one split of the rows ``logit_grad.T @ features`` (chunk, dim), float32; ``ADD``: to what is there."""
     blocks = tl.cdiv(dim, BLOCK_N)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    feature = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    top = (tl.program_id(0) // blocks) * BLOCK_M
+    left = (tl.program_id(0) % blocks) * BLOCK_N
+    column = top + tl.arange(0, BLOCK_M)
+    feature = left + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, chunk, BLOCK_K):
-        place = start + tl.arange(0, BLOCK_K)
-        inside = (row < rows)[:, None] & (place < chunk)[None, :]
-        grad = tl.load(logit_grad_ptr + row[:, None] * chunk + place[None, :], mask=inside, other=0.0)
-        inside = (first_class + place < classes)[:, None] & (feature < dim)[None, :]
-        w_row = weight_ptr + (first_class + place[:, None]).to(tl.int64) * weight_stride
-        w = tl.load(w_row + feature[None, :], mask=inside, other=0.0)
-        acc = tl.dot(grad, w.to(grad.dtype), acc, input_precision=PRECISION)
+    for start in range(split * rows_per_split, tl.minimum(rows, (split + 1) * rows_per_split), BLOCK_K):
+        row = start + tl.arange(0, BLOCK_K).to(tl.int64)
+        if DESCRIPTORS:
+            grad = logit_grad.load([start, top])
+            f = features.load([start, left])
+        elif EVEN:
+            grad = tl.load(logit_grad + row[:, None] * chunk + column[None, :])
+            f = tl.load(features + row[:, None] * features_stride + feature[None, :])
+        else:
+            inside = (row < rows)[:, None] & (column < chunk)[None, :]
+            grad = tl.load(logit_grad + row[:, None] * chunk + column[None, :], mask=inside, other=0.0)
+            inside = (row < rows)[:, None] & (feature < dim)[None, :]
+            f = tl.load(features + row[:, None] * features_stride + feature[None, :], mask=inside, other=0.0)
+        acc = tl.dot(tl.trans(grad), f, acc, input_precision=PRECISION)
+    one, other = _halves(acc, BLOCK_M, BLOCK_N)
+    sums_ptr += split.to(tl.int64) * chunk * dim
+    feature = left + tl.arange(0, BLOCK_N // 2)
+    _put_sum(one, sums_ptr, column, chunk, feature, dim, ADD)
+    _put_sum(other, sums_ptr, column, chunk, feature + BLOCK_N // 2, dim, ADD)
+
+
+@triton.jit
+def class_sums_kernel(
+    sums_ptr, bias_sums_ptr, factor_ptr, weight_ptr, bias_ptr, splits, blocks, chunk, width, dim,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the first ``width`` classes: splits of the weights' and row blocks of the bias's, in their order."""
+    factor = tl.load(factor_ptr)
+    entries = width * tl.cast(dim, tl.int64)
+    programs = tl.cdiv(entries, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    if program < programs:
+        place = program * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for split in range(splits):
+            own = sums_ptr + tl.cast(split, tl.int64) * chunk * dim
+            total += tl.load(own + place, mask=place < entries, other=0.0)
+        tl.store(weight_ptr + place, (total * factor).to(weight_ptr.dtype.element_ty), mask=place < entries)
+    else:
+        column = (program - programs) * BLOCK_N + tl.arange(0, BLOCK_N)
+        bias_sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for start in range(0, blocks, BLOCK_M):
+            block = start + tl.arange(0, BLOCK_M)
+            inside = (block < blocks)[:, None] & (column < width)[None, :]
+            bias_sums += tl.load(bias_sums_ptr + block[:, None] * chunk + column[None, :], mask=inside, other=0.0)
+        grad = tl.sum(bias_sums, axis=0) * factor
+        tl.store(bias_ptr + column, grad.to(bias_ptr.dtype.element_ty), mask=column < width)
+
+
+# fmt: off
+@triton.jit
+def scale_and_pull_kernel(
+    sum_ptr, features_ptr, labels_ptr, centres_ptr, factors_ptr, out_ptr,
+    rows, dim, classes, features_stride, centres_stride, ignore_index,
+    CENTRES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    # fmt: on
+    """The features' gradient from its sum over the chunks: scaled, and with the pull of the centres."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < rows)[:, None] & (feature < dim)[None, :]
     place = row[:, None] * dim + feature[None, :]
-    if not FIRST:
-        acc += tl.load(sum_ptr + place, mask=inside, other=0.0)
-    if LAST:
-        acc *= tl.load(factors_ptr + 1)
-        if CENTRES:
-            label = tl.load(labels_ptr + row, mask=row < rows, other=ignore_index).to(tl.int64)
-            pulled = inside & ((label != ignore_index) & (label >= 0) & (label < classes))[:, None]
-            f = tl.load(features_ptr + row[:, None] * features_stride + feature[None, :], mask=pulled, other=0.0)
-            c = tl.load(centres_ptr + label[:, None] * centres_stride + feature[None, :], mask=pulled, other=0.0)
-            acc += (f.to(tl.float32) - c.to(tl.float32)) * tl.load(factors_ptr)
-        tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        tl.store(sum_ptr + place, acc, mask=inside)
+    grad = tl.load(sum_ptr + place, mask=inside, other=0.0) * tl.load(factors_ptr + 1)
+    if CENTRES:
+        grad += _pull(
+            features_ptr, labels_ptr, centres_ptr, factors_ptr, row, rows, feature, inside, classes, features_stride,
+            centres_stride, ignore_index,
+        )  # fmt: skip
+    tl.store(out_ptr + place, grad.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 # fmt: off
@@ -277,7 +496,7 @@ def semantic_projection(
     Behind them three empty tensors: the gradients that another backend's forward leaves are made by the backward here.
     """
     assert not gradient
-    none = tuple(features.new_empty(0) for _ in range(3))
+    none = features.new_empty(0), features.new_empty(0), features.new_empty(0)
     (rows, dim), classes = features.shape, weight.shape[0]
     centre_loss, entropy = (torch.empty((), dtype=torch.float32, device=features.device) for _ in range(2))
     normaliser = torch.empty((rows,), dtype=torch.float32, device=features.device)
@@ -285,24 +504,25 @@ def semantic_projection(
         return centre_loss.zero_(), entropy.zero_(), normaliser, *none
     features, weight, labels, bias = by_rows(features), by_rows(weight), labels.contiguous(), bias.contiguous()
     given = features if centres is None else by_rows(centres)
-    # With 128 classes a tile it spills on sm_100 under Triton 3.6.
-    tile = tuning.by_shape(tuning.candidates(features.dtype, columns=64), rows, classes)
+    tile, described = tiles_for(NORMALISER_TILE, features, weight, rows, classes, columns=64)
     # Few row blocks leave multiprocessors idle, so the classes are shared out too.
-    blocks, class_tiles = triton.cdiv(rows, tile.m), triton.cdiv(classes, tile.n)
-    tiles_per_split = triton.cdiv(class_tiles, min(class_tiles, triton.cdiv(tuning.ENOUGH_PROGRAMS, blocks)))
-    splits = triton.cdiv(class_tiles, tiles_per_split)
-    partial = torch.empty((splits, rows, 4), dtype=torch.float32, device=features.device)
-    losses = torch.empty((rows, 2), dtype=torch.float32, device=features.device)
+    blocks, class_tiles = cdiv(rows, tile.m), cdiv(classes, tile.n)
+    tiles_per_split = cdiv(class_tiles, min(class_tiles, max(1, _programs(tile) // blocks)))
+    splits = cdiv(class_tiles, tiles_per_split)
+    partial = torch.empty((splits, 3, rows), dtype=torch.float32, device=features.device)
+    losses = torch.empty((2, rows), dtype=torch.float32, device=features.device)
     with launching_on(features):
         normaliser_kernel[blocks, splits](
-            features, labels, weight, bias, partial,
+            *_operands(described, (features, (tile.m, tile.k)), (weight, (tile.n, tile.k))), bias, partial,
             rows, dim, classes, features.stride(0), weight.stride(0), 1 / temperature, tiles_per_split * tile.n,
+            SMOOTHED=label_smoothing != 0, DESCRIPTORS=described, EVEN=dim % tile.k == 0,
             PRECISION=precision(features.dtype), **tile.sizes(), **tile.options(),
         )  # fmt: skip
-        row_loss_kernel[(triton.cdiv(rows, 8),)](
-            partial, features, labels, given, normaliser, losses,
-            rows, dim, classes, splits, features.stride(0), given.stride(0), label_smoothing, ignore_index,
-            CENTRES=centres is not None, SPLITS=triton.next_power_of_2(splits), BLOCK_M=8, BLOCK_N=256,
+        row_loss_kernel[(cdiv(rows, 8),)](
+            partial, features, labels, given, weight, bias, normaliser, losses,
+            rows, dim, classes, splits, features.stride(0), given.stride(0), weight.stride(0), 1 / temperature,
+            label_smoothing, ignore_index, CENTRES=centres is not None, SMOOTHED=label_smoothing != 0,
+            SPLITS=1 << (splits - 1).bit_length(), BLOCK_M=8, BLOCK_N=256,
         )  # fmt: skip
         mean_kernel[(1,)](losses, labels, centre_loss, entropy, rows, dim, ignore_index, BLOCK=1024)
     return centre_loss, entropy, normaliser, *none
@@ -333,107 +553,224 @@ def semantic_projection_backward(
         return grad_features, grad_centres, grad_weight.zero_(), grad_bias.zero_()
     features, weight, labels, bias = by_rows(features), by_rows(weight), labels.contiguous(), bias.contiguous()
     centres = None if centres is None else by_rows(centres)
-    chunk, part_rows = chunks(classes)
-    part_rows = min(rows, part_rows)
-    logit_grad = torch.empty((part_rows * _aligned(chunk),), dtype=features.dtype, device=features.device)
-    total = torch.empty((0,) if chunk == classes else (rows, dim), dtype=torch.float32, device=features.device)
     factors = torch.empty((2,), dtype=torch.float32, device=features.device)
-    settings = (1 / temperature, label_smoothing, ignore_index)
+    head = Head(features, labels, centres, weight, bias, log_normaliser, factors, ignore_index)
+    settings = (1 / temperature, label_smoothing)
     with launching_on(features):
         factors_kernel[(1,)](
             grad_centre, grad_entropy, labels, factors, rows, dim, 1 / temperature, ignore_index, BLOCK=1024
         )
-        for first in range(0, classes, chunk):
-            width = min(chunk, classes - first)
-            splits = class_splits(features, _aligned(width), part_rows, chunk == classes)
-            for top in range(0, rows, part_rows):
-                part = slice(top, top + part_rows)
-                f, y, out = features[part], labels[part], grad_features[part]
-                _logit_gradient(f, y, weight, bias, log_normaliser[part], logit_grad, first, width, settings)
-                _feature_gradient(
-                    logit_grad, weight, f, y, centres, factors, total[part], out, first, width, ignore_index
-                )
-                # One part after the other, in float32: a fixed order.
-                add_weight_gradient(logit_grad, f, splits, first=top == 0)
-            own = slice(first, first + width)
-            put_weight_gradient(splits, factors[1:], grad_weight[own], grad_bias[own])
-            del splits  # before the next chunk's are made
+        _product_gradients(head, settings, grad_features, grad_weight, grad_bias)
         grad_centres = features.new_empty(0)
         if wanted is not None and centres is not None:
             grad_centres = _centre_gradient(features, labels, centres, factors, ignore_index)
     return grad_features, grad_centres, grad_weight, grad_bias
 
 
-def chunks(classes: int) -> tuple[int, int]:
-    """How many classes and how many rows there are in a chunk, for a head of ``classes``."""
-    chunk = classes if classes <= WHOLE else CHUNK
-    return chunk, max(1, LOGITS // (_aligned(chunk) * ROW_STEP)) * ROW_STEP
+class Head(NamedTuple):
+    """What the backward's kernels read."""
+
+    features: Tensor
+    labels: Tensor
+    centres: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    normaliser: Tensor
+    factors: Tensor
+    ignore_index: int
+
+    def rows(self, part: slice) -> "Head":
+        """The same of some rows."""
+        return self._replace(
+            features=self.features[part], labels=self.labels[part], normaliser=self.normaliser[part]
+        )
+
+
+def _product_gradients(
+    head: Head, settings: tuple[float, float], grad_features: Tensor, grad_weight: Tensor, grad_bias: Tensor
+) -> None:
+    """Gradients of features, weight and bias, chunk by chunk of the classes and part by part of the rows."""
+    (rows, dim), classes = head.features.shape, head.weight.shape[0]
+    chunk, part_rows = chunks(rows, dim, classes)
+    whole, device = chunk == classes, head.features.device
+    # Where there are several chunks the features' gradient is written at the end, and its place is free till then.
+    free = grad_features.view(-1)
+    if whole or free.numel() < part_rows * _aligned(chunk):
+        free = torch.empty((part_rows * _aligned(chunk),), dtype=grad_features.dtype, device=device)
+    total = torch.empty((0,) if whole else (rows, dim), dtype=torch.float32, device=device)
+    for first in range(0, classes, chunk):
+        width = min(chunk, classes - first)
+        sums = class_sums(head.features, head.weight, width, part_rows)
+        for number, top in enumerate(range(0, rows, part_rows)):
+            part = slice(top, top + part_rows)
+            some = head.rows(part)
+            count, chunk_width = some.features.shape[0], sums.weight.shape[1]
+            logit_grad = free[: count * chunk_width].view(count, chunk_width)
+            _logit_gradient(some, settings, logit_grad, sums, number, first)
+            places = (total, grad_features[part]) if whole else (total[part], grad_features)
+            _feature_gradient(some, logit_grad, *places, first, width, sums.described)
+            # One part after the other, in float32: a fixed order.
+            _class_gradient(some, logit_grad, sums, number)
+        _put_class_gradients(head, sums, grad_weight[first : first + width], grad_bias[first : first + width])
+        del sums  # before the next chunk's are made
+    if not whole:
+        _scale_and_pull(head, total, grad_features)
+
+
+class ClassSums(NamedTuple):
+    """Float32 sums of the classes' gradients: ``weight`` (splits, chunk, dim), ``bias`` (row blocks, chunk)."""
+
+    weight: Tensor
+    bias: Tensor
+    rows_per_split: int
+    # Tiles of the weight's gradient and of the logits', and whether they are read through descriptors.
+    tile: Tile
+    logit_tile: Tile
+    described: bool
+    # Row blocks of a part of the rows.
+    blocks: int
+
+
+def class_sums(features: Tensor, weight: Tensor, width: int, part_rows: int) -> ClassSums:
+    """Room for the gradients of ``width`` classes' weights and biases over parts of ``part_rows`` rows."""
+    (rows, dim), device = features.shape, features.device
+    chunk = _aligned(width)
+    logit_tile, described = tiles_for(LOGIT_TILE, features, weight, part_rows, width, columns=64)
+    tile = CLASS_TILE if described else _class_tile(features.dtype)
+    splits = max(1, min(_programs(tile) // tile.programs(chunk, dim), part_rows // (4 * tile.k)))
+    per_split = cdiv(cdiv(part_rows, splits), tile.k) * tile.k
+    blocks = cdiv(part_rows, logit_tile.m)
+    sums = torch.empty((cdiv(part_rows, per_split), chunk, dim), dtype=torch.float32, device=device)
+    bias = torch.empty((blocks * cdiv(rows, part_rows), chunk), dtype=torch.float32, device=device)
+    return ClassSums(sums, bias, per_split, tile, logit_tile, described, blocks)
+
+
+def chunks(rows: int, dim: int, classes: int) -> tuple[int, int]:
+    """How many classes and how many rows there are in a chunk."""
+    chunk = classes if classes <= WHOLE else _aligned(cdiv(classes, cdiv(classes, CHUNK)))
+    chunk = min(chunk, classes)
+    room = LOGITS if chunk == classes else min(LOGITS, max(rows * dim, FEWEST))
+    most = max(1, room // (_aligned(chunk) * ROW_STEP)) * ROW_STEP
+    # Parts of one size, but for the last.
+    parts = cdiv(rows, most)
+    return chunk, min(rows, cdiv(cdiv(rows, parts), ROW_STEP) * ROW_STEP)
 
 
 def _aligned(width: int) -> int:
-    """A chunk's width in memory: 16 elements, so that its rows begin at 16 bytes in every dtype."""
-    return triton.cdiv(width, 16) * 16
+    """A chunk's width in memory: whole steps of the features' product, so that it masks none."""
+    return cdiv(width, WIDTH_STEP) * WIDTH_STEP
+
+
+def tiles_for(
+    large: Tile, features: Tensor, weight: Tensor, rows: int, classes: int, columns: int
+) -> tuple[Tile, bool]:
+    """The tile of a product of (rows, classes) logits, and whether it is the large one, read through descriptors."""
+    if large.programs(rows, classes) >= tuning.ENOUGH_PROGRAMS and has_descriptors(features, weight):
+        return large, True
+    return tuning.by_shape(tuning.candidates(features.dtype, columns=columns), rows, classes), False
+
+
+def has_descriptors(features: Tensor, weight: Tensor) -> bool:
+    """Whether the tensors can be read by the GPU's own engine for tiles, and it gives a program what those take."""
+    if features.dtype == torch.float32 or weight.dtype != features.dtype or not descriptors_on(features.device):
+        return False
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1] for t in (features, weight))
+
+
+@functools.cache
+def descriptors_on(device: torch.device) -> bool:
+    """Whether ``device`` is of compute capability 9, which has them and gives a program 227 KiB of shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _operands(described: bool, *parts: tuple[Tensor, tuple[int, int]]) -> list[object]:
+    """Matrices as a kernel takes them: by descriptors of their tiles, or by their first element."""
+    if not described:
+        return [tensor for tensor, _ in parts]
+    return [TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)) for tensor, block in parts]
+
+
+def _programs(tile: Tile) -> int:
+    """Programs that the multiprocessors of a large GPU run at a time: two each with 4 warps."""
+    return 2 * MULTIPROCESSORS if tile.warps == 4 else MULTIPROCESSORS
+
+
+def _class_tile(dtype: torch.dtype) -> Tile:
+    return tuning.FLOAT_WEIGHT_TILE if dtype == torch.float32 else tuning.HALF_WEIGHT_TILE
 
 
 def _logit_gradient(
-    features: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    normaliser: Tensor,
-    out: Tensor,
-    first: int,
-    width: int,
-    settings: tuple[float, float, int],
+    head: Head, settings: tuple[float, float], out: Tensor, sums: ClassSums, number: int, first: int
 ) -> None:
+    features, weight, tile, chunk = head.features, head.weight, sums.logit_tile, sums.weight.shape[1]
     rows, dim = features.shape
-    # With 128 classes a tile the epilogue spills on sm_100.
-    tile = tuning.by_shape(tuning.candidates(features.dtype, columns=64), rows, width)
-    logit_gradient_kernel[(tile.programs(rows, width),)](
-        features, labels, weight, bias, normaliser, out,
-        rows, dim, weight.shape[0], first, _aligned(width), features.stride(0), weight.stride(0), *settings,
-        PRECISION=precision(features.dtype), **tile.sizes(), **tile.options(),
+    operands = _operands(
+        sums.described, (features, (tile.m, tile.k)), (weight, (tile.n, tile.k)), (out, (tile.m, tile.n // 2))
+    )
+    shares = max(1, _programs(tile) // sums.blocks) if sums.described else chunk
+    columns = cdiv(cdiv(chunk, tile.n), shares) * tile.n
+    # A last part that is smaller has programs without a row: their sums are 0.
+    logit_gradient_kernel[(sums.blocks * cdiv(chunk, columns),)](
+        operands[0], head.labels, operands[1], head.bias, head.normaliser, operands[2],
+        sums.bias[number * sums.blocks :],
+        rows, dim, weight.shape[0], first, chunk, columns, features.stride(0), weight.stride(0),
+        *settings, head.ignore_index, SMOOTHED=settings[1] != 0, DESCRIPTORS=sums.described,
+        EVEN=dim % tile.k == 0, PRECISION=precision(features.dtype), **tile.sizes(), **tile.options(),
     )  # fmt: skip
 
 
 def _feature_gradient(
-    logit_grad: Tensor,
-    weight: Tensor,
-    features: Tensor,
-    labels: Tensor,
-    centres: Tensor | None,
-    factors: Tensor,
-    total: Tensor,
-    out: Tensor,
-    first: int,
-    width: int,
-    ignore_index: int,
+    head: Head, logit_grad: Tensor, total: Tensor, out: Tensor, first: int, width: int, described: bool
 ) -> None:
-    (rows, dim), classes = features.shape, weight.shape[0]
-    given = features if centres is None else centres
-    tile = tuning.by_shape(tuning.candidates(features.dtype), rows, dim)
+    features, weight = head.features, head.weight
+    (rows, dim), classes, chunk = features.shape, weight.shape[0], logit_grad.shape[1]
+    given = features if head.centres is None else head.centres
+    tile = FEATURE_TILE if described else tuning.by_shape(tuning.candidates(features.dtype), rows, dim)
+    operands = _operands(described, (logit_grad, (tile.m, tile.k)), (weight, (tile.k, tile.n)))
     feature_gradient_kernel[(tile.programs(rows, dim),)](
-        logit_grad, weight, features, labels, given, factors, total, out,
-        rows, dim, classes, first, _aligned(width), features.stride(0), weight.stride(0), given.stride(0), ignore_index,
-        FIRST=first == 0, LAST=first + width == classes, CENTRES=centres is not None,
-        PRECISION=precision(features.dtype), **tile.sizes(), **tile.options(),
+        *operands, features, head.labels, given, head.factors, total, out, rows, dim, classes, first,
+        chunk, features.stride(0), weight.stride(0), given.stride(0), head.ignore_index,
+        WHOLE=first == 0 and width == classes, FIRST=first == 0, CENTRES=head.centres is not None,
+        DESCRIPTORS=described, EVEN=dim % tile.n == 0, PRECISION=precision(features.dtype),
+        **tile.sizes(), **tile.options(),
     )  # fmt: skip
 
 
-def class_splits(features: Tensor, width: int, rows: int, whole: bool) -> Splits:
-    """Room for the gradients of ``width`` classes' weights over parts of ``rows`` rows.
+def _class_gradient(head: Head, logit_grad: Tensor, sums: ClassSums, number: int) -> None:
+    features, tile = head.features, sums.tile
+    (rows, dim), (splits, chunk, _) = features.shape, sums.weight.shape
+    operands = _operands(sums.described, (logit_grad, (tile.k, tile.m)), (features, (tile.k, tile.n)))
+    even = sums.described or rows % tile.k == 0 and chunk % tile.m == 0 and dim % tile.n == 0
+    class_gradient_kernel[tile.programs(chunk, dim), splits](
+        *operands, sums.weight, rows, dim, chunk, features.stride(0), sums.rows_per_split,
+        ADD=number > 0, DESCRIPTORS=sums.described, EVEN=even, PRECISION=precision(features.dtype),
+        **tile.sizes(), **tile.options(),
+    )  # fmt: skip
 
-    Where there are more classes than fit one chunk memory counts, and one program for each multiprocessor is enough.
-    """
-    programs = 2 * tuning.ENOUGH_PROGRAMS if whole else tuning.ENOUGH_PROGRAMS
-    return splits_for(features.dtype, (width, features.shape[1]), rows, features.device, programs)
+
+def _put_class_gradients(head: Head, sums: ClassSums, grad_weight: Tensor, grad_bias: Tensor) -> None:
+    (splits, chunk, dim), width = sums.weight.shape, grad_weight.shape[0]
+    class_sums_kernel[(cdiv(width * dim, 1024) + cdiv(width, 32),)](
+        sums.weight, sums.bias, head.factors[1:], grad_weight, grad_bias, splits, sums.bias.shape[0], chunk, width, dim,
+        BLOCK=1024, BLOCK_M=128, BLOCK_N=32,
+    )  # fmt: skip
+
+
+def _scale_and_pull(head: Head, total: Tensor, out: Tensor) -> None:
+    features, (rows, dim) = head.features, head.features.shape
+    given = features if head.centres is None else head.centres
+    scale_and_pull_kernel[cdiv(rows, 8), cdiv(dim, 256)](
+        total, features, head.labels, given, head.factors, out,
+        rows, dim, head.weight.shape[0], features.stride(0), given.stride(0), head.ignore_index,
+        CENTRES=head.centres is not None, BLOCK_M=8, BLOCK_N=256,
+    )  # fmt: skip
 
 
 def _centre_gradient(features: Tensor, labels: Tensor, centres: Tensor, factors: Tensor, ignore_index: int) -> Tensor:
     rows, dim = features.shape
     ordered, order = torch.sort(labels, stable=True)
     out = centres.new_zeros(centres.shape)
-    centre_gradient_kernel[rows, triton.cdiv(dim, 256)](
+    centre_gradient_kernel[rows, cdiv(dim, 256)](
         features, ordered, order, centres, factors, out,
         rows, dim, centres.shape[0], features.stride(0), centres.stride(0), ignore_index, BLOCK_M=4, BLOCK_N=256,
     )  # fmt: skip

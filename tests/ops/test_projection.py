@@ -109,6 +109,28 @@ def test_large_tiles_compute_the_same(
         compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
 
 
+@pytest.mark.parametrize("case", [Case(70, 24, 150, temperature=0.7, smoothing=0.1, ignored=0.2), Case(50, 16, 333)], ids=str)
+def test_tiles_read_through_descriptors_compute_the_same(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    """As on GPUs of compute capability 9, but with small tiles."""
+    if lane.backend != "triton" or lane.device == "cuda":
+        pytest.skip(f"{lane}: it has no descriptors, or takes them where it does")
+    tuning: Any = pytest.importorskip("seda_fast.kernels.tuning")
+    kernels, small = "seda_fast.kernels.projection", tuning.Tile(32, 32, 16, 4, 3)
+    monkeypatch.setattr(f"{kernels}.descriptors_on", lambda device: True)
+    for name in ("NORMALISER_TILE", "LOGIT_TILE", "FEATURE_TILE", "CLASS_TILE"):
+        monkeypatch.setattr(f"{kernels}.{name}", small)
+    monkeypatch.setattr("seda_fast.kernels.tuning.ENOUGH_PROGRAMS", 1)
+    # Several programs, each with several tiles.
+    monkeypatch.setattr(f"{kernels}.MULTIPROCESSORS", 8)
+    if case.classes > 200:
+        for name, number in (("WHOLE", 100), ("CHUNK", 128), ("LOGITS", 2**12), ("ROW_STEP", 32)):
+            monkeypatch.setattr(f"{kernels}.{name}", number)
+    for dtype in lane.dtypes()[1:]:
+        compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
+
+
 def test_one_program_goes_through_many_classes(
     lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
