@@ -7,7 +7,7 @@ outside 0 .. K-1 makes the cross entropy NaN, and its row's gradient.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,7 +30,8 @@ WHOLE = 1024
 CHUNK = 2240
 WIDTH_STEP = 64
 MULTIPROCESSORS = 132
-NORMALISER_TILE, LOGIT_TILE = Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 3)
+LOSS_ROWS, LOSS_SUMS = 8, 1024
+NORMALISER_TILE, LOGIT_TILE = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 3)
 FEATURE_TILE, CLASS_TILE = Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4)
 
 
@@ -132,12 +133,15 @@ def normaliser_kernel(
 # fmt: off
 @triton.jit
 def row_loss_kernel(
-    partial_ptr, features_ptr, labels_ptr, centres_ptr, weight_ptr, bias_ptr, normaliser_ptr, losses_ptr,
+    partial_ptr, features_ptr, labels_ptr, centres_ptr, weight_ptr, bias_ptr, normaliser_ptr, sums_ptr,
     rows, dim, classes, splits, features_stride, centres_stride, weight_stride, inverse, smoothing, ignore_index,
     CENTRES: tl.constexpr, SMOOTHED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    """Join the shares of the classes; each row's cross entropy and squared distance to its centre, 0 if ignored."""
+    """Join the shares of the classes; BLOCK_M rows' squared distances to their centres, cross entropies, and number.
+
+    Ignored rows count for none of the three.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.arange(0, SPLITS)
     inside = (row < rows)[:, None] & (split < splits)[None, :]
@@ -172,22 +176,23 @@ def row_loss_kernel(
     if SMOOTHED:
         entropy -= smoothing * tl.sum(tl.load(place + 2 * rows, mask=inside, other=0.0), axis=1) / classes
     entropy = tl.where(known, entropy, float("nan"))
-    tl.store(losses_ptr + row, tl.sum(squares, axis=1), mask=row < rows)
-    tl.store(losses_ptr + rows + row, tl.where(labelled, entropy, 0.0), mask=row < rows)
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    tl.store(sums_ptr + block, tl.sum(tl.sum(squares, axis=1), axis=0))
+    tl.store(sums_ptr + blocks + block, tl.sum(tl.where(labelled, entropy, 0.0), axis=0))
+    tl.store(sums_ptr + 2 * blocks + block, tl.sum((label != ignore_index).to(tl.float32), axis=0))
 
 
 @triton.jit
-def mean_kernel(losses_ptr, labels_ptr, centre_ptr, entropy_ptr, rows, dim, ignore_index, BLOCK: tl.constexpr):
+def mean_kernel(sums_ptr, centre_ptr, entropy_ptr, blocks, dim, BLOCK: tl.constexpr):
     """Both losses: means over the labelled rows, summed in a fixed order by one program."""
     squares = tl.zeros((BLOCK,), dtype=tl.float32)
     entropy = tl.zeros((BLOCK,), dtype=tl.float32)
     labelled = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, rows, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        squares += tl.load(losses_ptr + row, mask=row < rows, other=0.0)
-        entropy += tl.load(losses_ptr + rows + row, mask=row < rows, other=0.0)
-        label = tl.load(labels_ptr + row, mask=row < rows, other=ignore_index)
-        labelled += (label != ignore_index).to(tl.float32)
+    for start in range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        squares += tl.load(sums_ptr + block, mask=block < blocks, other=0.0)
+        entropy += tl.load(sums_ptr + blocks + block, mask=block < blocks, other=0.0)
+        labelled += tl.load(sums_ptr + 2 * blocks + block, mask=block < blocks, other=0.0)
     count = tl.maximum(tl.sum(labelled, axis=0), 1.0)
     tl.store(centre_ptr, tl.sum(squares, axis=0) / (count * dim))
     tl.store(entropy_ptr, tl.sum(entropy, axis=0) / count)
@@ -233,7 +238,7 @@ def _put_logit_gradient(
 @triton.jit
 def logit_gradient_kernel(
     features, labels_ptr, weight, bias_ptr, normaliser_ptr, out, bias_sums_ptr,
-    rows, dim, classes, first_class, chunk, columns_per_program, features_stride, weight_stride,
+    rows, dim, classes, first_class, chunk, features_stride, weight_stride,
     inverse, smoothing, ignore_index, SMOOTHED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -242,8 +247,9 @@ def logit_gradient_kernel(
 
     0 in ignored rows, and where ``chunk`` reaches beyond the last class.
     """
-    shares = tl.cdiv(chunk, columns_per_program)
-    block = tl.program_id(0) // shares
+    blocks = tl.cdiv(chunk, BLOCK_N)
+    block = tl.program_id(0) // blocks
+    left = (tl.program_id(0) % blocks) * BLOCK_N
     row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     label = tl.load(labels_ptr + row, mask=row < rows, other=ignore_index).to(tl.int64)
     known = (label >= 0) & (label < classes)
@@ -253,20 +259,18 @@ def logit_gradient_kernel(
     target = tl.where(known, label - first_class, -1).to(tl.int32)
     labelled = label != ignore_index
     smoothing = tl.cast(smoothing, tl.float32)
-    begin = (tl.program_id(0) % shares) * columns_per_program
-    for left in tl.range(begin, tl.minimum(begin + columns_per_program, chunk), BLOCK_N, flatten=DESCRIPTORS):
-        one, other = _product(
-            features, weight, block * BLOCK_M, rows, first_class + left, classes, dim, features_stride, weight_stride,
-            DESCRIPTORS, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        _put_logit_gradient(
-            one, bias_ptr, normaliser, target, labelled, out, bias_sums_ptr, block, row, rows, left, first_class,
-            classes, chunk, inverse, smoothing, SMOOTHED, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
-        )  # fmt: skip
-        _put_logit_gradient(
-            other, bias_ptr, normaliser, target, labelled, out, bias_sums_ptr, block, row, rows, left + BLOCK_N // 2,
-            first_class, classes, chunk, inverse, smoothing, SMOOTHED, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
-        )  # fmt: skip
+    one, other = _product(
+        features, weight, block * BLOCK_M, rows, first_class + left, classes, dim, features_stride, weight_stride,
+        DESCRIPTORS, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    _put_logit_gradient(
+        one, bias_ptr, normaliser, target, labelled, out, bias_sums_ptr, block, row, rows, left, first_class,
+        classes, chunk, inverse, smoothing, SMOOTHED, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+    )  # fmt: skip
+    _put_logit_gradient(
+        other, bias_ptr, normaliser, target, labelled, out, bias_sums_ptr, block, row, rows, left + BLOCK_N // 2,
+        first_class, classes, chunk, inverse, smoothing, SMOOTHED, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -510,7 +514,8 @@ def semantic_projection(
     tiles_per_split = cdiv(class_tiles, min(class_tiles, max(1, _programs(tile) // blocks)))
     splits = cdiv(class_tiles, tiles_per_split)
     partial = torch.empty((splits, 3, rows), dtype=torch.float32, device=features.device)
-    losses = torch.empty((2, rows), dtype=torch.float32, device=features.device)
+    row_blocks = cdiv(rows, LOSS_ROWS)
+    sums = torch.empty((3, row_blocks), dtype=torch.float32, device=features.device)
     with launching_on(features):
         normaliser_kernel[blocks, splits](
             *_operands(described, (features, (tile.m, tile.k)), (weight, (tile.n, tile.k))), bias, partial,
@@ -518,13 +523,13 @@ def semantic_projection(
             SMOOTHED=label_smoothing != 0, DESCRIPTORS=described, EVEN=dim % tile.k == 0,
             PRECISION=precision(features.dtype), **tile.sizes(), **tile.options(),
         )  # fmt: skip
-        row_loss_kernel[(cdiv(rows, 8),)](
-            partial, features, labels, given, weight, bias, normaliser, losses,
+        row_loss_kernel[(row_blocks,)](
+            partial, features, labels, given, weight, bias, normaliser, sums,
             rows, dim, classes, splits, features.stride(0), given.stride(0), weight.stride(0), 1 / temperature,
             label_smoothing, ignore_index, CENTRES=centres is not None, SMOOTHED=label_smoothing != 0,
-            SPLITS=1 << (splits - 1).bit_length(), BLOCK_M=8, BLOCK_N=256,
+            SPLITS=1 << (splits - 1).bit_length(), BLOCK_M=LOSS_ROWS, BLOCK_N=256,
         )  # fmt: skip
-        mean_kernel[(1,)](losses, labels, centre_loss, entropy, rows, dim, ignore_index, BLOCK=1024)
+        mean_kernel[(1,)](sums, centre_loss, entropy, row_blocks, dim, BLOCK=LOSS_SUMS)
     return centre_loss, entropy, normaliser, *none
 
 
@@ -554,13 +559,13 @@ def semantic_projection_backward(
     features, weight, labels, bias = by_rows(features), by_rows(weight), labels.contiguous(), bias.contiguous()
     centres = None if centres is None else by_rows(centres)
     factors = torch.empty((2,), dtype=torch.float32, device=features.device)
-    head = Head(features, labels, centres, weight, bias, log_normaliser, factors, ignore_index)
-    settings = (1 / temperature, label_smoothing)
+    settings = (1 / temperature, label_smoothing, ignore_index)
+    head = Head(features, labels, centres, weight, bias, log_normaliser.contiguous(), factors, settings)
     with launching_on(features):
         factors_kernel[(1,)](
             grad_centre, grad_entropy, labels, factors, rows, dim, 1 / temperature, ignore_index, BLOCK=1024
         )
-        _product_gradients(head, settings, grad_features, grad_weight, grad_bias)
+        _product_gradients(head, grad_features, grad_weight, grad_bias)
         grad_centres = features.new_empty(0)
         if wanted is not None and centres is not None:
             grad_centres = _centre_gradient(features, labels, centres, factors, ignore_index)
@@ -577,44 +582,78 @@ class Head(NamedTuple):
     bias: Tensor
     normaliser: Tensor
     factors: Tensor
-    ignore_index: int
+    settings: tuple[float, float, int]
 
-    def rows(self, part: slice) -> "Head":
-        """The same of some rows."""
-        return self._replace(
-            features=self.features[part], labels=self.labels[part], normaliser=self.normaliser[part]
-        )
+    @property
+    def given(self) -> Tensor:
+        """The centres, or what stands in their place where no kernel reads them."""
+        return self.features if self.centres is None else self.centres
 
 
-def _product_gradients(
-    head: Head, settings: tuple[float, float], grad_features: Tensor, grad_weight: Tensor, grad_bias: Tensor
-) -> None:
+class Part(NamedTuple):
+    """Some of the rows; ``total`` and ``out`` are their sum of the features' gradient and the gradient itself."""
+
+    number: int
+    features: Tensor
+    labels: Tensor
+    normaliser: Tensor
+    total: Tensor
+    out: Tensor
+
+
+def _product_gradients(head: Head, grad_features: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
     """Gradients of features, weight and bias, chunk by chunk of the classes and part by part of the rows."""
     (rows, dim), classes = head.features.shape, head.weight.shape[0]
     chunk, part_rows = chunks(rows, dim, classes)
     whole, device = chunk == classes, head.features.device
     # Where there are several chunks the features' gradient is written at the end, and its place is free till then.
-    free = grad_features.view(-1)
-    if whole or free.numel() < part_rows * _aligned(chunk):
-        free = torch.empty((part_rows * _aligned(chunk),), dtype=grad_features.dtype, device=device)
+    room, free = part_rows * _aligned(chunk), grad_features.view(-1)
+    if whole or free.numel() < room:
+        free = torch.empty((room,), dtype=grad_features.dtype, device=device)
     total = torch.empty((0,) if whole else (rows, dim), dtype=torch.float32, device=device)
+    parts = []
+    for number, top in enumerate(range(0, rows, part_rows)):
+        own = slice(top, top + part_rows)
+        kept = (total, grad_features[own]) if whole else (total[own], grad_features)
+        parts.append(Part(number, head.features[own], head.labels[own], head.normaliser[own], *kept))
+    ready: dict[object, Any] = {}
     for first in range(0, classes, chunk):
-        width = min(chunk, classes - first)
-        sums = class_sums(head.features, head.weight, width, part_rows)
-        for number, top in enumerate(range(0, rows, part_rows)):
-            part = slice(top, top + part_rows)
-            some = head.rows(part)
-            count, chunk_width = some.features.shape[0], sums.weight.shape[1]
-            logit_grad = free[: count * chunk_width].view(count, chunk_width)
-            _logit_gradient(some, settings, logit_grad, sums, number, first)
-            places = (total, grad_features[part]) if whole else (total[part], grad_features)
-            _feature_gradient(some, logit_grad, *places, first, width, sums.described)
+        own = slice(first, min(first + chunk, classes))
+        sums = class_sums(head.features, head.weight, own.stop - first, part_rows)
+        for part in parts:
+            logit_grad = free[: part.features.shape[0] * sums.chunk].view(-1, sums.chunk)
+            _logit_gradient(head, part, logit_grad, sums, first, ready)
+            _feature_gradient(head, part, logit_grad, first, sums.described, ready, whole=whole)
             # One part after the other, in float32: a fixed order.
-            _class_gradient(some, logit_grad, sums, number)
-        _put_class_gradients(head, sums, grad_weight[first : first + width], grad_bias[first : first + width])
+            _class_gradient(part, logit_grad, sums, ready)
+        _put_class_gradients(head, sums, grad_weight[own], grad_bias[own])
         del sums  # before the next chunk's are made
     if not whole:
         _scale_and_pull(head, total, grad_features)
+
+
+def _launch(
+    ready: dict[object, Any],
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[object, ...],
+    constants: dict[str, object],
+    tile: Tile,
+    *varying: int,
+) -> None:
+    """Launch a kernel that this call launches many times, for the host not to be the slower of the two.
+
+    Triton looks at every argument to find the compiled kernel, three quarters of a launch's time on the host. What it
+    would find differs with the constants and with the numbers ``varying`` alone, so later launches take it as it is.
+    In the interpreter there is none.
+    """
+    constants |= tile.sizes()
+    key = (kernel, *constants.values(), *varying)
+    found = ready.get(key)
+    if found is None:
+        ready[key] = kernel[grid](*arguments, **constants, **tile.options())
+    else:
+        found[grid](*arguments, *constants.values())
 
 
 class ClassSums(NamedTuple):
@@ -629,6 +668,11 @@ class ClassSums(NamedTuple):
     described: bool
     # Row blocks of a part of the rows.
     blocks: int
+
+    @property
+    def chunk(self) -> int:
+        """The chunk's width in memory."""
+        return self.weight.shape[1]
 
 
 def class_sums(features: Tensor, weight: Tensor, width: int, part_rows: int) -> ClassSums:
@@ -700,52 +744,62 @@ def _class_tile(dtype: torch.dtype) -> Tile:
 
 
 def _logit_gradient(
-    head: Head, settings: tuple[float, float], out: Tensor, sums: ClassSums, number: int, first: int
+    head: Head, part: Part, out: Tensor, sums: ClassSums, first: int, ready: dict[object, Any]
 ) -> None:
-    features, weight, tile, chunk = head.features, head.weight, sums.logit_tile, sums.weight.shape[1]
-    rows, dim = features.shape
-    operands = _operands(
-        sums.described, (features, (tile.m, tile.k)), (weight, (tile.n, tile.k)), (out, (tile.m, tile.n // 2))
+    weight, tile, (rows, dim) = head.weight, sums.logit_tile, part.features.shape
+    features, w, put = _operands(
+        sums.described, (part.features, (tile.m, tile.k)), (weight, (tile.n, tile.k)), (out, (tile.m, tile.n // 2))
     )
-    shares = max(1, _programs(tile) // sums.blocks) if sums.described else chunk
-    columns = cdiv(cdiv(chunk, tile.n), shares) * tile.n
     # A last part that is smaller has programs without a row: their sums are 0.
-    logit_gradient_kernel[(sums.blocks * cdiv(chunk, columns),)](
-        operands[0], head.labels, operands[1], head.bias, head.normaliser, operands[2],
-        sums.bias[number * sums.blocks :],
-        rows, dim, weight.shape[0], first, chunk, columns, features.stride(0), weight.stride(0),
-        *settings, head.ignore_index, SMOOTHED=settings[1] != 0, DESCRIPTORS=sums.described,
-        EVEN=dim % tile.k == 0, PRECISION=precision(features.dtype), **tile.sizes(), **tile.options(),
+    grid = (sums.blocks * cdiv(sums.chunk, tile.n), 1, 1)
+    arguments = (
+        features, part.labels, w, head.bias, part.normaliser, put, sums.bias[part.number * sums.blocks :],
+        rows, dim, weight.shape[0], first, sums.chunk, part.features.stride(0), weight.stride(0), *head.settings,
     )  # fmt: skip
+    constants = {
+        "SMOOTHED": head.settings[1] != 0,
+        "DESCRIPTORS": sums.described,
+        "EVEN": dim % tile.k == 0,
+        "PRECISION": precision(part.features.dtype),
+    }
+    _launch(ready, logit_gradient_kernel, grid, arguments, constants, tile, rows, sums.chunk)
 
 
 def _feature_gradient(
-    head: Head, logit_grad: Tensor, total: Tensor, out: Tensor, first: int, width: int, described: bool
+    head: Head, part: Part, logit_grad: Tensor, first: int, described: bool, ready: dict[object, Any], *, whole: bool
 ) -> None:
-    features, weight = head.features, head.weight
-    (rows, dim), classes, chunk = features.shape, weight.shape[0], logit_grad.shape[1]
-    given = features if head.centres is None else head.centres
-    tile = FEATURE_TILE if described else tuning.by_shape(tuning.candidates(features.dtype), rows, dim)
-    operands = _operands(described, (logit_grad, (tile.m, tile.k)), (weight, (tile.k, tile.n)))
-    feature_gradient_kernel[(tile.programs(rows, dim),)](
-        *operands, features, head.labels, given, head.factors, total, out, rows, dim, classes, first,
-        chunk, features.stride(0), weight.stride(0), given.stride(0), head.ignore_index,
-        WHOLE=first == 0 and width == classes, FIRST=first == 0, CENTRES=head.centres is not None,
-        DESCRIPTORS=described, EVEN=dim % tile.n == 0, PRECISION=precision(features.dtype),
-        **tile.sizes(), **tile.options(),
+    weight, given, chunk, (rows, dim) = head.weight, head.given, logit_grad.shape[1], part.features.shape
+    tile = FEATURE_TILE if described else tuning.by_shape(tuning.candidates(weight.dtype), rows, dim)
+    grad, w = _operands(described, (logit_grad, (tile.m, tile.k)), (weight, (tile.k, tile.n)))
+    arguments = (
+        grad, w, part.features, part.labels, given, head.factors, part.total, part.out,
+        rows, dim, weight.shape[0], first, chunk, part.features.stride(0), weight.stride(0), given.stride(0),
+        head.settings[2],
     )  # fmt: skip
+    constants = {
+        "WHOLE": whole,
+        "FIRST": first == 0,
+        "CENTRES": head.centres is not None,
+        "DESCRIPTORS": described,
+        "EVEN": dim % tile.n == 0,
+        "PRECISION": precision(part.features.dtype),
+    }
+    grid = (tile.programs(rows, dim), 1, 1)
+    _launch(ready, feature_gradient_kernel, grid, arguments, constants, tile, rows, chunk)
 
 
-def _class_gradient(head: Head, logit_grad: Tensor, sums: ClassSums, number: int) -> None:
-    features, tile = head.features, sums.tile
-    (rows, dim), (splits, chunk, _) = features.shape, sums.weight.shape
-    operands = _operands(sums.described, (logit_grad, (tile.k, tile.m)), (features, (tile.k, tile.n)))
-    even = sums.described or rows % tile.k == 0 and chunk % tile.m == 0 and dim % tile.n == 0
-    class_gradient_kernel[tile.programs(chunk, dim), splits](
-        *operands, sums.weight, rows, dim, chunk, features.stride(0), sums.rows_per_split,
-        ADD=number > 0, DESCRIPTORS=sums.described, EVEN=even, PRECISION=precision(features.dtype),
-        **tile.sizes(), **tile.options(),
-    )  # fmt: skip
+def _class_gradient(part: Part, logit_grad: Tensor, sums: ClassSums, ready: dict[object, Any]) -> None:
+    tile, (rows, dim), (splits, chunk, _) = sums.tile, part.features.shape, sums.weight.shape
+    grad, features = _operands(sums.described, (logit_grad, (tile.k, tile.m)), (part.features, (tile.k, tile.n)))
+    arguments = grad, features, sums.weight, rows, dim, chunk, part.features.stride(0), sums.rows_per_split
+    constants = {
+        "ADD": part.number > 0,
+        "DESCRIPTORS": sums.described,
+        "EVEN": sums.described or (rows % tile.k == 0 and chunk % tile.m == 0 and dim % tile.n == 0),
+        "PRECISION": precision(part.features.dtype),
+    }
+    grid = (tile.programs(chunk, dim), splits, 1)
+    _launch(ready, class_gradient_kernel, grid, arguments, constants, tile, rows, chunk, sums.rows_per_split)
 
 
 def _put_class_gradients(head: Head, sums: ClassSums, grad_weight: Tensor, grad_bias: Tensor) -> None:
@@ -757,11 +811,10 @@ def _put_class_gradients(head: Head, sums: ClassSums, grad_weight: Tensor, grad_
 
 
 def _scale_and_pull(head: Head, total: Tensor, out: Tensor) -> None:
-    features, (rows, dim) = head.features, head.features.shape
-    given = features if head.centres is None else head.centres
+    features, given, (rows, dim) = head.features, head.given, head.features.shape
     scale_and_pull_kernel[cdiv(rows, 8), cdiv(dim, 256)](
         total, features, head.labels, given, head.factors, out,
-        rows, dim, head.weight.shape[0], features.stride(0), given.stride(0), head.ignore_index,
+        rows, dim, head.weight.shape[0], features.stride(0), given.stride(0), head.settings[2],
         CENTRES=head.centres is not None, BLOCK_M=8, BLOCK_N=256,
     )  # fmt: skip
 
