@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 # Found in the checkout that this file lies in.
@@ -33,7 +34,7 @@ from seda_fast.kernels.tuning import Tile  # noqa: E402
 
 TARGETS = (80, 90, 100)
 # The default model: features, width, hidden, timesteps, rows of a batch; classes of a large head.
-FEATURES, WIDTH, HIDDEN, STEPS, ROWS, CLASSES = 768, 512, 1024, 1000, 16_384, 1000
+FEATURES, WIDTH, HIDDEN, STEPS, ROWS, CLASSES, LARGE = 768, 512, 1024, 1000, 16_384, 1000, 21_841
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -57,6 +58,10 @@ class Launch:
     options: dict[str, int]
     tiles: tuple[Tile, ...] = ()
 
+    def runs_on(self, target: int) -> bool:
+        """Whether compute capability ``target / 10`` launches it: with descriptors 9.0 alone does."""
+        return target == 90 or not any(kind.startswith("tensordesc") for kind in self.signature.values())
+
 
 @dataclass(frozen=True)
 class Report:
@@ -66,6 +71,7 @@ class Report:
     dtype: str
     target: str
     tensor_core: str
+    descriptors: int
     loads_16_bytes: int
     stores_16_bytes: int
     atomics: int
@@ -109,7 +115,10 @@ def as_launch(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any])
     signature, divisible, constants = {}, [], {}
     for place, name in enumerate(names):
         value = given[name]
-        if isinstance(value, Tensor):
+        if isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>"
+        elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
             if value.data_ptr() % 16 == 0:
                 divisible.append(place)
@@ -183,6 +192,7 @@ def read(launch: Launch, target: int) -> Report:
         dtype=kinds[0][1:] if kinds else "int",
         target=f"sm_{target}",
         tensor_core=", ".join(products),
+        descriptors=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         loads_16_bytes=len(
             re.findall(r"ld\.global\S*\.v4\.[bfu]32|ld\.global\S*\.v2\.[bfu]64|cp\.async\.cg\S* .*, 0x10", ptx)
         ),
@@ -239,20 +249,36 @@ def interaction_launches(dtype: torch.dtype) -> list[Launch]:
 
 
 def projection_launches(dtype: torch.dtype) -> list[Launch]:
-    features, weight, bias = (
-        empty(ROWS, FEATURES, dtype=dtype),
-        empty(CLASSES, FEATURES, dtype=dtype),
-        empty(CLASSES, dtype=dtype),
-    )
-    labels, centres, loss = empty(ROWS, dtype=torch.int64), empty(CLASSES, FEATURES), empty()
+    features, labels, loss = empty(ROWS, FEATURES, dtype=dtype), empty(ROWS, dtype=torch.int64), empty()
 
-    def both() -> None:
+    def both(classes: int) -> None:
+        weight, bias, centres = (
+            empty(classes, FEATURES, dtype=dtype),
+            empty(classes, dtype=dtype),
+            empty(classes, FEATURES),
+        )
         projection.semantic_projection(features, labels, centres, weight, bias, 1.0, 0.1, -100)
         projection.semantic_projection_backward(
             loss, loss, features, labels, centres, weight, bias, empty(ROWS), 1.0, 0.1, -100, True
         )
 
-    return record(both)
+    return list({describe(launch): launch for n in (CLASSES, LARGE) for launch in record(lambda n=n: both(n))}.values())
+
+
+def describe(launch: Launch) -> str:
+    """What tells launches apart that need code of their own."""
+    return f"{launch.kernel.__name__} {launch.signature} {launch.divisible} {launch.constants} {launch.options}"
+
+
+def described_launches(dtype: torch.dtype) -> list[Launch]:
+    """The projection's products through descriptors, as on compute capability 9."""
+    before = projection.descriptors_on
+    projection.descriptors_on = lambda device: True
+    try:
+        launches = projection_launches(dtype)
+    finally:
+        projection.descriptors_on = before
+    return [launch for launch in launches if not launch.runs_on(80)]
 
 
 def tf32_launches() -> list[Launch]:
@@ -268,7 +294,7 @@ def tf32_launches() -> list[Launch]:
 
 def all_launches(dtypes: list[str]) -> list[Launch]:
     """Every kernel as the default model launches it, in each dtype; "tf32" is that of the products alone."""
-    makers = (noising_launches, interaction_launches, projection_launches)
+    makers = (noising_launches, interaction_launches, projection_launches, described_launches)
     plain = [getattr(torch, name) for name in dtypes if name != "tf32"]
     launches = [launch for dtype in plain for maker in makers for launch in maker(dtype)]
     launches += tf32_launches() if "tf32" in dtypes else []
@@ -343,7 +369,7 @@ def main() -> None:
         launches = [variant for launch in launches for variant in tiles_of(launch)]
     if options.ones:
         launches = [with_ones(launch) for launch in launches]
-    reports = list(dict.fromkeys(read(launch, target) for launch in launches for target in options.targets))
+    reports = list(dict.fromkeys(read(launch, t) for launch in launches for t in options.targets if launch.runs_on(t)))
     print(as_table(reports), end="")
     if options.json:
         options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")

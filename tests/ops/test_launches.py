@@ -44,7 +44,7 @@ CALLS: dict[str, Callable[[], object]] = {
         H, *BLOCK, W_H, W_O, H, GATE, GATE, *DROPPED, None
     ),
     "head": lambda: head(7),
-    "large head": lambda: head(2000),
+    "large head": lambda: head(5000),
 }
 
 

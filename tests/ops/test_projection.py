@@ -40,7 +40,7 @@ CASES = [
     Case(5, 12, 1100, smoothing=0.1, ignored=0.2),
     # Enough rows for several splits of the weight's gradient.
     Case(300, 12, 13, ignored=0.3),
-    # More rows than the losses' sums take at a time, more features than a row's distance to its centre.
+    # More rows than the labels are counted of at a time, more features than a row's distance to its centre.
     Case(1100, 8, 3, ignored=0.3),
     Case(20, 300, 3, smoothing=0.1, ignored=0.2),
 ]
@@ -109,7 +109,9 @@ def test_large_tiles_compute_the_same(
         compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
 
 
-@pytest.mark.parametrize("case", [Case(70, 24, 150, temperature=0.7, smoothing=0.1, ignored=0.2), Case(50, 16, 333)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(70, 24, 150, temperature=0.7, smoothing=0.1, ignored=0.2), Case(50, 16, 333)], ids=str
+)
 def test_tiles_read_through_descriptors_compute_the_same(
     lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
@@ -125,7 +127,7 @@ def test_tiles_read_through_descriptors_compute_the_same(
     # Several programs, each with several tiles.
     monkeypatch.setattr(f"{kernels}.MULTIPROCESSORS", 8)
     if case.classes > 200:
-        for name, number in (("WHOLE", 100), ("CHUNK", 128), ("LOGITS", 2**12), ("ROW_STEP", 32)):
+        for name, number in (("CHUNK", 128), ("LOGITS", 2**12), ("ROW_STEP", 32)):
             monkeypatch.setattr(f"{kernels}.{name}", number)
     for dtype in lane.dtypes()[1:]:
         compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
@@ -139,6 +141,45 @@ def test_one_program_goes_through_many_classes(
         monkeypatch.setattr("seda_fast.kernels.tuning.ENOUGH_PROGRAMS", 1)
     case = Case(7, 12, 500, temperature=0.2, smoothing=0.1, ignored=0.2)
     compare(operands(case, torch.float32, lane.device), settings(case), no_worse_than_eager)
+
+
+def test_many_sums_of_losses(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than are added up at a time, as of more than 8192 rows."""
+    if lane.backend == "triton":
+        monkeypatch.setattr("seda_fast.kernels.projection.LOSS_SUMS", 4)
+    case = Case(70, 12, 7, smoothing=0.1, ignored=0.3)
+    compare(operands(case, torch.float32, lane.device), settings(case), no_worse_than_eager)
+
+
+def test_a_later_launch_is_of_the_same_code(lane: Any) -> None:
+    """As compiled for the first: with the constants behind the arguments, and for none that differ."""
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it launches nothing")
+    kernels: Any = pytest.importorskip("seda_fast.kernels.projection")
+    tile = kernels.Tile(16, 32, 64, 4, 3)
+    called: list[Any] = []
+
+    class Compiled(dict[Any, Any]):
+        def __missing__(self, grid: Any) -> Callable[..., None]:
+            return lambda *arguments: called.append((grid, arguments))
+
+    class Kernel(dict[Any, Any]):
+        arg_names = ("first", "ADD", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+
+        def __missing__(self, grid: Any) -> Callable[..., Compiled]:
+            return lambda *arguments, **options: called.append((grid, arguments, options)) or Compiled()
+
+        def __hash__(self) -> int:  # type: ignore[override]
+            return 0
+
+    kernel, ready = Kernel(), {}
+    for first, width in ((0, 5), (1, 5), (2, 6)):
+        kernels._launch(ready, kernel, (1, 2, 3), (first,), {"ADD": True}, tile, width)
+    options = {"ADD": True, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    compiled = ((1, 2, 3), (1, True, 16, 32, 64))
+    assert called == [((1, 2, 3), (0,), options), compiled, ((1, 2, 3), (2,), options)]
 
 
 def test_thirty_thousand_classes(lane: Any, no_worse_than_eager: Callable[..., None]) -> None:
@@ -158,6 +199,7 @@ def test_rows_come_in_chunks_too(
     lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, classes: int
 ) -> None:
     if lane.backend == "triton":
+        monkeypatch.setattr("seda_fast.kernels.projection.CHUNK", 512)
         monkeypatch.setattr("seda_fast.kernels.projection.LOGITS", 16)
         monkeypatch.setattr("seda_fast.kernels.projection.ROW_STEP", 16)
     case = Case(41, 12, classes, temperature=0.7, smoothing=0.1, ignored=0.3)

@@ -41,7 +41,7 @@ def small_calls(device: str) -> None:
         h, gate = draw(rows, width), draw(rows, hidden)
         interaction_block(h, gate, order, *tables, *weights, dropout=0.2, **key).sum().backward()
     # One chunk of classes, and several.
-    for classes in (7, 1100):
+    for classes in (7, 2300):
         labels = torch.arange(rows, device=device) % 7
         head = draw(rows, width), labels, draw(classes, width), draw(classes, width), draw(classes)
         sum(semantic_projection(*head, label_smoothing=0.1)).backward()  # type: ignore[union-attr, arg-type]
