@@ -147,7 +147,7 @@ FAULTS = [
         "return (f.to(tl.float32) - c.to(tl.float32))",
         "return (c.to(tl.float32) - f.to(tl.float32))",
     ),
-    Fault("centre gradient of the first features", "projection", "feature = tl.program_id(1) * BLOCK_N +", "feature ="),
+    Fault("gradients of the first features", "projection", "feature = tl.program_id(1) * BLOCK_N +", "feature =", 2),
     Fault("centre gradient of the last rows", "projection", "pull += tl.where(", "pull = tl.where("),
     Fault("centre gradient without its factor", "projection", "axis=0) * tl.load(factors_ptr)", "axis=0)"),
     Fault(
@@ -180,7 +180,7 @@ FAULTS = [
     Fault("only the last rows' classes", "projection", '"ADD": part.number > 0', '"ADD": False'),
     Fault("one part's sums of the bias", "projection", "sums.bias[part.number * sums.blocks :]", "sums.bias"),
     Fault("only the last rows' bias", "projection", "bias_sums += tl.load(", "bias_sums = tl.load("),
-    Fault("the left half of a tile twice", "projection", "feature + BLOCK_N // 2,", "feature,"),
+    Fault("the left half of a tile twice", "projection", "feature + BLOCK_N // 2,", "feature,", 2),
     Fault("smoothing left out of the gradient", "projection", "smoothing / classes, 0.0)[None", "0.0, 0.0)[None"),
     Fault(
         "ignored rows counted",
