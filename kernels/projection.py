@@ -495,6 +495,44 @@ def centre_gradient_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
 
+# For each kind of call, its kernels as Triton compiled them.
+Ready = dict[object, Any]
+_ready: dict[object, Ready] = {}
+# More kinds than a run has; beyond them all are looked up anew.
+KINDS = 256
+
+
+def ready_for(device: torch.device, tensors: tuple[Tensor | None, ...], *numbers: object) -> Ready:
+    """What was compiled for calls like this one: the same device, sizes and strides, dtypes, alignments and numbers."""
+    seen = [(t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors if t is not None]
+    kind = (device, len(tensors), *seen, *numbers)
+    if len(_ready) >= KINDS:
+        _ready.clear()
+    return _ready.setdefault(kind, {})
+
+
+def _launch(
+    ready: Ready,
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[object, ...],
+    constants: dict[str, Any],
+    options: dict[str, int],
+    *varying: int,
+) -> None:
+    """Launch a kernel, after the first time as it was compiled then.
+
+    Triton looks at every argument to find the compiled kernel, which on the host takes most of a launch's time. What it
+    would find is the same in calls of one kind but for constants, options and the numbers ``varying``. In the
+    interpreter it finds none.
+    """
+    key = (kernel, *constants.values(), *options.values(), *varying)
+    found = ready.get(key)
+    if found is None:
+        ready[key] = kernel[grid](*arguments, **constants, **options)
+    else:
+        found[grid](*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
+
 
 def semantic_projection(
     features: Tensor,
@@ -529,20 +567,37 @@ def semantic_projection(
     partial = torch.empty((splits, 3, rows), dtype=torch.float32, device=features.device)
     row_blocks = cdiv(rows, LOSS_ROWS)
     sums = torch.empty((3, row_blocks), dtype=torch.float32, device=features.device)
+    smoothed, inverse = label_smoothing != 0, 1 / temperature
+    strides = features.stride(0), given.stride(0), weight.stride(0)
     with launching_on(features):
-        normaliser_kernel[blocks, splits](
-            *_operands(described, (features, (tile.m, tile.k)), (weight, (tile.n, tile.k))), bias, partial,
-            rows, dim, classes, features.stride(0), weight.stride(0), 1 / temperature, tiles_per_split * tile.n,
-            SMOOTHED=label_smoothing != 0, DESCRIPTORS=described, EVEN=dim % tile.k == 0,
-            PRECISION=precision(features.dtype), **tile.sizes(), **tile.options(),
+        ready = ready_for(features.device, (features, labels, centres, weight, bias), ignore_index)
+        share = tiles_per_split * tile.n
+        _launch(
+            ready, normaliser_kernel, (blocks, splits, 1),
+            (
+                *_operands(described, (features, (tile.m, tile.k)), (weight, (tile.n, tile.k))), bias, partial,
+                rows, dim, classes, strides[0], strides[2], inverse, share,
+            ),
+            {
+                "SMOOTHED": smoothed, "DESCRIPTORS": described, "EVEN": dim % tile.k == 0,
+                "PRECISION": precision(features.dtype), **tile.sizes(),
+            },
+            tile.options(), share,
         )  # fmt: skip
-        row_loss_kernel[(row_blocks,)](
-            partial, features, labels, given, weight, bias, normaliser, sums,
-            rows, dim, classes, splits, features.stride(0), given.stride(0), weight.stride(0), 1 / temperature,
-            label_smoothing, ignore_index, CENTRES=centres is not None, SMOOTHED=label_smoothing != 0,
-            SPLITS=1 << (splits - 1).bit_length(), BLOCK_M=LOSS_ROWS, BLOCK_N=256,
+        _launch(
+            ready, row_loss_kernel, (row_blocks, 1, 1),
+            (
+                partial, features, labels, given, weight, bias, normaliser, sums,
+                rows, dim, classes, splits, *strides, inverse, label_smoothing, ignore_index,
+            ),
+            {
+                "CENTRES": centres is not None, "SMOOTHED": smoothed, "SPLITS": 1 << (splits - 1).bit_length(),
+                "BLOCK_M": LOSS_ROWS, "BLOCK_N": 256,
+            },
+            {}, splits,
         )  # fmt: skip
-        mean_kernel[(1,)](sums, centre_loss, entropy, row_blocks, dim, BLOCK=LOSS_SUMS)
+        arguments = (sums, centre_loss, entropy, row_blocks, dim)
+        _launch(ready, mean_kernel, (1, 1, 1), arguments, {"BLOCK": LOSS_SUMS}, {}, row_blocks)
     return centre_loss, entropy, normaliser, *none
 
 
@@ -573,11 +628,13 @@ def semantic_projection_backward(
     centres = None if centres is None else by_rows(centres)
     factors = torch.empty((2,), dtype=torch.float32, device=features.device)
     settings = (1 / temperature, label_smoothing, ignore_index)
-    head = Head(features, labels, centres, weight, bias, log_normaliser.contiguous(), factors, settings)
+    normaliser = log_normaliser.contiguous()
+    tensors = (grad_centre, grad_entropy, features, labels, centres, weight, bias, normaliser)
+    ready = ready_for(features.device, tensors, ignore_index)
+    head = Head(features, labels, centres, weight, bias, normaliser, factors, settings, ready)
     with launching_on(features):
-        factors_kernel[(1,)](
-            grad_centre, grad_entropy, labels, factors, rows, dim, 1 / temperature, ignore_index, BLOCK=1024
-        )
+        arguments = (grad_centre, grad_entropy, labels, factors, rows, dim, 1 / temperature, ignore_index)
+        _launch(ready, factors_kernel, (1, 1, 1), arguments, {"BLOCK": 1024}, {})
         _product_gradients(head, grad_features, grad_weight, grad_bias)
         grad_centres = features.new_empty(0)
         if wanted is not None and centres is not None:
@@ -595,7 +652,9 @@ class Head(NamedTuple):
     bias: Tensor
     normaliser: Tensor
     factors: Tensor
+    # 1 / temperature, label smoothing, the label of ignored rows.
     settings: tuple[float, float, int]
+    ready: Ready
 
     @property
     def given(self) -> Tensor:
@@ -629,44 +688,19 @@ def _product_gradients(head: Head, grad_features: Tensor, grad_weight: Tensor, g
         own = slice(top, top + part_rows)
         kept = (total, grad_features[own]) if whole else (total[own], grad_features)
         parts.append(Part(number, head.features[own], head.labels[own], head.normaliser[own], *kept))
-    ready: dict[object, Any] = {}
     for first in range(0, classes, chunk):
         own = slice(first, min(first + chunk, classes))
         sums = class_sums(head.features, head.weight, own.stop - first, part_rows)
         for part in parts:
             logit_grad = free[: part.features.shape[0] * sums.chunk].view(-1, sums.chunk)
-            _logit_gradient(head, part, logit_grad, sums, first, ready)
-            _feature_gradient(head, part, logit_grad, first, sums.described, ready, whole=whole)
+            _logit_gradient(head, part, logit_grad, sums, first)
+            _feature_gradient(head, part, logit_grad, first, sums.described, whole=whole)
             # One part after the other, in float32: a fixed order.
-            _class_gradient(part, logit_grad, sums, ready)
+            _class_gradient(head, part, logit_grad, sums)
         _put_class_gradients(head, sums, grad_weight[own], grad_bias[own])
         del sums  # before the next chunk's are made
     if not whole:
         _scale_and_pull(head, total, grad_features)
-
-
-def _launch(
-    ready: dict[object, Any],
-    kernel: Any,
-    grid: tuple[int, int, int],
-    arguments: tuple[object, ...],
-    constants: dict[str, object],
-    tile: Tile,
-    *varying: int,
-) -> None:
-    """Launch a kernel that this call launches many times, for the host not to be the slower of the two.
-
-    Triton looks at every argument to find the compiled kernel, three quarters of a launch's time on the host. What it
-    would find differs with the constants and with the numbers ``varying`` alone, so later launches take it as it is.
-    In the interpreter there is none.
-    """
-    constants |= tile.sizes()
-    key = (kernel, *constants.values(), *varying)
-    found = ready.get(key)
-    if found is None:
-        ready[key] = kernel[grid](*arguments, **constants, **tile.options())
-    else:
-        found[grid](*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
 
 
 class ClassSums(NamedTuple):
@@ -758,9 +792,7 @@ def _class_tile(dtype: torch.dtype) -> Tile:
     return tuning.FLOAT_WEIGHT_TILE if dtype == torch.float32 else tuning.HALF_WEIGHT_TILE
 
 
-def _logit_gradient(
-    head: Head, part: Part, out: Tensor, sums: ClassSums, first: int, ready: dict[object, Any]
-) -> None:
+def _logit_gradient(head: Head, part: Part, out: Tensor, sums: ClassSums, first: int) -> None:
     weight, tile, (rows, dim) = head.weight, sums.logit_tile, part.features.shape
     features, w, put = _operands(
         sums.described, (part.features, (tile.m, tile.k)), (weight, (tile.n, tile.k)), (out, (tile.m, tile.n // 2))
@@ -776,12 +808,13 @@ def _logit_gradient(
         "DESCRIPTORS": sums.described,
         "EVEN": dim % tile.k == 0,
         "PRECISION": precision(part.features.dtype),
+        **tile.sizes(),
     }
-    _launch(ready, logit_gradient_kernel, grid, arguments, constants, tile, rows, sums.chunk)
+    _launch(head.ready, logit_gradient_kernel, grid, arguments, constants, tile.options(), rows, sums.chunk)
 
 
 def _feature_gradient(
-    head: Head, part: Part, logit_grad: Tensor, first: int, described: bool, ready: dict[object, Any], *, whole: bool
+    head: Head, part: Part, logit_grad: Tensor, first: int, described: bool, *, whole: bool
 ) -> None:
     weight, given, chunk, (rows, dim) = head.weight, head.given, logit_grad.shape[1], part.features.shape
     tile = FEATURE_TILE if described else tuning.by_shape(tuning.candidates(weight.dtype), rows, dim)
@@ -798,12 +831,13 @@ def _feature_gradient(
         "DESCRIPTORS": described,
         "EVEN": dim % tile.n == 0,
         "PRECISION": precision(part.features.dtype),
+        **tile.sizes(),
     }
     grid = (tile.programs(rows, dim), 1, 1)
-    _launch(ready, feature_gradient_kernel, grid, arguments, constants, tile, rows, chunk)
+    _launch(head.ready, feature_gradient_kernel, grid, arguments, constants, tile.options(), rows, chunk)
 
 
-def _class_gradient(part: Part, logit_grad: Tensor, sums: ClassSums, ready: dict[object, Any]) -> None:
+def _class_gradient(head: Head, part: Part, logit_grad: Tensor, sums: ClassSums) -> None:
     tile, (rows, dim), (splits, chunk, _) = sums.tile, part.features.shape, sums.weight.shape
     grad, features = _operands(sums.described, (logit_grad, (tile.k, tile.m)), (part.features, (tile.k, tile.n)))
     arguments = grad, features, sums.weight, rows, dim, chunk, part.features.stride(0), sums.rows_per_split
@@ -812,26 +846,31 @@ def _class_gradient(part: Part, logit_grad: Tensor, sums: ClassSums, ready: dict
         "DESCRIPTORS": sums.described,
         "EVEN": sums.described or (rows % tile.k == 0 and chunk % tile.m == 0 and dim % tile.n == 0),
         "PRECISION": precision(part.features.dtype),
+        **tile.sizes(),
     }
     grid = (tile.programs(chunk, dim), splits, 1)
-    _launch(ready, class_gradient_kernel, grid, arguments, constants, tile, rows, chunk, sums.rows_per_split)
+    varying = rows, chunk, sums.rows_per_split
+    _launch(head.ready, class_gradient_kernel, grid, arguments, constants, tile.options(), *varying)
 
 
 def _put_class_gradients(head: Head, sums: ClassSums, grad_weight: Tensor, grad_bias: Tensor) -> None:
-    (splits, chunk, dim), width = sums.weight.shape, grad_weight.shape[0]
-    class_sums_kernel[(cdiv(width * dim, 1024) + cdiv(width, 32),)](
-        sums.weight, sums.bias, head.factors[1:], grad_weight, grad_bias, splits, sums.bias.shape[0], chunk, width, dim,
-        BLOCK=1024, BLOCK_M=128, BLOCK_N=32,
+    (splits, chunk, dim), width, blocks = sums.weight.shape, grad_weight.shape[0], sums.bias.shape[0]
+    arguments = (
+        sums.weight, sums.bias, head.factors[1:], grad_weight, grad_bias, splits, blocks, chunk, width, dim,
     )  # fmt: skip
+    constants = {"BLOCK": 1024, "BLOCK_M": 128, "BLOCK_N": 32}
+    grid = (cdiv(width * dim, 1024) + cdiv(width, 32), 1, 1)
+    _launch(head.ready, class_sums_kernel, grid, arguments, constants, {}, splits, blocks, chunk, width)
 
 
 def _scale_and_pull(head: Head, total: Tensor, out: Tensor) -> None:
     features, given, (rows, dim) = head.features, head.given, head.features.shape
-    scale_and_pull_kernel[cdiv(rows, 8), cdiv(dim, 256)](
+    arguments = (
         total, features, head.labels, given, head.factors, out,
         rows, dim, head.weight.shape[0], features.stride(0), given.stride(0), head.settings[2],
-        CENTRES=head.centres is not None, BLOCK_M=8, BLOCK_N=256,
     )  # fmt: skip
+    constants = {"CENTRES": head.centres is not None, "BLOCK_M": 8, "BLOCK_N": 256}
+    _launch(head.ready, scale_and_pull_kernel, (cdiv(rows, 8), cdiv(dim, 256), 1), arguments, constants, {})
 
 
 def _centre_gradient(features: Tensor, labels: Tensor, centres: Tensor, factors: Tensor, ignore_index: int) -> Tensor:

@@ -158,7 +158,6 @@ def test_a_later_launch_is_of_the_same_code(lane: Any) -> None:
     if lane.backend != "triton":
         pytest.skip(f"{lane}: it launches nothing")
     kernels: Any = pytest.importorskip("seda_fast.kernels.projection")
-    tile = kernels.Tile(16, 32, 64, 4, 3)
     called: list[Any] = []
 
     class Compiled(dict[Any, Any]):
@@ -166,7 +165,7 @@ def test_a_later_launch_is_of_the_same_code(lane: Any) -> None:
             return lambda *arguments: called.append((grid, arguments))
 
     class Kernel(dict[Any, Any]):
-        arg_names = ("first", "ADD", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+        arg_names = ("first", "ADD", "BLOCK")
 
         def __missing__(self, grid: Any) -> Callable[..., Compiled]:
             return lambda *arguments, **options: called.append((grid, arguments, options)) or Compiled()
@@ -176,10 +175,26 @@ def test_a_later_launch_is_of_the_same_code(lane: Any) -> None:
 
     kernel, ready = Kernel(), {}
     for first, width in ((0, 5), (1, 5), (2, 6)):
-        kernels._launch(ready, kernel, (1, 2, 3), (first,), {"ADD": True}, tile, width)
-    options = {"ADD": True, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    compiled = ((1, 2, 3), (1, True, 16, 32, 64))
-    assert called == [((1, 2, 3), (0,), options), compiled, ((1, 2, 3), (2,), options)]
+        kernels._launch(ready, kernel, (1, 2, 3), (first,), {"BLOCK": 16, "ADD": True}, {"num_warps": 4}, width)
+    options = {"ADD": True, "BLOCK": 16, "num_warps": 4}
+    assert called == [((1, 2, 3), (0,), options), ((1, 2, 3), (1, True, 16)), ((1, 2, 3), (2,), options)]
+
+
+def test_calls_of_one_kind_share_their_kernels_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels: Any = pytest.importorskip("seda_fast.kernels.projection")
+    monkeypatch.setattr(kernels, "_ready", {})
+    monkeypatch.setattr(kernels, "KINDS", 6)
+    device, base = torch.device("cpu"), torch.zeros(65)
+    first = kernels.ready_for(device, (base[:64], None), 1)
+    assert kernels.ready_for(device, (base[:64], None), 1) is first
+    others = [((base[:63], None), 1), ((base[1:], None), 1), ((base[:64].double(), None), 1)]
+    others += [((base[:64], base), 1), ((base[:64], None), 2)]
+    for tensors, number in others:
+        assert kernels.ready_for(device, tensors, number) is not first
+    assert len(kernels._ready) == 6
+    # One kind too many: all are forgotten.
+    assert kernels.ready_for(device, (base[::2], None), 1) is not first
+    assert len(kernels._ready) == 1
 
 
 def test_thirty_thousand_classes(lane: Any, no_worse_than_eager: Callable[..., None]) -> None:
