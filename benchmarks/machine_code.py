@@ -9,6 +9,7 @@ registers, spilled bytes, shared memory. TRITON_INTERPRET must not be set.
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import re
@@ -262,7 +263,8 @@ def projection_launches(dtype: torch.dtype) -> list[Launch]:
             loss, loss, features, labels, centres, weight, bias, empty(ROWS), 1.0, 0.1, -100, True
         )
 
-    return list({describe(launch): launch for n in (CLASSES, LARGE) for launch in record(lambda n=n: both(n))}.values())
+    launches = [launch for classes in (CLASSES, LARGE) for launch in record(functools.partial(both, classes))]
+    return list({describe(launch): launch for launch in launches}.values())
 
 
 def describe(launch: Launch) -> str:
