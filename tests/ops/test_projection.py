@@ -110,27 +110,34 @@ def test_large_tiles_compute_the_same(
 
 
 @pytest.mark.parametrize(
-    "case", [Case(70, 24, 150, temperature=0.7, smoothing=0.1, ignored=0.2), Case(50, 16, 333)], ids=str
+    "case", [Case(70, 24, 150, temperature=0.7, smoothing=0.1, ignored=0.2), Case(300, 40, 700)], ids=str
 )
 def test_tiles_read_through_descriptors_compute_the_same(
     lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
-    """As on GPUs of compute capability 9, but with small tiles."""
-    if lane.backend != "triton" or lane.device == "cuda":
-        pytest.skip(f"{lane}: it has no descriptors, or takes them where it does")
-    tuning: Any = pytest.importorskip("seda_fast.kernels.tuning")
-    kernels, small = "seda_fast.kernels.projection", tuning.Tile(32, 32, 16, 4, 3)
-    monkeypatch.setattr(f"{kernels}.descriptors_on", lambda device: True)
-    for name in ("NORMALISER_TILE", "LOGIT_TILE", "FEATURE_TILE", "CLASS_TILE"):
-        monkeypatch.setattr(f"{kernels}.{name}", small)
+    """As on GPUs of compute capability 9; small ones in the interpreter."""
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it has no descriptors")
+    kernels: Any = pytest.importorskip("seda_fast.kernels.projection")
+    if lane.device == "cpu":
+        monkeypatch.setattr(kernels, "descriptors_on", lambda device: True)
+        for name in ("NORMALISER_TILE", "LOGIT_TILE", "FEATURE_TILE", "CLASS_TILE"):
+            monkeypatch.setattr(kernels, name, kernels.Tile(32, 32, 16, 4, 3))
+    elif not kernels.descriptors_on(torch.device("cuda")):
+        pytest.skip(f"{lane}: this GPU reads tiles by pointers")
     monkeypatch.setattr("seda_fast.kernels.tuning.ENOUGH_PROGRAMS", 1)
     # Several programs, each with several tiles.
-    monkeypatch.setattr(f"{kernels}.MULTIPROCESSORS", 8)
+    monkeypatch.setattr(kernels, "MULTIPROCESSORS", 8)
     if case.classes > 200:
-        for name, number in (("CHUNK", 128), ("LOGITS", 2**12), ("ROW_STEP", 32)):
-            monkeypatch.setattr(f"{kernels}.{name}", number)
+        # Three parts of the rows and three chunks of the classes.
+        for name, number in (("CHUNK", 256), ("LOGITS", 2**15), ("ROW_STEP", 32)):
+            monkeypatch.setattr(kernels, name, number)
+    described, make = list[bool](), kernels._operands
+    monkeypatch.setattr(kernels, "_operands", lambda by, *parts: described.append(by) or make(by, *parts))
     for dtype in lane.dtypes()[1:]:
         compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
+    assert described
+    assert all(described)
 
 
 def test_one_program_goes_through_many_classes(
@@ -138,7 +145,7 @@ def test_one_program_goes_through_many_classes(
 ) -> None:
     # Triton shares the classes out when there are few rows, and then its running sum meets one tile only.
     if lane.backend == "triton":
-        monkeypatch.setattr("seda_fast.kernels.tuning.ENOUGH_PROGRAMS", 1)
+        monkeypatch.setattr("seda_fast.kernels.projection.MULTIPROCESSORS", 1)
     case = Case(7, 12, 500, temperature=0.2, smoothing=0.1, ignored=0.2)
     compare(operands(case, torch.float32, lane.device), settings(case), no_worse_than_eager)
 
