@@ -36,8 +36,9 @@ FEWEST = 2**20
 CHUNK = 2240
 # A chunk's width in memory is a multiple of this, so that the products that read it mask no step over it.
 WIDTH_STEP = 64
-# Rows of a program that makes losses, and sums of such programs that are added up at a time.
-LOSS_ROWS, LOSS_SUMS = 8, 1024
+# Rows of a program that makes losses, and sums of such programs that are added up at a time; and row blocks' sums of a
+# bias's gradient.
+LOSS_ROWS, LOSS_SUMS, BIAS_SUMS = 8, 1024, 128
 # Programs that run at a time, for a large GPU. A constant, so that results do not depend on the device.
 MULTIPROCESSORS = 132
 # Tiles of the products by descriptors, the fastest of those measured on an H100. Most programs of 4 warps have half the
@@ -858,7 +859,7 @@ def _put_class_gradients(head: Head, sums: ClassSums, grad_weight: Tensor, grad_
     arguments = (
         sums.weight, sums.bias, head.factors[1:], grad_weight, grad_bias, splits, blocks, chunk, width, dim,
     )  # fmt: skip
-    constants = {"BLOCK": 1024, "BLOCK_M": 128, "BLOCK_N": 32}
+    constants = {"BLOCK": 1024, "BLOCK_M": BIAS_SUMS, "BLOCK_N": 32}
     grid = (cdiv(width * dim, 1024) + cdiv(width, 32), 1, 1)
     _launch(head.ready, class_sums_kernel, grid, arguments, constants, {}, splits, blocks, chunk, width)
 

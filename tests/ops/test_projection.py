@@ -222,6 +222,7 @@ def test_rows_come_in_chunks_too(
 ) -> None:
     if lane.backend == "triton":
         monkeypatch.setattr("seda_fast.kernels.projection.CHUNK", 512)
+        monkeypatch.setattr("seda_fast.kernels.projection.BIAS_SUMS", 2)
         monkeypatch.setattr("seda_fast.kernels.projection.LOGITS", 16)
         monkeypatch.setattr("seda_fast.kernels.projection.ROW_STEP", 16)
     case = Case(41, 12, classes, temperature=0.7, smoothing=0.1, ignored=0.3)
