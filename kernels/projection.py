@@ -41,9 +41,10 @@ WIDTH_STEP = 64
 LOSS_ROWS, LOSS_SUMS, BIAS_SUMS = 8, 1024, 128
 # Programs that run at a time, for a large GPU. A constant, so that results do not depend on the device.
 MULTIPROCESSORS = 132
-# Tiles of the products by descriptors, the fastest of those measured on an H100. Most programs of 4 warps have half the
-# registers and shared memory, so that one's product goes beside what follows another's; the normaliser's, which goes on
-# with its next tile's copies meanwhile, is faster alone with a large one (686 TFLOP/s of 21 841 classes, against 567).
+# Tiles of the products by descriptors, from measurements on an H100. Most programs of 4 warps have half the registers
+# and shared memory, so that one's product goes beside what follows another's; the normaliser's, which goes on with its
+# next tile's copies meanwhile, is faster alone with a large one (631 TFLOP/s of 21 841 classes, against 568). The
+# logits' gradient was measured in an earlier form, which had the whole tile follow the product at once.
 NORMALISER_TILE, LOGIT_TILE = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 3)
 FEATURE_TILE, CLASS_TILE = Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4)
 
