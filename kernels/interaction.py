@@ -15,15 +15,14 @@ us, where cuBLAS and the pass take 34 and 69; the gate 78 us against 35 and 42; 
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import philox, tuning
-from .tuning import Tile, cdiv, launching_on
+from . import philox
+from .tuning import cdiv, launching_on
 
 NORM_EPS = tl.constexpr(1e-5)
 # Columns for which one mean and one centred sum of squares stand in the row statistics.
@@ -39,8 +38,8 @@ RESIDUAL_TILE = {"BLOCK_M": 16, "BLOCK_N": GROUP}
 GATE_BACKWARD_TILE, GATE_ROWS = {"BLOCK_M": 8, "BLOCK_N": 128}, 32
 # Tile of a program that adds up columns: few columns, as there are few of them for all multiprocessors.
 COLUMN_TILE = {"BLOCK_M": 128, "BLOCK_N": 8, "num_warps": 8}
-# Rows of a program that looks for the bounds of timesteps, and entries of one that adds up splits.
-SEGMENT_ROWS, SUMS = 256, 1024
+# Rows of a program that looks for the bounds of timesteps.
+SEGMENT_ROWS = 256
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,69 +357,6 @@ def bias_gradients_kernel(
         _sum_columns(width_sums_ptr, b_o_ptr, program - blocks, width_parts, width, BLOCK_M, BLOCK_N)
 
 
-# fmt: off
-@triton.jit
-def weight_gradient_kernel(
-    grad_ptr, input_ptr, weight_ptr, bias_ptr, rows, outputs, inputs, input_stride, rows_per_split,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    # fmt: on
-    """Over one split of the rows ``grad.T @ input`` (outputs, inputs) and grad's columns, float32; ``ADD``: to what is
-    there."""
-    out = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    into = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    bias = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    end = tl.minimum(rows, (split + 1) * rows_per_split)
-    for start in range(split * rows_per_split, end, BLOCK_K):
-        row = start + tl.arange(0, BLOCK_K).to(tl.int64)
-        inside = (row < end)[:, None] & (out < outputs)[None, :]
-        grad = tl.load(grad_ptr + row[:, None] * outputs + out[None, :], mask=inside, other=0.0)
-        inside = (row < end)[:, None] & (into < inputs)[None, :]
-        x = tl.load(input_ptr + row[:, None] * input_stride + into[None, :], mask=inside, other=0.0)
-        bias += tl.sum(grad.to(tl.float32), axis=0)
-        acc = tl.dot(tl.trans(grad), x.to(grad.dtype), acc, input_precision=PRECISION)
-    inside = (out < outputs)[:, None] & (into < inputs)[None, :]
-    place = weight_ptr + (split.to(tl.int64) * outputs + out[:, None]) * inputs + into[None, :]
-    bias_place = bias_ptr + split * outputs + out
-    if ADD:
-        acc += tl.load(place, mask=inside, other=0.0)
-    tl.store(place, acc, mask=inside)
-    if tl.program_id(1) == 0:
-        if ADD:
-            bias += tl.load(bias_place, mask=out < outputs, other=0.0)
-        tl.store(bias_place, bias, mask=out < outputs)
-
-
-@triton.jit
-def _put_sums(sums_ptr, out_ptr, first, splits, entries, count, factor, BLOCK: tl.constexpr):
-    """``factor`` times the sum over the splits, one after the other, of entries ``first ..``, those below ``count``."""
-    place = tl.cast(first, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(splits):
-        total += tl.load(sums_ptr + tl.cast(split, tl.int64) * entries + place, mask=place < count, other=0.0)
-    tl.store(out_ptr + place, (total * factor).to(out_ptr.dtype.element_ty), mask=place < count)
-
-
-# fmt: off
-@triton.jit
-def split_sums_kernel(
-    weight_sums_ptr, bias_sums_ptr, factor_ptr, weight_ptr, bias_ptr, splits, outputs, inputs, kept,
-    SCALED: tl.constexpr, BLOCK: tl.constexpr,
-):
-    # fmt: on
-    """A weight's and its bias's gradient from `weight_gradient_kernel`: the first ``kept`` of the outputs, cast."""
-    factor = tl.load(factor_ptr) if SCALED else 1.0
-    inputs = tl.cast(inputs, tl.int64)
-    blocks = tl.cdiv(kept * inputs, BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    if program < blocks:
-        _put_sums(weight_sums_ptr, weight_ptr, program, splits, outputs * inputs, kept * inputs, factor, BLOCK)
-    else:
-        _put_sums(bias_sums_ptr, bias_ptr, program - blocks, splits, outputs, kept, factor, BLOCK)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
 
@@ -611,39 +547,3 @@ def _norm_backward(
         **_whole_rows(width, NORM_TILE),
     )  # fmt: skip
     return tables, sums
-
-
-class Splits(NamedTuple):
-    """Float32 sums over splits of the rows: ``weight`` (splits, outputs, inputs) and ``bias`` (splits, outputs)."""
-
-    weight: Tensor
-    bias: Tensor
-    tile: Tile
-    rows_per_split: int
-
-
-def splits_for(dtype: torch.dtype, shape: tuple[int, int], rows: int, device: torch.device, programs: int) -> Splits:
-    """Room for the gradient of a weight of ``shape``, a sum over ``rows`` by about ``programs`` programs."""
-    tile, splits, per_split = tuning.split_rows(dtype, shape, rows, programs)
-    weight = torch.empty((splits, *shape), dtype=torch.float32, device=device)
-    return Splits(weight, torch.empty((splits, shape[0]), dtype=torch.float32, device=device), tile, per_split)
-
-
-def add_weight_gradient(grad: Tensor, x: Tensor, total: Splits, *, first: bool) -> None:
-    """Put or add ``grad.T @ x`` and grad's columns into ``total``; ``grad`` (rows, outputs) is contiguous."""
-    splits, outputs, inputs = total.weight.shape
-    tile = total.tile
-    weight_gradient_kernel[cdiv(outputs, tile.m), cdiv(inputs, tile.n), splits](
-        grad, x, total.weight, total.bias, x.shape[0], outputs, inputs, x.stride(0), total.rows_per_split,
-        ADD=not first, PRECISION=precision(x.dtype), **tile.sizes(), **tile.options(),
-    )  # fmt: skip
-
-
-def put_weight_gradient(total: Splits, factor: Tensor | None, weight: Tensor, bias: Tensor) -> None:
-    """``factor`` () times the sums into ``weight`` (kept, inputs) and ``bias`` (kept,), the first of the outputs."""
-    (splits, outputs, inputs), kept = total.weight.shape, weight.shape[0]
-    grid = (cdiv(kept * inputs, SUMS) + cdiv(kept, SUMS),)
-    split_sums_kernel[grid](
-        total.weight, total.bias, total.bias if factor is None else factor, weight, bias, splits, outputs, inputs, kept,
-        SCALED=factor is not None, BLOCK=SUMS,
-    )  # fmt: skip

@@ -131,21 +131,21 @@ def features_of_quads(quad0, quad1, quad2, quad3):
 
 
 @triton.jit
-def row_normals(seed_ptr, step_ptr, sample_ids, first_feature, stream, deviation, WIDTH: tl.constexpr, HALF: tl.constexpr):
+def row_normals(seed_ptr, step_ptr, ids, first_feature, stream, deviation, WIDTH: tl.constexpr, HALF: tl.constexpr):
     """Normals of the WIDTH features from ``first_feature`` (a multiple of 8) of each row, (rows, WIDTH).
 
-    ``sample_ids`` and ``deviation`` (rows, 1). A thread makes as many neighbours as it stores at once, so that they need
+    ``ids`` and ``deviation`` (rows, 1). A thread makes as many neighbours as it stores at once, so that they need
     not go through shared memory: four of float32, eight in half precision (HALF).
     """
     if HALF:
         quads = first_feature // 4 + 2 * tl.arange(0, WIDTH // 8)[None, :]
-        a0, a1, a2, a3 = normals(seed_ptr, step_ptr, sample_ids, quads, stream, deviation)
-        b0, b1, b2, b3 = normals(seed_ptr, step_ptr, sample_ids, quads + 1, stream, deviation)
+        a0, a1, a2, a3 = normals(seed_ptr, step_ptr, ids, quads, stream, deviation)
+        b0, b1, b2, b3 = normals(seed_ptr, step_ptr, ids, quads + 1, stream, deviation)
         even, odd = features_of_quads(a0, a2, b0, b2), features_of_quads(a1, a3, b1, b3)
         return tl.interleave(even, odd)
     else:
         quads = first_feature // 4 + tl.arange(0, WIDTH // 4)[None, :]
-        eps0, eps1, eps2, eps3 = normals(seed_ptr, step_ptr, sample_ids, quads, stream, deviation)
+        eps0, eps1, eps2, eps3 = normals(seed_ptr, step_ptr, ids, quads, stream, deviation)
         return features_of_quads(eps0, eps1, eps2, eps3)
 
 

@@ -41,10 +41,9 @@ WIDTH_STEP = 64
 LOSS_ROWS, LOSS_SUMS, BIAS_SUMS = 8, 1024, 128
 # Programs that run at a time, for a large GPU. A constant, so that results do not depend on the device.
 MULTIPROCESSORS = 132
-# Tiles of the products by descriptors, from measurements on an H100. Most programs of 4 warps have half the registers
-# and shared memory, so that one's product goes beside what follows another's; the normaliser's, which goes on with its
-# next tile's copies meanwhile, is faster alone with a large one (631 TFLOP/s of 21 841 classes, against 568). The
-# logits' gradient was measured in an earlier form, which had the whole tile follow the product at once.
+# Tiles of the products by descriptors, the fastest of those measured on an H100. Most programs of 4 warps have half the
+# registers and shared memory, so that one's product goes beside what follows another's; the normaliser's, which goes on
+# with its next tile's copies meanwhile, is faster alone with a large one (686 TFLOP/s of 21 841 classes, against 567).
 NORMALISER_TILE, LOGIT_TILE = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 3)
 FEATURE_TILE, CLASS_TILE = Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4)
 
@@ -561,31 +560,14 @@ def semantic_projection(
         return centre_loss.zero_(), entropy.zero_(), normaliser, *none
     features, weight, labels, bias = by_rows(features), by_rows(weight), labels.contiguous(), bias.contiguous()
     given = features if centres is None else by_rows(centres)
-    tile, described = tiles_for(NORMALISER_TILE, features, weight, rows, classes, columns=64)
-    # Few row blocks leave multiprocessors idle, so the classes are shared out too.
-    blocks, class_tiles = cdiv(rows, tile.m), cdiv(classes, tile.n)
-    tiles_per_split = cdiv(class_tiles, min(class_tiles, max(1, _programs(tile) // blocks)))
-    splits = cdiv(class_tiles, tiles_per_split)
-    partial = torch.empty((splits, 3, rows), dtype=torch.float32, device=features.device)
     row_blocks = cdiv(rows, LOSS_ROWS)
     sums = torch.empty((3, row_blocks), dtype=torch.float32, device=features.device)
     smoothed, inverse = label_smoothing != 0, 1 / temperature
     strides = features.stride(0), given.stride(0), weight.stride(0)
     with launching_on(features):
         ready = ready_for(features.device, (features, labels, centres, weight, bias), ignore_index)
-        share = tiles_per_split * tile.n
-        _launch(
-            ready, normaliser_kernel, (blocks, splits, 1),
-            (
-                *_operands(described, (features, (tile.m, tile.k)), (weight, (tile.n, tile.k))), bias, partial,
-                rows, dim, classes, strides[0], strides[2], inverse, share,
-            ),
-            {
-                "SMOOTHED": smoothed, "DESCRIPTORS": described, "EVEN": dim % tile.k == 0,
-                "PRECISION": precision(features.dtype), **tile.sizes(),
-            },
-            tile.options(), share,
-        )  # fmt: skip
+        partial = _normalisers(ready, features, weight, bias, inverse, smoothed)
+        splits = partial.shape[0]
         _launch(
             ready, row_loss_kernel, (row_blocks, 1, 1),
             (
@@ -601,6 +583,40 @@ def semantic_projection(
         arguments = (sums, centre_loss, entropy, row_blocks, dim)
         _launch(ready, mean_kernel, (1, 1, 1), arguments, {"BLOCK": LOSS_SUMS}, {}, row_blocks)
     return centre_loss, entropy, normaliser, *none
+
+
+def _normalisers(
+    ready: Ready, features: Tensor, weight: Tensor, bias: Tensor, inverse: float, smoothed: bool
+) -> Tensor:
+    """What `normaliser_kernel` finds in every share of the classes: float32 (shares, 3, B)."""
+    (rows, dim), classes = features.shape, weight.shape[0]
+    tiles = tiles_for(NORMALISER_TILE, features, weight)
+
+    def launch(tile: Tile) -> Tensor:
+        described = tile is NORMALISER_TILE
+        # Few row blocks leave multiprocessors idle, so the classes are shared out too.
+        blocks, class_tiles = cdiv(rows, tile.m), cdiv(classes, tile.n)
+        tiles_per_split = cdiv(class_tiles, min(class_tiles, max(1, _programs(tile) // blocks)))
+        splits, share = cdiv(class_tiles, tiles_per_split), tiles_per_split * tile.n
+        partial = torch.empty((splits, 3, rows), dtype=torch.float32, device=features.device)
+        arguments = (
+            *_operands(described, (features, (tile.m, tile.k)), (weight, (tile.n, tile.k))), bias, partial,
+            rows, dim, classes, features.stride(0), weight.stride(0), inverse, share,
+        )  # fmt: skip
+        constants = {
+            "SMOOTHED": smoothed,
+            "DESCRIPTORS": described,
+            "EVEN": dim % tile.k == 0,
+            "PRECISION": precision(features.dtype),
+            **tile.sizes(),
+        }
+        _launch(ready, normaliser_kernel, (blocks, splits, 1), arguments, constants, tile.options(), share)
+        return partial
+
+    variant = f"PRECISION={precision(features.dtype)} SMOOTHED={smoothed}"
+    tile = tuning.choose("normaliser_kernel", features, (rows, classes, dim), tiles, launch, variant)
+    # As it stands among the tiles: one that was read from the disk is another object.
+    return launch(tiles[tiles.index(tile)])
 
 
 def semantic_projection_backward(
@@ -728,7 +744,8 @@ def class_sums(features: Tensor, weight: Tensor, width: int, part_rows: int) -> 
     """Room for the gradients of ``width`` classes' weights and biases over parts of ``part_rows`` rows."""
     (rows, dim), device = features.shape, features.device
     chunk = _aligned(width)
-    logit_tile, described = tiles_for(LOGIT_TILE, features, weight, part_rows, width, columns=64)
+    logit_tile = tuning.by_shape(tiles_for(LOGIT_TILE, features, weight), part_rows, width)
+    described = logit_tile is LOGIT_TILE
     tile = CLASS_TILE if described else _class_tile(features.dtype)
     splits = max(1, min(_programs(tile) // tile.programs(chunk, dim), part_rows // (4 * tile.k)))
     per_split = cdiv(cdiv(part_rows, splits), tile.k) * tile.k
@@ -754,13 +771,11 @@ def _aligned(width: int) -> int:
     return cdiv(width, WIDTH_STEP) * WIDTH_STEP
 
 
-def tiles_for(
-    large: Tile, features: Tensor, weight: Tensor, rows: int, classes: int, columns: int
-) -> tuple[Tile, bool]:
-    """The tile of a product of (rows, classes) logits, and whether it is the large one, read through descriptors."""
-    if large.programs(rows, classes) >= tuning.ENOUGH_PROGRAMS and has_descriptors(features, weight):
-        return large, True
-    return tuning.by_shape(tuning.candidates(features.dtype, columns=columns), rows, classes), False
+def tiles_for(large: Tile, features: Tensor, weight: Tensor) -> tuple[Tile, ...]:
+    """The tiles for a product of (rows, classes) logits: first the large one, where it can be read by descriptors."""
+    # With 128 classes a tile it spills on sm_100.
+    tiles = tuning.candidates(features.dtype, columns=64)
+    return (large, *tiles) if has_descriptors(features, weight) else tiles
 
 
 def has_descriptors(features: Tensor, weight: Tensor) -> bool:
@@ -819,24 +834,34 @@ def _feature_gradient(
     head: Head, part: Part, logit_grad: Tensor, first: int, described: bool, *, whole: bool
 ) -> None:
     weight, given, chunk, (rows, dim) = head.weight, head.given, logit_grad.shape[1], part.features.shape
-    tile = FEATURE_TILE if described else tuning.by_shape(tuning.candidates(weight.dtype), rows, dim)
-    grad, w = _operands(described, (logit_grad, (tile.m, tile.k)), (weight, (tile.k, tile.n)))
-    arguments = (
-        grad, w, part.features, part.labels, given, head.factors, part.total, part.out,
-        rows, dim, weight.shape[0], first, chunk, part.features.stride(0), weight.stride(0), given.stride(0),
-        head.settings[2],
-    )  # fmt: skip
-    constants = {
-        "WHOLE": whole,
-        "FIRST": first == 0,
-        "CENTRES": head.centres is not None,
-        "DESCRIPTORS": described,
-        "EVEN": dim % tile.n == 0,
-        "PRECISION": precision(part.features.dtype),
-        **tile.sizes(),
-    }
-    grid = (tile.programs(rows, dim), 1, 1)
-    _launch(head.ready, feature_gradient_kernel, grid, arguments, constants, tile.options(), rows, chunk)
+
+    def launch(tile: Tile) -> None:
+        grad, w = _operands(described, (logit_grad, (tile.m, tile.k)), (weight, (tile.k, tile.n)))
+        arguments = (
+            grad, w, part.features, part.labels, given, head.factors, part.total, part.out,
+            rows, dim, weight.shape[0], first, chunk, part.features.stride(0), weight.stride(0), given.stride(0),
+            head.settings[2],
+        )  # fmt: skip
+        constants = {
+            "WHOLE": whole,
+            "FIRST": first == 0,
+            "CENTRES": head.centres is not None,
+            "DESCRIPTORS": described,
+            "EVEN": dim % tile.n == 0,
+            "PRECISION": precision(part.features.dtype),
+            **tile.sizes(),
+        }
+        grid = (tile.programs(rows, dim), 1, 1)
+        _launch(head.ready, feature_gradient_kernel, grid, arguments, constants, tile.options(), rows, chunk)
+
+    tiles = tuning.candidates(weight.dtype)
+    if described:
+        launch(FEATURE_TILE)
+    elif not whole:  # it adds to what is there, so that it cannot be timed
+        launch(tuning.by_shape(tiles, rows, dim))
+    else:
+        variant = f"PRECISION={precision(part.features.dtype)} CENTRES={head.centres is not None}"
+        launch(tuning.choose("feature_gradient_kernel", weight, (rows, dim, chunk), tiles, launch, variant))
 
 
 def _class_gradient(head: Head, part: Part, logit_grad: Tensor, sums: ClassSums) -> None:

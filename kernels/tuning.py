@@ -1,7 +1,8 @@
 """Launches: on the tensor's device, with tiles chosen by shape rules, or measured once and remembered on disk.
 
-Measured, with SEDA_FAST_AUTOTUNE=1, are four products of the interaction alone: both of its forward, and backward those
-with w_o and w_h. Weight gradients and the projection's products go by the shape rules always.
+Measured, with SEDA_FAST_AUTOTUNE=1, are two products of the projection: that of its forward, which has no logits in
+memory, and that of the features' gradient of a head whose classes are one chunk. The others, whose tiles decide how
+much memory their sums take, go by the shape rules always; the interaction's products are cuBLAS's.
 """
 
 import contextlib
@@ -49,13 +50,8 @@ class Tile(NamedTuple):
 # Largest first; each fits the 99 KiB of shared memory that every GPU from compute capability 8.0 on gives a program,
 # and none spills registers (`benchmarks/machine_code.py`).
 HALF_TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(32, 64, 64, 4, 4))
-# Where much follows the product: with 64 rows two programs fit a multiprocessor of sm_90 (at most 105 registers under
-# Triton 3.7), so that the one's loads and stores go beside the other's product; with 128 it would be one.
-EPILOGUE_TILES = HALF_TILES[1:]
 # Products in full float32 precision run without tensor cores, and their registers are the limit.
 FLOAT_TILES = (Tile(64, 64, 16, 8, 3), Tile(32, 64, 16, 4, 3))
-# With 4 warps the small one spills in TF32 on sm_80, where the gate's backward follows the product.
-FLOAT_EPILOGUE_TILES = (FLOAT_TILES[0], FLOAT_TILES[1]._replace(warps=8))
 # For weight gradients, whose rows are split instead.
 HALF_WEIGHT_TILE, FLOAT_WEIGHT_TILE = Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)
 # Enough programs to give every multiprocessor of the larger GPUs one. A constant, so that results do not depend on
@@ -68,12 +64,9 @@ def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def candidates(dtype: torch.dtype, *, epilogue: bool = False, columns: int | None = None) -> tuple[Tile, ...]:
-    """Tiles for products in ``dtype``; ``epilogue``: before a large one; ``columns`` fixes BLOCK_N."""
-    if dtype == torch.float32:
-        tiles = FLOAT_EPILOGUE_TILES if epilogue else FLOAT_TILES
-    else:
-        tiles = EPILOGUE_TILES if epilogue else HALF_TILES
+def candidates(dtype: torch.dtype, *, columns: int | None = None) -> tuple[Tile, ...]:
+    """Tiles for products in ``dtype``; ``columns`` fixes BLOCK_N."""
+    tiles = FLOAT_TILES if dtype == torch.float32 else HALF_TILES
     if columns is None:
         return tiles
     # Wider than its own BLOCK_N a tile needs twice the threads for its registers.
@@ -87,18 +80,6 @@ def by_shape(tiles: tuple[Tile, ...], rows: int, columns: int) -> Tile:
         if tile.programs(rows, columns) >= ENOUGH_PROGRAMS:
             return tile
     return tiles[-1]
-
-
-def split_rows(dtype: torch.dtype, shape: tuple[int, int], rows: int, programs: int) -> tuple[Tile, int, int]:
-    """For a weight's gradient of ``shape``, a sum over ``rows``: the tile, the number of splits, the rows of a split.
-
-    Few tiles cover a weight, so the rows are split too, into as many parts as make ``programs`` programs; each split
-    has at least four steps of the inner loop.
-    """
-    tile = FLOAT_WEIGHT_TILE if dtype == torch.float32 else HALF_WEIGHT_TILE
-    splits = max(1, min(round(programs / tile.programs(*shape)), rows // (4 * tile.k)))
-    per_split = cdiv(cdiv(rows, splits), tile.k) * tile.k
-    return tile, cdiv(rows, per_split), per_split
 
 
 def choose(

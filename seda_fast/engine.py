@@ -615,6 +615,24 @@ def _unchanged(tensors: list[Tensor]) -> Iterator[None]:
                 tensor.copy_(value)
 
 
+@contextmanager
+def _workspaces_of_its_own(device: torch.device) -> Iterator[None]:
+    """In this block the workspaces of cuBLAS are made anew; those of a capture lie in its graph's memory.
+
+    PyTorch keeps one for each stream, and frees them all where `torch.compile` makes graphs of its own. A graph that
+    was captured with one from before would go on writing to memory that is another's by then.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None) if device.type == "cuda" else None
+    if clear is None:
+        yield
+        return
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
 class Graph:
     """A whole step as one CUDA graph: gather, noising, networks, losses, backward, clipping, AdamW, average, counters.
 
@@ -651,7 +669,7 @@ class Graph:
         self._graph = torch.cuda.CUDAGraph()
         # On the data's device, whichever is current; and a capture that fails leaves its stream behind as the current
         # one, which the outer block takes back.
-        with torch.cuda.stream(side), torch.cuda.graph(self._graph, stream=side):
+        with torch.cuda.stream(side), _workspaces_of_its_own(device), torch.cuda.graph(self._graph, stream=side):
             whole_step()
 
     def order(self, rows: Tensor) -> None:

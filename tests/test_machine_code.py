@@ -12,7 +12,6 @@ import pytest
 pytest.importorskip("triton")
 
 PRODUCTS = {
-    "weight_gradient_kernel",
     "normaliser_kernel",
     "logit_gradient_kernel",
     "feature_gradient_kernel",
@@ -27,7 +26,6 @@ OTHERS = {
     "residual_kernel",
     "operands_kernel",
     "gate_backward_kernel",
-    "split_sums_kernel",
     "segments_kernel",
     "norm_backward_kernel",
     "bias_gradients_kernel",

@@ -1,7 +1,7 @@
 """The CUDA C++ backend: whether the operators of csrc/cuda are here, why not, and what they serve.
 
-It is never chosen by itself: an operation's default on CUDA is what was measured fastest there, and these kernels have
-not been measured yet. ``use_backend("cuda")`` reaches them.
+An operation's default on CUDA is what was measured fastest there, by at least a tenth. That is the reverse chain in
+bfloat16 on compute capability 9.0 (see ops/cuda/reverse_chain.py); ``use_backend("cuda")`` reaches the others.
 """
 
 from __future__ import annotations
@@ -111,9 +111,11 @@ def _without_code(architectures: tuple[str, ...]) -> str | None:
     return None
 
 
-def implement_with_cuda(op: str, function: Callable[..., Any]) -> None:
-    """Register ``function`` for ``op``; it serves where it is forced."""
-    implement(op, "cuda", function, devices=(), unavailable=unavailable, dtypes=DTYPES)
+def implement_with_cuda(
+    op: str, function: Callable[..., Any], *, default: bool = False, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> None:
+    """Register ``function`` for ``op``; unless it is the ``default`` on CUDA, it serves where it is forced."""
+    implement(op, "cuda", function, devices=("cuda",) * default, unavailable=unavailable, dtypes=dtypes)
 
 
 def status() -> dict[str, Any]:

@@ -22,14 +22,6 @@ def test_small_results_get_small_tiles_and_large_ones_the_first() -> None:
     assert [tile.m * tile.n for tile in chosen] == sorted(tile.m * tile.n for tile in chosen)
 
 
-@pytest.mark.parametrize("rows", [1, 31, 128, 1000, 16_384])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_splits_cover_every_row_once_and_none_is_empty(rows: int, dtype: torch.dtype) -> None:
-    tile, splits, per_split = tuning.split_rows(dtype, (1024, 512), rows, 256)
-    assert per_split % tile.k == 0
-    assert (splits - 1) * per_split < rows <= splits * per_split
-
-
 def test_without_being_asked_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEDA_FAST_AUTOTUNE", raising=False)
     tiles = tuning.candidates(torch.float32)
@@ -152,3 +144,24 @@ def test_tiles_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     with torch.cuda.graph(graph):
         tuning.choose("another", torch.zeros(1, device="cuda"), (8, 8, 8), tiles, calls.append)
     assert len(calls) == first
+
+
+@pytest.mark.gpu
+def test_the_head_s_products_are_measured_and_compute_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seda_fast.ops import semantic_projection, use_backend
+
+    features, weight = (torch.randn(n, 72, device="cuda").bfloat16().requires_grad_() for n in (300, 40))
+    bias, labels = torch.zeros(40, device="cuda").bfloat16(), torch.arange(300, device="cuda") % 40
+    found = []
+    for asked in ("0", "1"):
+        monkeypatch.setenv("SEDA_FAST_AUTOTUNE", asked)
+        monkeypatch.setenv("SEDA_FAST_CACHE_DIR", str(tmp_path))
+        with use_backend("triton"):
+            entropy = semantic_projection(features, labels, None, weight, bias)[1]
+            found.append((entropy.detach(), *torch.autograd.grad(entropy, (features, weight))))
+    (file,) = tmp_path.iterdir()
+    assert {key.split()[0] for key in json.loads(file.read_text())} == {"normaliser_kernel", "feature_gradient_kernel"}
+    for tuned, by_rule in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(tuned, by_rule, rtol=2e-2, atol=1e-3)

@@ -1,4 +1,7 @@
-"""Noising in CUDA C++ (csrc/cuda/noising.cu)."""
+"""Noising in CUDA C++ (csrc/cuda/noising.cu), where it is forced.
+
+Triton's kernel serves otherwise: 65536 x 768 in bfloat16 took it 93 us on an H100, and this one 149 us.
+"""
 
 from __future__ import annotations
 
