@@ -23,7 +23,7 @@ OURS = "seda_fast"
 RUN_TO_REACH = 1.3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """What a workload should reach.
 
@@ -106,12 +106,26 @@ def not_compared(record: dict[str, Any]) -> list[str]:
     return ["", f"Not compared: {'; '.join(reasons)}."] if reasons else []
 
 
+def unmeasured(record: dict[str, Any]) -> list[str]:
+    """One line on the targets that the record says nothing of; none where it says something of all."""
+    met = {(target_of(row["workload"]), row["competitor"]) for row in record["rows"]}
+    missing = []
+    for target in TARGETS:
+        if (target, OURS) not in met:
+            missing.append(target.shown)
+            continue
+        ratios = target.gpu if is_gpu(record) else target.cpu
+        missing += [f"{target.shown} against {name}" for name in ratios if (target, name) not in met]
+    return ["", f"Of what has a target, {NOT_MEASURED}: {'; '.join(missing)}."] if missing else []
+
+
 def section(record: dict[str, Any]) -> list[str]:
     """What one device's record says."""
     used = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version != "not installed")
     lines = [f"## {record['device']}", "", f"Commit {record['commit']}, {record['repeats']} repeats; {used}.", ""]
     lines += table_of(record)
     lines += not_compared(record)
+    lines += unmeasured(record)
     if record.get("growth"):
         lines += ["", "How time grows, fitted on logarithms, and from the last size but one to the last:", ""]
         lines += ["| | sizes | slope | at the end |", "|---|---|---|---|"]

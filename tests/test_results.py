@@ -97,6 +97,15 @@ def test_each_target_is_found_by_its_workload(maker: Any) -> None:
     assert maker.target_of("noising backward, 1024 x 768 float32") is None
 
 
+def test_targets_that_a_record_says_nothing_of_are_named(maker: Any) -> None:
+    (line,) = (line for line in maker.unmeasured(record(gpu=True)) if line)
+    assert "training step against compiled, reduce-overhead" in line
+    assert "training step against eager" not in line
+    assert all(target.shown in line for target in maker.TARGETS)
+    (line,) = (line for line in maker.unmeasured(record(gpu=False)) if line)
+    assert "training step against compiled" in line
+
+
 def test_the_file_is_what_the_records_give(repository: Path) -> None:
     command = [sys.executable, str(repository / "benchmarks" / "make_results.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
