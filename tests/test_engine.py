@@ -266,6 +266,24 @@ def test_graph_in_other_precisions_stays_near(precision: Any) -> None:
     assert other.history[-1].losses["total"] == pytest.approx(exact.history[-1].losses["total"], rel=0.02)
 
 
+@pytest.mark.gpu
+def test_a_graph_writes_to_no_memory_that_was_freed_meanwhile() -> None:
+    """`torch.compile` frees the workspaces of all products where it makes graphs of its own."""
+    alone, beside = (trainer("cuda", engine="graph", precision="bf16") for _ in range(2))
+    alone.run()
+    taken: list[torch.Tensor] = []
+
+    def free(done: int, total: int) -> None:
+        torch._C._cuda_clearCublasWorkspaces()
+        if len(taken) < 16:
+            taken.append(torch.ones(2**22, device="cuda"))
+
+    beside.run(on_step=free)
+    assert all(bool((tensor == 1).all()) for tensor in taken)
+    for (name, a), b in zip(alone.model.named_parameters(), beside.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 # --------------------------------------------------------------------------------------------------------- the rule
 
 
