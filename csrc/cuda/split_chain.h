@@ -377,6 +377,7 @@ class SplitThread {
         by[i] = machine::load(reinterpret_cast<const Words4*>(scale + 128 * i + 4 * lane_));
         plus[i] = machine::load(reinterpret_cast<const Words4*>(shift + 128 * i + 4 * lane_));
       }
+#pragma unroll 1
     for (int row = (warp_ + kWarps - 2) % kWarps; row < rows_; row += kWarps) {
       uint32_t h[kQuads][4];
       machine::receive(h, sent + row * width + 4 * lane_, 128, quads);

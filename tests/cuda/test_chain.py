@@ -276,6 +276,9 @@ def test_the_cluster_meets_before_the_barriers_are_used_and_before_a_block_leave
         ((65_536, 768, 768, 1024, 1024, 3, 5), 132, 227, True, (WIDE, 132)),
         ((2048, 384, 1536, 512, 1024, 3, 5), 132, 227, False, (WIDE, 64)),
         ((1, 768, 768, 512, 1024, 3, 5), 132, 227, False, (SPLIT, 128)),
+        # Eight groups of 16 rows share the processors; with more, each would read all weights in every step.
+        ((128, 768, 768, 512, 1024, 3, 5), 132, 227, True, (SPLIT, 128)),
+        ((129, 768, 768, 512, 1024, 3, 5), 132, 227, True, (WIDE, 5)),
         # A block of threads with little shared memory, and rows too wide for it.
         ((65_536, 768, 768, 512, 1024, 3, 5), 84, 99, False, (WIDE, 84)),
         ((65_536, 768, 768, 640, 640, 3, 5), 84, 99, False, (WIDE, 84)),
@@ -283,8 +286,8 @@ def test_the_cluster_meets_before_the_barriers_are_used_and_before_a_block_leave
         ((100, 768, 768, 1024, 1024, 32, 1), 132, 137, False, (WIDE, 4)),
         # The calls of test_sanitizer.py.
         ((3, 72, 144, 64, 64, 1, 2), 132, 227, True, (SPLIT, 9)),
-        ((40, 72, 144, 64, 192, 1, 2), 132, 227, True, (WIDE, 2)),
-        ((40, 72, 144, 1024, 64, 1, 1), 132, 227, True, (WIDE, 2)),
+        ((140, 72, 144, 64, 192, 1, 2), 132, 227, True, (WIDE, 5)),
+        ((140, 72, 144, 1024, 64, 1, 1), 132, 227, True, (WIDE, 5)),
         ((32 * 132 + 40, 72, 144, 64, 64, 1, 2), 132, 227, True, (HOPPER, 66)),
         ((32 * 108 + 40, 72, 144, 64, 64, 1, 2), 108, 163, False, (TALL, 55)),
         ((100, 768, 768, 1088, 1088, 1, 1), 132, 227, False, (-1, 0)),

@@ -13,8 +13,8 @@ HERE = Path(__file__).resolve().parent
 # cudaErrorLaunchOutOfResources: of one launch, the context stays whole.
 FAILURE = 701
 # Rows, dim, condition_dim, width, hidden, blocks, steps.
-FEW_ROWS, SOME_ROWS = (1, 768, 768, 512, 1024, 3, 5), (100, 768, 768, 512, 1024, 3, 5)
-MANY_ROWS, WIDE_ROWS = (65_536, 768, 384, 512, 1024, 3, 5), (40, 40, 8, 1024, 64, 1, 1)
+FEW_ROWS, SOME_ROWS = (1, 768, 768, 512, 1024, 3, 5), (300, 768, 768, 1024, 1024, 3, 5)
+MANY_ROWS, WIDE_ROWS = (65_536, 768, 384, 512, 1024, 3, 5), (140, 40, 8, 1024, 64, 1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +54,19 @@ def noise(runtime: ctypes.CDLL, rows: int, columns: int) -> tuple[str | None, li
     return error and error.decode(), runtime.heard().decode().splitlines()
 
 
-def test_a_few_rows_are_one_cooperative_launch_whose_counter_is_zeroed_before(runtime: ctypes.CDLL) -> None:
+def test_a_few_rows_are_one_cooperative_launch_after_all_words_that_are_exchanged_were_set_to_nothing(
+    runtime: ctypes.CDLL,
+) -> None:
     runtime.begin(False, 0)
     error, asked = start(runtime, *FEW_ROWS)
     assert error is None
-    # 16 rows of 1024 bfloat16, 64 bytes apart, and the warps' parts of 16 by 8 sums.
-    shared = 16 * (2 * 1024 + 64) + 8 * 16 * 8 * 4
+    # 16 rows of 1024 bfloat16, 64 bytes apart; two rooms for the warps' parts of 16 by 8 sums; seven tiles of values
+    # that threads keep; 32 slots of weights, of which 23 are for the steps.
+    shared = 16 * (2 * 1024 + 64) + 2 * 8 * 16 * 8 * 4 + 7 * 16 * 8 * 4 + 32 * 256 * 16
+    # The condition; in each of five steps four states, three blocks' hidden rows and x as two bfloat16 a word.
+    words = 512 + 5 * (4 * 512 + 3 * 1024 // 2 + 768 // 2)
     launch = f"SplitThread grid 128 block 256 shared {shared} stream 77 cooperative"
-    assert asked == ["device 1", "set 4096 to 0, bytes 4 stream 77", launch]
+    assert asked == ["device 1", f"set 4096 to 255, bytes {4 * words} stream 77", launch]
 
 
 def test_many_rows_go_to_clusters_of_two_with_a_map_for_each_weight(runtime: ctypes.CDLL) -> None:
@@ -76,7 +81,7 @@ def test_many_rows_go_to_clusters_of_two_with_a_map_for_each_weight(runtime: cty
     assert asked == ["device 1", *maps, launch]
 
 
-@pytest.mark.parametrize(("sizes", "blocks"), [(SOME_ROWS, 4), (WIDE_ROWS, 2)], ids=["some rows", "wide rows"])
+@pytest.mark.parametrize(("sizes", "blocks"), [(SOME_ROWS, 10), (WIDE_ROWS, 5)], ids=["some rows", "wide rows"])
 def test_other_rows_are_one_plain_launch(runtime: ctypes.CDLL, sizes: tuple[int, ...], blocks: int) -> None:
     runtime.begin(False, 0)
     error, asked = start(runtime, *sizes)
@@ -109,5 +114,5 @@ def test_a_failed_launch_is_told_at_once_and_blames_no_later_one(runtime: ctypes
 
 def test_a_launch_for_fewer_bytes_leaves_room_for_one_in_another_thread(runtime: ctypes.CDLL) -> None:
     runtime.begin(False, 0)
-    assert start(runtime, *(100, 64, 64, 64, 64, 1, 1))[0] is None
+    assert start(runtime, *(300, 64, 64, 1024, 64, 1, 1))[0] is None
     assert runtime.shared_limit(b"WideChain") == 227 * 1024

@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 # each with rows of whole vectors and without. tests/cuda/test_chain.py holds the rule for sizes against these.
 CALLS = {
     "split": "chain(3, 72, 64, 64, 1, 2)",
-    "wide": "chain(40, 72, 64, 192, 1, 2)",
-    "wide, eight panels": "chain(40, 72, 1024, 64, 1, 1)",
+    "wide": "chain(140, 72, 64, 192, 1, 2)",
+    "wide, eight panels": "chain(140, 72, 1024, 64, 1, 1)",
     "tall or hopper": "chain(32 * processors + 40, 72, 64, 64, 1, 2)",
     "noising float32": "noising(torch.float32)",
     "noising bfloat16": "noising(torch.bfloat16)",

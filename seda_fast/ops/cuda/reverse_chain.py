@@ -39,8 +39,8 @@ def _faster(initial: Tensor) -> bool:
     """Whether the kernels were measured to be at least a tenth faster than PyTorch for such a call.
 
     One stage of five steps on an H100 (width 512, three blocks, 768 features), PyTorch's step by step beside it in ms:
-    3.3 and 0.20 for one row, 2.9 and 0.44 for 128; in a CUDA graph 0.39 and 0.13, 0.52 and 0.43. For 512 rows it is 3.0
-    and 1.4, but 0.60 and 1.4 in a graph; for 65 536, 23.1 and 20.8, where what `torch.compile` makes takes 11.
+    3.3 and 0.20 for one row, 2.9 and 0.44 for 128; in a CUDA graph 0.39 and 0.13, 0.52 and 0.43. For 65 536, which
+    another kernel takes, 23.1 and 20.8, where what `torch.compile` makes takes 11.
     """
     return _measured(initial.get_device()) and initial.shape[0] <= _FEW_ROWS
 
