@@ -305,7 +305,8 @@ def all_launches(dtypes: list[str]) -> list[Launch]:
 
 def tiles_of(launch: Launch) -> list[Launch]:
     """The launch with every tile that it may get in place of the chosen one."""
-    if not launch.tiles:
+    # Descriptors are of the chosen tile.
+    if not launch.tiles or not launch.runs_on(80):
         return [launch]
     return [replace(launch, constants=launch.constants | t.sizes(), options=t.options()) for t in launch.tiles]
 
