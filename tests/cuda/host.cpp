@@ -78,7 +78,9 @@ const char* launch_chain(const ChainLaunch& a, const ChainPlan& plan, int, void*
     read(a.weights[i].data, int64_t{a.weights[i].rows} * a.weights[i].columns * 2);
   read(a.seed, 8), read(a.step, 8), read(a.sample_ids, a.rows * 8);
   std::memset(a.result, 0, static_cast<size_t>(a.rows * s.dim * 2));
-  const int64_t bytes = plan.kernel == ChainKernel::split ? a.split.bytes : a.saved.bytes * plan.blocks;
+  const int64_t groups = (a.rows + kSplitRows - 1) / kSplitRows;
+  const bool split = plan.kernel == ChainKernel::split;
+  const int64_t bytes = split ? 4 * a.split.exchange * groups : a.saved.bytes * plan.blocks;
   std::memset(a.scratch, 0, static_cast<size_t>(bytes / 4 * 4));
   return nullptr;
 }
