@@ -171,7 +171,7 @@ def bench_chain_sizes(contest: Any, device: torch.device, quick: bool, growth: A
     for n, (x, condition) in given.items():
         if n <= CHECKED:
             exact, usual = loop(wide, x.double(), condition.double(), steps), loop(network, x, condition, steps)
-            close(points[n](), exact, usual, f"{n} rows")
+            close(points[n](), exact, usual, f"seda_fast, {n} rows")
     calls = {"eager": loop, **any_size(loop, device)}
     others = {name: {n: other(call, *tensors) for n, tensors in given.items()} for name, call in calls.items()}
     growth(contest, f"a reverse chain of {STEPS} steps over its rows", points, others)

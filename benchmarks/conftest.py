@@ -201,10 +201,11 @@ class Contest:
         return max((copy, "copy"), (matrix, "matrix"))
 
 
-def agree(
-    got: Tensor, expected: Tensor, eager: Tensor, name: str, *, times: float = 2.0, contract: float = 0.0
-) -> None:
-    """Assert that ``got`` errs no more than ``times`` as much as ``eager``, PyTorch's in its dtype, plus roundings.
+def agree(got: Tensor, expected: Tensor, eager: Tensor, name: str, *, contract: float = 0.0) -> None:
+    """Assert that ``got`` errs no more than twice as much as ``eager``, PyTorch's in its dtype, plus roundings.
+
+    Others than `OURS`, by ``name``, may err 8 times as much: code that `torch.compile` makes adds up a bias's gradients
+    row after row, and a peer its parts in half precision. That is theirs to choose, and the work is the same.
 
     Against ``expected``, in float64, the largest error and the root mean square are compared. Neither sees a result
     that is 2 % too large in bfloat16, so the error along ``expected`` is bounded too: rounding leaves next to nothing
@@ -216,6 +217,7 @@ def agree(
     assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(expected.shape)}"
     eps, expected = torch.finfo(got.dtype).eps, expected.detach().double()
     error, usual = (x.detach().double() - expected for x in (got, eager))
+    times = 2.0 if name.startswith(OURS) else 8.0
     size, spare = expected.norm(), contract * math.sqrt(max(1, expected.numel()))
     bounds = {
         "at most": (error.abs().max(), times * usual.abs().max() + 4 * eps * expected.abs().max() + contract),
@@ -529,10 +531,12 @@ def contest(_contest: Contest, benchmark: Any) -> Contest:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the table; write JSON and PNG unless the run was a quick check or something failed."""
+    """Print the table; write JSON and PNG unless the run was a quick check; what failed is named as left out."""
     contest = config.stash.get(_KEY, None)
     if contest is None or not (contest.rows or contest.growth or contest.starts or contest.runs):
         return
+    for report in (*terminalreporter.stats.get("failed", ()), *terminalreporter.stats.get("error", ())):
+        contest.left_out[report.nodeid] = "failed"
     terminalreporter.section(f"benchmarks on {device_name(contest.device)}")
     terminalreporter.write_line(as_table(contest.rows))
     terminalreporter.write_line(as_growth_table(contest))
@@ -540,8 +544,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"left out: {competitor} ({said})")
     if contest.device.type != "cuda":
         terminalreporter.write_line("GPU workloads: not measured (no CUDA device).")
-    if config.getoption("--quick") or terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
-        terminalreporter.write_line("Nothing was written: a quick check, or not every benchmark passed.")
+    if config.getoption("--quick"):
+        terminalreporter.write_line("Nothing was written: a quick check.")
         return
     folder: Path = config.getoption("--results")
     folder.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ def two_products(dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parity_can_fail_in_every_dtype(harness: Any, dtype: torch.dtype) -> None:
     for exact, eager in zip(two_products(torch.float64), two_products(dtype), strict=True):
-        harness.agree(exact.to(dtype), exact, eager, "rounded")
+        harness.agree(exact.to(dtype), exact, eager, "seda_fast")
         harness.agree(eager, exact, eager, "eager")
         wrong_row = eager.clone()
         wrong_row[7] = wrong_row[6]
@@ -144,12 +144,48 @@ def test_parity_can_fail_in_every_dtype(harness: Any, dtype: torch.dtype) -> Non
             "2 % too small": 0.98 * eager,
             "a wrong row": wrong_row,
         }.items():
-            with pytest.raises(AssertionError, match=name):
-                harness.agree(wrong, exact, eager, name)
-            with pytest.raises(AssertionError, match=name):
-                harness.agree(wrong, exact, eager, name, times=8.0)
+            for competitor in ("seda_fast", "compiled"):
+                with pytest.raises(AssertionError, match=f"{competitor}, {name}"):
+                    harness.agree(wrong, exact, eager, f"{competitor}, {name}")
     with pytest.raises(AssertionError, match="of eager"):
         harness.agree(exact.to(dtype), exact, torch.zeros_like(eager), "a wrong eager")
+
+
+def test_another_s_order_of_sums_is_allowed_and_ours_is_not(harness: Any) -> None:
+    exact = torch.linspace(1, 2, 100, dtype=torch.float64)
+    roundings = torch.finfo(torch.float32).eps * torch.tensor([1.0, -1.0]).double().repeat(50)
+    eager, looser = ((exact + n * roundings).float() for n in (20, 100))
+    harness.agree(looser, exact, eager, "compiled")
+    with pytest.raises(AssertionError, match="seda_fast, a sum"):
+        harness.agree(looser, exact, eager, "seda_fast, a sum")
+
+
+def test_a_failure_costs_only_its_own_benchmark(repository: Path, tmp_path: Path) -> None:
+    folder, results = tmp_path / "benchmarks", tmp_path / "results"
+    folder.mkdir()
+    (folder / "conftest.py").write_text((repository / "benchmarks" / "conftest.py").read_text())
+    (folder / "bench_two.py").write_text(
+        "def compete(contest, workload, name, right):\n"
+        "    def check(competitor, result):\n"
+        "        assert result == 1, competitor\n"
+        "    contest(workload(name, '', moved=1e6), {'seda_fast': lambda: right, 'eager': lambda: 1}, check)\n"
+        "def bench_wrong(contest, workload):\n"
+        "    compete(contest, workload, 'wrong', 2)\n"
+        "def bench_right(contest, workload):\n"
+        "    compete(contest, workload, 'right', 1)\n"
+    )
+    options = ["--benchmark-only", "--results", str(results), "-o", "python_files=bench_*.py", "-o"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(folder), *options, "python_functions=bench_*", "--rootdir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout
+    (file,) = results.glob("*.json")
+    record = json.loads(file.read_text())
+    assert {row["workload"] for row in record["rows"]} == {"right"}
+    assert record["left_out"] == {"benchmarks/bench_two.py::bench_wrong": "failed"}
 
 
 @pytest.fixture
