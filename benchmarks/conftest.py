@@ -204,8 +204,8 @@ class Contest:
 def agree(got: Tensor, expected: Tensor, eager: Tensor, name: str, *, contract: float = 0.0) -> None:
     """Assert that ``got`` errs no more than twice as much as ``eager``, PyTorch's in its dtype, plus roundings.
 
-    Others than `OURS`, by ``name``, may err 8 times as much: code that `torch.compile` makes adds up a bias's gradients
-    row after row, and a peer its parts in half precision. That is theirs to choose, and the work is the same.
+    Others than `OURS`, by ``name``, may err 16 times as much: code that `torch.compile` makes adds up a bias's
+    gradients row after row, and a peer its parts in half precision. That is theirs to choose, and the work is the same.
 
     Against ``expected``, in float64, the largest error and the root mean square are compared. Neither sees a result
     that is 2 % too large in bfloat16, so the error along ``expected`` is bounded too: rounding leaves next to nothing
@@ -217,7 +217,7 @@ def agree(got: Tensor, expected: Tensor, eager: Tensor, name: str, *, contract: 
     assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(expected.shape)}"
     eps, expected = torch.finfo(got.dtype).eps, expected.detach().double()
     error, usual = (x.detach().double() - expected for x in (got, eager))
-    times = 2.0 if name.startswith(OURS) else 8.0
+    times = 2.0 if name.startswith(OURS) else 16.0
     size, spare = expected.norm(), contract * math.sqrt(max(1, expected.numel()))
     bounds = {
         "at most": (error.abs().max(), times * usual.abs().max() + 4 * eps * expected.abs().max() + contract),
@@ -356,7 +356,9 @@ def measure_growth(contest: Contest, name: str, points: Points, others: dict[str
     calls: dict[tuple[str, int], int] = {}
     for competitor, those in list(series.items()):
         try:
-            calls |= {(competitor, n): contest.clock.calls_for(call) for n, call in those.items() if not warm(call)}
+            for n, call in those.items():
+                warm(call, contest.device)
+                calls[competitor, n] = contest.clock.calls_for(call)
         except Exception as error:  # a compiler that does not know this device or this PyTorch
             if competitor == OURS:
                 raise
@@ -381,10 +383,11 @@ def measure_growth(contest: Contest, name: str, points: Points, others: dict[str
         contest.growth[name]["ratios"] = ratios
 
 
-def warm(call: Callable[[], object]) -> None:
-    """Call it twice: a captured graph is recorded by the second call."""
+def warm(call: Callable[[], object], device: torch.device) -> None:
+    """Call it, on a GPU twice: a captured graph is recorded by the second call."""
     call()
-    call()
+    if device.type == "cuda":
+        call()
 
 
 def measure_start(contest: Contest, name: str, command: list[str], caches: Path, tuned: bool) -> None:
