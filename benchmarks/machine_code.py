@@ -76,6 +76,7 @@ class Report:
     loads_16_bytes: int
     stores_16_bytes: int
     atomics: int
+    double_precision: int
     registers: int
     spilled_bytes: int
     shared_bytes: int
@@ -199,6 +200,7 @@ def read(launch: Launch, target: int) -> Report:
         ),
         stores_16_bytes=len(re.findall(r"st\.global\S*\.v4\.[bfu]32|st\.global\S*\.v2\.[bfu]64", ptx)),
         atomics=len(re.findall(r"^\s*(?:@!?%\w+\s+)?(?:atom|red)\.", ptx, flags=re.MULTILINE)),
+        double_precision=len(re.findall(r"\b(?:add|sub|mul|fma|div|rcp|neg|min|max|setp)\.(?:\w+\.)*f64", ptx)),
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=result.metadata.shared,
@@ -319,6 +321,12 @@ def with_ones(launch: Launch) -> Launch:
     return replace(launch, signature=signature, constants=launch.constants | ones, divisible=pointers)
 
 
+def with_doubles(launch: Launch) -> Launch:
+    """The launch with its scalars that are no integers as doubles, which is how `torch.compile` passes them."""
+    doubles = dict.fromkeys((name for name, kind in launch.signature.items() if kind == "fp32"), "fp64")
+    return replace(launch, signature=launch.signature | doubles)
+
+
 def as_table(reports: list[Report]) -> str:
     """A Markdown table, one line for each kernel and target."""
     rows = [list(asdict(reports[0])), *([str(value) for value in asdict(report).values()] for report in reports)]
@@ -360,6 +368,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, help="noising alone, of so many features a row")
     parser.add_argument("--every-tile", action="store_true", help="all tiles that a kernel may get, not the chosen one")
     parser.add_argument("--ones", action="store_true", help="every size and stride 1, as of the smallest operands")
+    parser.add_argument("--doubles", action="store_true", help="kernels with scalars that are no integers: as doubles")
     parser.add_argument("--json", type=Path, help="write the reports here")
     parser.add_argument("--table", type=Path, help="write a Markdown table here")
     options = parser.parse_args()
@@ -372,6 +381,8 @@ def main() -> None:
         launches = [variant for launch in launches for variant in tiles_of(launch)]
     if options.ones:
         launches = [with_ones(launch) for launch in launches]
+    if options.doubles:
+        launches = [with_doubles(launch) for launch in launches if "fp32" in launch.signature.values()]
     reports = list(dict.fromkeys(read(launch, t) for launch in launches for t in options.targets if launch.runs_on(t)))
     print(as_table(reports), end="")
     if options.json:

@@ -173,15 +173,14 @@ def residual_kernel(
 # fmt: off
 @triton.jit
 def operands_kernel(
-    grad_ptr, h_ptr, timesteps_ptr, shift_ptr, scale_ptr, alpha_ptr, grad_residual_ptr, z_ptr, moments_ptr,
+    grad_ptr, h_ptr, timesteps_ptr, shift_ptr, scale_ptr, alpha_ptr, grad_residual_ptr, z_ptr,
     grad_h_ptr, rows, width, steps, grad_stride, h_stride, shift_stride, scale_stride, alpha_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     """What the products of the backward read: ``(1 + alpha) * grad``, and z again as the forward had it.
 
-    The rows' mean and reciprocal deviation are left for `norm_backward_kernel`. Rows of a timestep outside the tables,
-    which none of its programs meets, get their NaN here.
+    Rows of a timestep outside the tables, which no program of `norm_backward_kernel` meets, get their NaN here.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
@@ -195,8 +194,6 @@ def operands_kernel(
     shift = _modulation(shift_ptr, tau, steps, column, width, shift_stride)
     scale = _modulation(scale_ptr, tau, steps, column, width, scale_stride)
     mean, rstd = _moments(h, column < width, width)
-    tl.store(moments_ptr + row * 2, mean, mask=row < rows)
-    tl.store(moments_ptr + row * 2 + 1, rstd, mask=row < rows)
     _put(z_ptr, (h - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift, row, rows, column, width)
 
 
@@ -273,7 +270,7 @@ def _segment(bounds_ptr, falls_ptr, step, rows, blocks, BLOCK: tl.constexpr):
 # fmt: off
 @triton.jit
 def norm_backward_kernel(
-    grad_ptr, grad_z_ptr, h_ptr, residual_ptr, moments_ptr, timesteps_ptr, bounds_ptr, falls_ptr, scale_ptr, alpha_ptr,
+    grad_ptr, grad_z_ptr, h_ptr, residual_ptr, timesteps_ptr, bounds_ptr, falls_ptr, scale_ptr, alpha_ptr,
     grad_h_ptr, grad_shift_ptr, grad_scale_ptr, grad_alpha_ptr, sums_ptr,
     rows, width, blocks, grad_stride, h_stride, scale_stride, alpha_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -305,9 +302,10 @@ def norm_backward_kernel(
             count = tl.max(own.to(tl.int32), axis=0)
         if count != 0:
             inside = own[:, None] & here
-            mean = tl.load(moments_ptr + row * 2, mask=own, other=0.0)
-            rstd = tl.load(moments_ptr + row * 2 + 1, mask=own, other=0.0)
             h = tl.load(h_ptr + row[:, None] * h_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            # Again, not left by `operands_kernel`: one value that all threads of a row hold is stored by way of shared
+            # memory, where each of them writes it to one place.
+            mean, rstd = _moments(h, column < width, width)
             place = row[:, None] * width + column[None, :]
             grad_z = tl.load(grad_z_ptr + place, mask=inside, other=0.0).to(tl.float32)
             residual = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -491,10 +489,9 @@ def interaction_block_backward(
     keys = _dropout(dropout, seed, step, sample_ids, stream)
     with launching_on(h):
         grad_residual, z = (torch.empty((rows, width), dtype=h.dtype, device=h.device) for _ in range(2))
-        moments = torch.empty((rows, 2), dtype=torch.float32, device=h.device)
         whole = _whole_rows(width, ROW_TILE)
         operands_kernel[(cdiv(rows, whole["BLOCK_M"]),)](
-            grad, h, timesteps, shift, scale, alpha, grad_residual, z, moments, grad_h, rows, width, steps,
+            grad, h, timesteps, shift, scale, alpha, grad_residual, z, grad_h, rows, width, steps,
             grad.stride(0), h.stride(0), shift.stride(0), scale.stride(0), alpha.stride(0), **whole,
         )  # fmt: skip
         grad_w_o = _weight_gradient(grad_residual, hidden, w_o)
@@ -511,7 +508,7 @@ def interaction_block_backward(
         # The gradient of z, in the place of another that was read.
         torch.mm(grad_pre, w_h.to(h.dtype), out=grad_residual)
         tables, width_sums = _norm_backward(
-            grad, grad_residual, h, residual, moments, timesteps, scale, alpha, grad_h, shift.dtype
+            grad, grad_residual, h, residual, timesteps, scale, alpha, grad_h, shift.dtype
         )
         grad_b_h, grad_b_o = w_h.new_empty(columns), w_o.new_empty(width)
         blocks = sum(cdiv(n, COLUMN_TILE["BLOCK_N"]) for n in (columns, width))
@@ -526,7 +523,6 @@ def _norm_backward(
     grad_z: Tensor,
     h: Tensor,
     residual: Tensor,
-    moments: Tensor,
     timesteps: Tensor,
     scale: Tensor,
     alpha: Tensor,
@@ -542,7 +538,7 @@ def _norm_backward(
     tables = tuple(torch.empty((steps, width), dtype=table_dtype, device=h.device) for _ in range(3))
     sums = torch.empty((steps, width), dtype=torch.float32, device=h.device)
     norm_backward_kernel[(steps,)](
-        grad, grad_z, h, residual, moments, timesteps, bounds, falls, scale, alpha, grad_h, *tables, sums,
+        grad, grad_z, h, residual, timesteps, bounds, falls, scale, alpha, grad_h, *tables, sums,
         rows, width, blocks, grad.stride(0), h.stride(0), scale.stride(0), alpha.stride(0),
         **_whole_rows(width, NORM_TILE),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,28 @@ def test_every_kernel_compiles_where_sizes_are_1(repository: Path, tmp_path: Pat
     """A size of 1 is a constant in a kernel, which only a compiler sees: the interpreter has numbers there."""
     found = read(repository, tmp_path, "--ones", "--targets", "90", "--dtypes", "bfloat16", "float32")
     assert {report["kernel"] for report in found} == PRODUCTS | OTHERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_scalars_are_float32_also_where_they_come_as_doubles(repository: Path, tmp_path: Path, forgotten: bool) -> None:
+    """`torch.compile` passes them so; a GPU multiplies doubles at a fraction of its rate. A forgotten cast is seen."""
+    for part in ("benchmarks", "kernels", "seda_fast"):
+        shutil.copytree(repository / part, tmp_path / part, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    shutil.copy(repository / "setup.py", tmp_path)  # by which a checkout is known
+    options = ("--doubles", "--targets", "90", "--dtypes", "bfloat16")
+    if forgotten:
+        file, cast = tmp_path / "kernels" / "projection.py", "bias[None, :]) * tl.cast(inverse, tl.float32)"
+        text = file.read_text()
+        assert cast in text, "the kernel has changed: this fault must be written anew"
+        file.write_text(text.replace(cast, "bias[None, :]) * inverse"))
+        # What a loop carries would change from float32 to float64, which Triton refuses.
+        with pytest.raises(AssertionError, match="fp64"):
+            read(tmp_path, tmp_path, *options)
+        return
+    reports = read(tmp_path, tmp_path, *options)
+    assert {report["kernel"] for report in reports} >= {"gate_kernel", "row_loss_kernel"}
+    assert not any(report["double_precision"] for report in reports), describe(reports)
 
 
 @pytest.mark.slow
