@@ -92,3 +92,17 @@ def test_table_of_few_labels_is_that_of_the_measured_quality(readme: str, reposi
         assert [cell.strip("*") for cell in cells] == [f"{value:.1f}" for value in expected], (name, labels)
         best = max(range(4), key=lambda i: expected[i])
         assert [i for i, cell in enumerate(cells) if cell.startswith("*")] == [best], (name, labels)
+
+
+def test_table_of_speed_is_that_of_the_record(readme: str, repository: Path) -> None:
+    record = json.loads((repository / "benchmarks/results/amd-epyc-2-threads.json").read_text(encoding="utf-8"))
+    ratios = {(row["workload"], row["competitor"]): row["ratio"] for row in record["rows"]}
+    ratios |= {(name, who): run["ratio"] for name, found in record["runs"].items() for who, run in found.items()}
+    section = readme[readme.index("## How fast?") : readme.index("## Long runs")]
+    table = re.findall(r"^\| ([^|`]+) \| ([\d.]+) \| ([\d.]+|-) \|$", section, flags=re.M)
+    assert len(table) >= 5
+    for name, *cells in table:
+        measured = [ratios.get((name, competitor)) for competitor in ("eager", "compiled")]
+        assert cells == ["-" if ratio is None else f"{ratio:.2f}" for ratio in measured], name
+    (run,) = record["runs"].values()
+    assert f"{1 / run['eager']['peak_memory_ratio']:.2f} of eager PyTorch's memory" in section
