@@ -94,6 +94,27 @@ def test_table_of_few_labels_is_that_of_the_measured_quality(readme: str, reposi
         assert [i for i, cell in enumerate(cells) if cell.startswith("*")] == [best], (name, labels)
 
 
+def test_sentences_on_where_it_does_not_pay_are_of_the_measured_quality(readme: str, repository: Path) -> None:
+    source = json.loads((repository / "benchmarks/results/quality.json").read_text(encoding="utf-8"))
+    rows = {(row["set"], row["regime"]): row for row in source["rows"]}
+    said = re.search(
+        r"over five seeds ([\d.]+) points below .* ([\d.]+) above on wikipedia, ([\d.]+) below on cub10", readme
+    )
+    assert said is not None
+    full = [rows[name, "full"]["difference"] for name in ("fashion_products", "wikipedia", "cub10")]
+    assert list(said.groups()) == [f"{value:.1f}" for value in (-full[0], full[1], -full[2])]
+    worse = {key: row["difference"] for key, row in rows.items() if row["interval"][1] < 0}
+    assert set(worse) == {("fashion_products", name) for name in ("samples-16", "half-text", "tail")}
+    told = re.search(
+        r"fashion_products ([\d.]+) points below an MLP .* ([\d.]+) with half .* ([\d.]+) with a long", readme
+    )
+    assert told is not None
+    assert list(told.groups()) == [f"{-value:.1f}" for value in sorted(worse.values())]
+    assert all(rows[key]["best_baseline"] == "mlp" for key in worse)
+    seeds = {row["methods"][name]["seeds"] for row in rows.values() for name in ("seda", "linear", "mlp", "one_step")}
+    assert min(seeds) >= 5
+
+
 def test_table_of_speed_is_that_of_the_record(readme: str, repository: Path) -> None:
     record = json.loads((repository / "benchmarks/results/amd-epyc-2-threads.json").read_text(encoding="utf-8"))
     ratios = {(row["workload"], row["competitor"]): row["ratio"] for row in record["rows"]}
