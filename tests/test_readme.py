@@ -111,7 +111,11 @@ def test_sentences_on_where_it_does_not_pay_are_of_the_measured_quality(readme: 
     assert told is not None
     assert list(told.groups()) == [f"{-value:.1f}" for value in sorted(worse.values())]
     assert all(rows[key]["best_baseline"] == "mlp" for key in worse)
-    seeds = {row["methods"][name]["seeds"] for row in rows.values() for name in ("seda", "linear", "mlp", "one_step")}
+    seeds = {
+        row["methods"][name]["seeds"]
+        for row in rows.values()
+        for name in ("seda", "linear", "mlp", "one_step", "bridge")
+    }
     assert min(seeds) >= 5
 
 
