@@ -147,9 +147,7 @@ def test_tiles_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.gpu
-def test_the_head_s_products_are_measured_and_compute_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_head_s_products_are_measured_and_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from seda_fast.ops import semantic_projection, use_backend
 
     features, weight = (torch.randn(n, 72, device="cuda").bfloat16().requires_grad_() for n in (300, 40))
