@@ -87,9 +87,10 @@ def bench_projection(
         usual_entropy = torch.autograd.grad(eager(*arguments)[1], leaves)
 
     def check(name: str, result: tuple[Tensor, ...]) -> None:
-        wanted, plain = (exact_entropy, usual_entropy) if name == LIGER else (exact, usual)
+        # liger-kernel adds up its chunks in half precision.
+        wanted, plain, times = (exact_entropy, usual_entropy, 8.0) if name == LIGER else (exact, usual, 2.0)
         for part, *three in zip(("features", "weight", "bias"), result, wanted, plain, strict=True):
-            close(*three, f"{name}, gradient of {part}")
+            close(*three, f"{name}, gradient of {part}", times=times)
 
     extra = {}
     if device.type == "cuda":

@@ -145,8 +145,9 @@ def test_parity_can_fail_in_every_dtype(harness: Any, dtype: torch.dtype) -> Non
             "a wrong row": wrong_row,
         }.items():
             for competitor in ("seda_fast", "compiled"):
-                with pytest.raises(AssertionError, match=f"{competitor}, {name}"):
-                    harness.agree(wrong, exact, eager, f"{competitor}, {name}")
+                for times in (2.0, 8.0):
+                    with pytest.raises(AssertionError, match=f"{competitor}, {name}"):
+                        harness.agree(wrong, exact, eager, f"{competitor}, {name}", times=times)
     with pytest.raises(AssertionError, match="of eager"):
         harness.agree(exact.to(dtype), exact, torch.zeros_like(eager), "a wrong eager")
 
@@ -158,6 +159,9 @@ def test_another_s_order_of_sums_is_allowed_and_ours_is_not(harness: Any) -> Non
     harness.agree(looser, exact, eager, "compiled")
     with pytest.raises(AssertionError, match="seda_fast, a sum"):
         harness.agree(looser, exact, eager, "seda_fast, a sum")
+    # Of a vector alone: a matrix's sums are the products', which all take alike.
+    with pytest.raises(AssertionError, match="compiled, a matrix"):
+        harness.agree(looser[:, None], exact[:, None], eager[:, None], "compiled, a matrix")
 
 
 def test_a_failure_costs_only_its_own_benchmark(repository: Path, tmp_path: Path) -> None:
