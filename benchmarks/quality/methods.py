@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from seda_fast import SeDAConfig, TrainConfig
+from seda_fast import SeDA, SeDAConfig, TrainConfig
 from seda_fast.baselines import fit_baseline
 from seda_fast.data import FeatureSet
 from seda_fast.engine import PrecisionName
@@ -126,28 +126,47 @@ def _train_config(rows: int, settings: Settings, seed: int) -> TrainConfig:
     return config if length is None else replace(config, epochs=round(length * config.for_rows(rows).epochs))
 
 
-def _seda(task: Task, seed: int, settings: Settings, ablation: str, precision: PrecisionName) -> Fitted:
-    chosen = {**settings, **_ABLATED[ablation]}
-    model_settings = {k: v for k, v in chosen.items() if k in _MODEL_FIELDS}
-    train_settings = {k: v for k, v in chosen.items() if k not in _MODEL_FIELDS}
-    rows, test = task.train, task.test
+Change = Callable[[SeDA, Task], object]
+
+
+def train_seda(
+    task: Task, seed: int, settings: Settings, precision: PrecisionName, change: Change
+) -> tuple[SeDA, float]:
+    """A SeDA trained on ``task.train`` with model and training ``settings``, and the seconds that took.
+
+    ``change`` is given the model before its training, with the statistics of the task's data in it.
+    """
+    model_settings = {k: v for k, v in settings.items() if k in _MODEL_FIELDS}
+    train_settings = {k: v for k, v in settings.items() if k not in _MODEL_FIELDS}
+    rows = task.train
     sizes = {"visual_dim": rows.visual.shape[1], "text_dim": rows.text.shape[1], "n_classes": task.n_classes}
     begin = time.perf_counter()
     model, data = prepare(_feature_set(task), SeDAConfig(**sizes, **model_settings), seed, torch.device("cpu"))
-    if ablation in ("dcsl_only", "no_teacher"):
-        model.teacher = None
-    if ablation == "no_interaction":
-        for stage in (model.learner, model.translator):
-            stage.network.gates.requires_grad_(False)  # at its initial 0, so that g = 1
+    change(model, task)
     config = _train_config(len(rows.labels), train_settings, seed)
     model, _ = Trainer(model, data, config, precision=precision).run(lambda done, total: None)
-    seconds = time.perf_counter() - begin
-    with torch.inference_mode():
-        visual = torch.from_numpy(test.visual)
-        log_proba, *heads = (x.numpy() for x in model.predict_log_proba(visual, heads=True))
-        aligned = model.align(visual)[1].numpy()
-        point = model.align(visual, steps=1)[1].numpy()
-    semantic, textual, from_visual = heads
+    return model, time.perf_counter() - begin
+
+
+def _seda(task: Task, seed: int, settings: Settings, ablation: str, precision: PrecisionName) -> Fitted:
+    def ablate(model: SeDA, task: Task) -> None:
+        if ablation in ("dcsl_only", "no_teacher"):
+            model.teacher = None
+        if ablation == "no_interaction":
+            for stage in (model.learner, model.translator):
+                stage.network.gates.requires_grad_(False)  # at its initial 0, so that g = 1
+
+    model, seconds = train_seda(task, seed, {**settings, **_ABLATED[ablation]}, precision, ablate)
+    return seda_predictions(model, task, seconds)
+
+
+@torch.inference_mode()
+def seda_predictions(model: SeDA, task: Task, seconds: float) -> Fitted:
+    """What a trained ``model`` says of the task's test rows."""
+    visual = torch.from_numpy(task.test.visual)
+    log_proba, semantic, textual, from_visual = (x.numpy() for x in model.predict_log_proba(visual, heads=True))
+    aligned = model.align(visual)[1].numpy()
+    point = model.align(visual, steps=1)[1].numpy()
     return Fitted(log_proba, aligned, point, seconds, (semantic, textual, from_visual))
 
 

@@ -123,7 +123,11 @@ class Runs:
 def measure(job: Job, task: Task) -> Record:
     """Train and predict once."""
     torch.manual_seed(job.seed)
-    fitted = methods.fit(job.method, task, job.seed, job.settings, job.precision)
+    return recorded(job, task, methods.fit(job.method, task, job.seed, job.settings, job.precision))
+
+
+def recorded(job: Job, task: Task, fitted: methods.Fitted) -> Record:
+    """How good a job's predictions on ``task.test`` are."""
     labels = task.test.labels
     text = methods.standardised(task).test.text
     log_proba = np.nan_to_num(fitted.log_proba, neginf=-1e4)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from seda_fast.baselines import fit_baseline
 from seda_fast.engine import PrecisionName
 
 from .methods import LINEAR, MLP, ONE_STEP, SEDA
@@ -49,6 +52,8 @@ SPACES[ONE_STEP] = {**SPACES[MLP], "ce_weight": (0.3, 1.0, 3.0)}
 # The linear probe chooses its penalty itself, by held-out likelihood.
 SELECTED = (SEDA, MLP, ONE_STEP, LINEAR)
 REGIMES = ("full", "labels-8")
+# Passes of a network among the baselines where no setting says how many.
+DEFAULT_EPOCHS: int = inspect.signature(fit_baseline).parameters["epochs"].default
 
 # By group (see `group`), what `select` returns.
 Selected = Mapping[str, Mapping[str, Any]]
@@ -129,12 +134,16 @@ def select(
     """Successive halving (Jamieson & Talwalkar 2016) in two rungs, the same for every method.
 
     All ``count`` settings are tried on one fold; the default and the best quarter then on all folds of ``repeats``
-    partitions. ``ready`` makes the records of jobs; SeDA is trained in ``precision``.
+    partitions. Last, each network among the baselines is offered the time that SeDA takes (see `lengthened`), on the
+    same folds. ``ready`` makes the records of jobs; SeDA is trained in ``precision``, and its defaults once more in
+    float32, which the others have and which their time is held against.
 
     Returns:
         By group: ``settings`` chosen, their mean ``top1`` in percent over all folds, sets and regimes, the same of the
         default settings, the ``standard_error`` of the difference over folds, and how many settings were ``tried``; of
-        SeDA also `visual_weights`.
+        SeDA also `visual_weights`, ``float32`` (see `_float32`) and by set the median ``seconds`` in float32; where
+        there was time for more passes, ``longer``: the factor, the mean top-1 and median ``seconds`` with them, and the
+        best mean top-1 without.
     """
     tried = {group(m, name): candidates(m, count) for name in sets for m in SELECTED}
     first = jobs(sets, tried, [0], folds, precision)
@@ -144,19 +153,76 @@ def select(
         survivors = [settings for _, settings in found[: -(-len(found) // 4)]]
         kept[name] = survivors if {} in survivors else [{}, *survivors]
     second = jobs(sets, kept, range(folds * repeats), folds, precision)
-    runs = ready(second)
-    selected: dict[str, dict[str, Any]] = {
-        name: {
-            "settings": dict(found[0][1]),
-            "top1": found[0][0],
-            "default_top1": next(score for score, settings in found if not settings),
-            "standard_error": _standard_error(runs, second, name, found[0][1]),
+    own = jobs(sets, {SEDA: [{}]}, range(folds), folds)
+    runs = ready([*second, *own])
+    factors = lengthened(runs, second, own)
+    longer = {name: _more_passes(ranked(runs, second)[name][0][1], factor) for name, factor in factors.items()}
+    third = jobs(sets, {name: [settings] for name, settings in longer.items()}, range(folds * repeats), folds)
+    runs = ready(third)
+    selected: dict[str, dict[str, Any]] = {}
+    for name, found in ranked(runs, [*second, *third]).items():
+        top1, settings = found[0]
+        selected[name] = {
+            "settings": dict(settings),
+            "top1": top1,
+            "default_top1": next(score for score, other in found if not other),
+            "standard_error": _standard_error(runs, [*second, *third], name, settings),
             "tried": len(tried[name]),
         }
-        for name, found in ranked(runs, second).items()
-    }
-    selected[SEDA].update(precision=precision, visual_weights=visual_weights(runs, second))
+        if name in longer:
+            score = next(score for score, other in found if other == longer[name])
+            seconds = median_seconds(runs, third, name, longer[name])
+            shorter = next(score for score, other in found if other != longer[name])
+            selected[name]["longer"] = {
+                "factor": factors[name], "top1": score, "seconds": seconds, "shorter_top1": shorter,
+            }  # fmt: skip
+    selected[SEDA].update(
+        precision=precision,
+        visual_weights=visual_weights(runs, second),
+        float32=_float32(runs, own, precision),
+        seconds={name: _seconds_with_all_labels(runs, own, name) for name in sets},
+    )
     return selected
+
+
+def lengthened(runs: Runs, wanted: Sequence[Job], own: Sequence[Job]) -> dict[str, int]:
+    """By group, how many times the passes of the best setting fit into the time of a training of SeDA's.
+
+    That is the largest power of two by which its median seconds with all labels, multiplied, are at most SeDA's on the
+    same set (``own``); only groups where it is 2 or more. ``wanted`` are the jobs that chose the setting.
+    """
+    factors = {}
+    for name, found in ranked(runs, wanted).items():
+        method, _, of_set = name.partition(" on ")
+        if method in (MLP, ONE_STEP):
+            allowed = _seconds_with_all_labels(runs, own, of_set)
+            taken = median_seconds(runs, wanted, name, found[0][1])
+            if taken > 0 and allowed >= 2 * taken:
+                factors[name] = 2 ** int(np.log2(allowed / taken))
+    return factors
+
+
+def median_seconds(runs: Runs, wanted: Sequence[Job], name: str, settings: Mapping[str, Any]) -> float:
+    """Of the trainings of a group's ``settings`` with all labels."""
+    same = [j for j in wanted if group(j.method, j.set) == name and j.settings == settings]
+    return _seconds_with_all_labels(runs, same, same[0].set)
+
+
+def _seconds_with_all_labels(runs: Runs, wanted: Sequence[Job], name: str) -> float:
+    """Median over those of ``wanted`` on the set ``name``."""
+    return float(np.median([runs.records[j.key].seconds for j in wanted if (j.set, j.regime) == (name, "full")]))
+
+
+def _more_passes(settings: Mapping[str, Any], factor: int) -> dict[str, Any]:
+    return {**settings, "epochs": factor * settings.get("epochs", DEFAULT_EPOCHS)}
+
+
+def _float32(runs: Runs, own: Sequence[Job], precision: PrecisionName) -> dict[str, float]:
+    """Mean top-1 of SeDA's defaults in float32 minus that in ``precision``, and its standard error over folds."""
+    pairs = [(runs.records[j.key], runs.records[replace(j, precision=precision).key]) for j in own]
+    gaps = [a.metrics["top1"] - b.metrics["top1"] for a, b in pairs]
+    error = float(np.std(gaps, ddof=1) / np.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
+    return {"gain": float(np.mean(gaps)), "standard_error": error, "trainings": len(gaps)}
 
 
 def _standard_error(runs: Runs, wanted: Sequence[Job], name: str, best: Mapping[str, Any]) -> float:

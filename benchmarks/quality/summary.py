@@ -73,6 +73,9 @@ def _statistics(records: Sequence[Record]) -> dict[str, Any]:
         "deviation": float(np.std(top1, ddof=1)) if len(top1) > 1 else None,
         "seeds": len(top1),
         "seconds": float(np.mean([r.seconds for r in records])),
+        # Some trainings waited for others: the mean is what making them again takes, the median what one takes.
+        "median_seconds": float(np.median([r.seconds for r in records])),
+        "ece": float(np.mean([r.metrics["ece"] for r in records])) if "ece" in records[0].metrics else None,
     }
     for kind in ("alignment", "alignment_point"):
         found = [getattr(r, kind) for r in records if getattr(r, kind)]
@@ -111,13 +114,14 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
 
 
 def _fashion_targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
-    """Alignment and time on the main set."""
+    """Time and alignment on the main set."""
     methods = next((r["methods"] for r in rows if (r["set"], r["regime"]) == ("fashion_products", "full")), {})
     if not {SEDA, "one_step_mse"} <= set(methods):
         return []
     point, mapping = methods[SEDA]["alignment_point"], methods["one_step_mse"]["alignment"]
-    frechet = methods[SEDA]["alignment"]["frechet"]
-    found = [Target("fashion_products: Frechet distance at most 60", f"{frechet:.1f}", frechet <= 60)]
+    frechet, seconds = methods[SEDA]["alignment"]["frechet"], methods[SEDA]["median_seconds"]
+    found = [Target("fashion_products: a training under 240 seconds", f"{seconds:.0f}, the median", seconds < 240)]
+    found += [Target("fashion_products: Frechet distance at most 60", f"{frechet:.1f}", frechet <= 60)]
     for key, name, form in (("cosine", "cosine", ".3f"), ("recall_at_10", "recall@10", ".1f")):
         text = f"{point[key]:{form}} against {mapping[key]:{form}}"
         asked = f"fashion_products, point estimate: {name} at least that of one_step_mse"

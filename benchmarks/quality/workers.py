@@ -6,20 +6,27 @@ import functools
 import multiprocessing
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .regimes import DataSet, load
+from .regimes import DataSet, Task, load
 from .runs import Job, Record, Runs, measure
 from .selection import task_of
 
 
-def make(runs: Runs, jobs: Sequence[Job], folder: Path, workers: int, title: str) -> None:
-    """Measure those of ``jobs`` that ``runs`` does not have, on the sets of ``folder``, ``workers`` at a time.
+def make(
+    runs: Runs,
+    jobs: Sequence[Job],
+    folder: Path,
+    workers: int,
+    title: str,
+    measure: Callable[[Job, Task], Record] = measure,
+) -> None:
+    """``measure`` those of ``jobs`` that ``runs`` does not have, on the sets of ``folder``, ``workers`` at a time.
 
     One worker is this process with all its threads; more are processes that share the cores. A training's last bits
     follow the number of its threads, so a record made anew with other ``workers`` may differ by as much as by noise.
@@ -28,14 +35,14 @@ def make(runs: Runs, jobs: Sequence[Job], folder: Path, workers: int, title: str
     with tqdm(total=len(wanted), desc=title, disable=None) as bar:
         if workers == 1:
             for job in wanted.values():
-                runs.get(job, task_of(job, _data(job.set, folder)))
+                runs.add(_measured(job, folder, measure))
                 bar.update()
             return
         threads = max(1, (os.cpu_count() or 1) // workers)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(threads,)) as pool:
             try:
-                for done in as_completed([pool.submit(_measure, job, folder) for job in wanted.values()]):
+                for done in as_completed([pool.submit(_measured, job, folder, measure) for job in wanted.values()]):
                     runs.add(done.result())
                     bar.update()
             except BaseException:
@@ -61,5 +68,5 @@ def _data(name: str, folder: Path) -> DataSet:
     return load(name, folder)
 
 
-def _measure(job: Job, folder: Path) -> Record:
+def _measured(job: Job, folder: Path, measure: Callable[[Job, Task], Record]) -> Record:
     return measure(job, task_of(job, _data(job.set, folder)))

@@ -1,0 +1,182 @@
+"""``python -m benchmarks.quality.explore``: what each variant of the recipe does on folds of the training parts.
+
+No test part is read. A fold's trainings share its rows and seed, so that differences to the defaults are paired.
+What changes only how a trained model predicts is measured on the trainings of the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+from seda_fast import SeDA, TrainConfig
+from seda_fast.metrics import alignment_metrics, classification_metrics
+
+from . import workers
+from .explored import DEFAULTS, PREFIX, REGIMES, markdown
+from .methods import seda_predictions, standardised, train_seda
+from .regimes import SETS, Task
+from .runs import Job, Record, Runs, recorded
+from .variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+Float = NDArray[np.float32]
+
+
+def job(name: str, regime: str, variant: str, fold: int) -> Job:
+    """The training of a variant on a fold, in bf16: half the time, and the same for all."""
+    return Job(name, regime, PREFIX + variant, f"cv {fold}/3", fold, VARIANTS[variant].settings, "bf16")
+
+
+def measure(job: Job, task: Task) -> Record:
+    """Train a variant and predict the fold's rows; the defaults also in every way of `PREDICTIONS`."""
+    torch.manual_seed(job.seed)
+    settings = dict(job.settings)
+    share = settings.pop("batch_share", None)
+    if share is not None:
+        rule = TrainConfig().for_rows(len(task.train.labels))
+        settings |= {"batch_size": round(share * rule.batch_size), "epochs": rule.epochs}
+    model, seconds = train_seda(
+        task, job.seed, settings, job.precision, VARIANTS[job.method.removeprefix(PREFIX)].change
+    )
+    record = recorded(job, task, seda_predictions(model, task, seconds))
+    if job.method == DEFAULTS:
+        record.metrics.update(_other_predictions(model, task))
+    return record
+
+
+# ---------------------------------------------------------------------------------------- one model, other predictions
+
+
+def _with(**settings: object) -> Callable[[SeDA, Task], Float]:
+    """Predictions with other settings of the model."""
+
+    def predict(model: SeDA, task: Task) -> Float:
+        kept = model.config
+        model.config = dataclasses.replace(kept, **settings)  # type: ignore[arg-type]
+        try:
+            return _heads(model, task)[0]
+        finally:
+            model.config = kept
+
+    return predict
+
+
+def _heads(model: SeDA, task: Task) -> tuple[Float, ...]:
+    with torch.inference_mode():
+        found = model.predict_log_proba(torch.from_numpy(task.test.visual), heads=True)
+    return tuple(x.numpy() for x in found)
+
+
+def _mean_of_probabilities(model: SeDA, task: Task) -> Float:
+    _, semantic, textual, visual = _heads(model, task)
+    weighted = zip((0.25, 0.25, 0.5), (semantic, textual, visual), strict=True)
+    return np.logaddexp.reduce([np.log(w) + x for w, x in weighted])  # type: ignore[no-any-return]
+
+
+def _scaled(model: SeDA, task: Task) -> Float:
+    """Log-probabilities times the factor that is likeliest on the other half of the rows (Guo et al. 2017)."""
+    found, labels = _heads(model, task)[0], task.test.labels
+    half = np.random.default_rng(0).permutation(len(labels)) % 2 == 0
+    result = np.empty_like(found)
+    for other in (half, ~half):
+        rows = found[~other], labels[~other]
+
+        def likelihood(factor: float, rows: tuple[Float, NDArray[np.int64]] = rows) -> float:
+            return -float(log_softmax(factor * rows[0], axis=1)[np.arange(len(rows[1])), rows[1]].mean())
+
+        result[other] = log_softmax(minimize_scalar(likelihood, bounds=(0.1, 10.0)).x * found[other], axis=1)
+    return result
+
+
+PREDICTIONS: dict[str, tuple[str, Callable[[SeDA, Task], Float]]] = {
+    "draws_4": ("mean of 4 noise draws", _with(noise_draws=4)),
+    "draws_16": ("mean of 16 noise draws", _with(noise_draws=16)),
+    "semantic_1": ("1 step of the semantic stage", _with(semantic_steps=1)),
+    "semantic_2": ("2 steps of the semantic stage", _with(semantic_steps=2)),
+    "semantic_10": ("10 steps of the semantic stage", _with(semantic_steps=10)),
+    "semantic_20": ("20 steps of the semantic stage", _with(semantic_steps=20)),
+    "semantic_ddim": ("the semantic stage by DDIM, 5 steps", _with(semantic_sampler="ddim")),
+    "class_2": ("2 steps of the textual stage to classify", _with(classification_steps=2)),
+    "class_5": ("5 steps of the textual stage to classify", _with(classification_steps=5)),
+    "class_10": ("10 steps of the textual stage to classify", _with(classification_steps=10)),
+    "mean": ("mean of the heads' probabilities, not product", _mean_of_probabilities),
+    "scaled": ("temperature fitted on the other half of the fold", _scaled),
+}
+# Ways of the textual stage to draw a text: sampler, steps.
+SAMPLINGS = (("ddim", 2), ("ddim", 5), ("ddim", 20), ("ddim", 50))
+
+
+def _other_predictions(model: SeDA, task: Task) -> dict[str, float]:
+    found = {}
+    for name, (_, predict) in PREDICTIONS.items():
+        metrics = classification_metrics(predict(model, task), task.test.labels)
+        found |= {f"{key}_{name}": round(metrics[key], 4) for key in ("top1", "ece")}
+    text = standardised(task).test.text
+    for sampler, steps in SAMPLINGS:
+        with torch.inference_mode():
+            mapped = model.align(torch.from_numpy(task.test.visual), steps=steps)[1].numpy()
+        metrics = alignment_metrics(mapped, text, seed=0)
+        found |= {f"{key}_{sampler}_{steps}": round(metrics[key], 4) for key in ("frechet", "cosine", "recall_at_10")}
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def jobs(sets: Sequence[str], regimes: Sequence[str], variants: Sequence[str], folds: int) -> list[Job]:
+    """Folds outermost, so that a stopped command leaves every variant measured equally often."""
+    return [
+        job(name, regime, variant, fold)
+        for fold in range(folds)
+        for regime in regimes
+        for variant in variants
+        for name in sets
+        if regime == "full" or not VARIANTS[variant].labelled
+    ]
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.explore", description=__doc__)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the paired sets")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--folds", type=int, choices=range(1, 7), default=3, help="of two partitions into three")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="trainings at a time")
+    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks/results/exploration.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/exploration.md")
+    parser.add_argument("--report-only", action="store_true", help="train nothing, write from what is known")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 2 with one sentence where the data is missing."""
+    chosen = arguments(argv)
+    runs = Runs(chosen.runs)
+    if not chosen.report_only:
+        missing = [name for name in chosen.sets if not (chosen.data / f"{SETS[name]}.npz").is_file()]
+        if missing:
+            print(f"benchmarks.quality: {chosen.data} has no {SETS[missing[0]]}.npz; give --data", file=sys.stderr)
+            return 2
+        wanted = jobs(chosen.sets, chosen.regimes, chosen.variants, chosen.folds)
+        workers.make(runs, wanted, chosen.data, chosen.workers, "exploration", measure)
+    text = markdown(runs, {name: about for name, (about, _) in PREDICTIONS.items()}, SAMPLINGS)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
