@@ -130,8 +130,9 @@ def _time_table(selected: Selected) -> list[str]:
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in own["seconds"].items())
     lines = [
         "Every method was offered the time of a training of SeDA: the best settings of the others were also trained",
-        "with 2, 4, 8, ... times the passes, the most that fit into SeDA's median seconds with all labels, in float32",
-        f"on the same folds ({seconds}). What is better is chosen above.",
+        "with 2, 4, 8, ... times the passes, the most that fit into SeDA's seconds with all labels, in float32 on the",
+        f"same folds ({seconds}; the least of a setting's trainings is taken, as other work held some up). What is",
+        "better is chosen above.",
         "",
         "| method and set | times the passes | seconds | mean top-1 | that of the best with fewer |",
         "|---|---|---|---|---|",

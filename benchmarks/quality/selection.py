@@ -141,9 +141,9 @@ def select(
     Returns:
         By group: ``settings`` chosen, their mean ``top1`` in percent over all folds, sets and regimes, the same of the
         default settings, the ``standard_error`` of the difference over folds, and how many settings were ``tried``; of
-        SeDA also `visual_weights`, ``float32`` (see `_float32`) and by set the median ``seconds`` in float32; where
-        there was time for more passes, ``longer``: the factor, the mean top-1 and median ``seconds`` with them, and the
-        best mean top-1 without.
+        SeDA also `visual_weights`, ``float32`` (see `_float32`) and by set its ``seconds`` in float32; where there
+        was time for more passes, ``longer``: the factor, the mean top-1 and ``seconds`` with them, and the best mean
+        top-1 without.
     """
     tried = {group(m, name): candidates(m, count) for name in sets for m in SELECTED}
     first = jobs(sets, tried, [0], folds, precision)
@@ -171,7 +171,7 @@ def select(
         }
         if name in longer:
             score = next(score for score, other in found if other == longer[name])
-            seconds = median_seconds(runs, third, name, longer[name])
+            seconds = seconds_of(runs, third, name, longer[name])
             shorter = next(score for score, other in found if other != longer[name])
             selected[name]["longer"] = {
                 "factor": factors[name], "top1": score, "seconds": seconds, "shorter_top1": shorter,
@@ -180,7 +180,7 @@ def select(
         precision=precision,
         visual_weights=visual_weights(runs, second),
         float32=_float32(runs, own, precision),
-        seconds={name: _seconds_with_all_labels(runs, own, name) for name in sets},
+        seconds={name: _seconds(runs, own, name) for name in sets},
     )
     return selected
 
@@ -188,29 +188,28 @@ def select(
 def lengthened(runs: Runs, wanted: Sequence[Job], own: Sequence[Job]) -> dict[str, int]:
     """By group, how many times the passes of the best setting fit into the time of a training of SeDA's.
 
-    That is the largest power of two by which its median seconds with all labels, multiplied, are at most SeDA's on the
-    same set (``own``); only groups where it is 2 or more. ``wanted`` are the jobs that chose the setting.
+    That is the largest power of two by which its seconds with all labels, multiplied, are at most SeDA's on the same
+    set (``own``); only groups where it is 2 or more. ``wanted`` are the jobs that chose the setting.
     """
     factors = {}
     for name, found in ranked(runs, wanted).items():
         method, _, of_set = name.partition(" on ")
         if method in (MLP, ONE_STEP):
-            allowed = _seconds_with_all_labels(runs, own, of_set)
-            taken = median_seconds(runs, wanted, name, found[0][1])
+            allowed, taken = _seconds(runs, own, of_set), seconds_of(runs, wanted, name, found[0][1])
             if taken > 0 and allowed >= 2 * taken:
                 factors[name] = 2 ** int(np.log2(allowed / taken))
     return factors
 
 
-def median_seconds(runs: Runs, wanted: Sequence[Job], name: str, settings: Mapping[str, Any]) -> float:
-    """Of the trainings of a group's ``settings`` with all labels."""
+def seconds_of(runs: Runs, wanted: Sequence[Job], name: str, settings: Mapping[str, Any]) -> float:
+    """Of a training of a group's ``settings`` with all labels."""
     same = [j for j in wanted if group(j.method, j.set) == name and j.settings == settings]
-    return _seconds_with_all_labels(runs, same, same[0].set)
+    return _seconds(runs, same, same[0].set)
 
 
-def _seconds_with_all_labels(runs: Runs, wanted: Sequence[Job], name: str) -> float:
-    """Median over those of ``wanted`` on the set ``name``."""
-    return float(np.median([runs.records[j.key].seconds for j in wanted if (j.set, j.regime) == (name, "full")]))
+def _seconds(runs: Runs, wanted: Sequence[Job], name: str) -> float:
+    """The least over those of ``wanted`` on the set ``name`` with all labels: what other work has held up least."""
+    return min(runs.records[j.key].seconds for j in wanted if (j.set, j.regime) == (name, "full"))
 
 
 def _more_passes(settings: Mapping[str, Any], factor: int) -> dict[str, Any]:
