@@ -39,7 +39,8 @@ def test_every_variant_trains_another_model_than_the_defaults(task: Task) -> Non
         settings = {k: v for k, v in small(name).settings.items() if k != "batch_share"}
         settings |= {"epochs": 6, "batch_size": round(32 * variant.settings.get("batch_share", 1))}
         torch.manual_seed(0)
-        model, _ = methods.train_seda(task, 0, settings, "fp32", variant.change)
+        with variant.during():
+            model, _ = methods.train_seda(task, 0, settings, "fp32", variant.change)
         found[name] = methods.seda_predictions(model, task, 0.0)
         assert np.isfinite(found[name].log_proba).all(), name
     reference = found.pop("defaults")

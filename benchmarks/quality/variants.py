@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,7 +37,8 @@ def unchanged(model: SeDA, task: Task) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """A change: ``about`` in words for the table, ``settings`` of model and training, ``change`` of the model itself.
+    """A change: ``about`` in words for the table, ``settings`` of model and training, ``change`` of the model itself,
+    ``during`` what holds while it trains.
 
     ``labelled`` ones are defined only where every row has its label.
     """
@@ -43,6 +47,7 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
     change: Callable[[SeDA, Task], None] = unchanged
     labelled: bool = False
+    during: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 # ------------------------------------------------------------------------------------------------------ objective
@@ -263,6 +268,35 @@ def _class(kind: type[SeDA]) -> Callable[[SeDA, Task], None]:
     return change
 
 
+# ------------------------------------------------------------------------------------------------------- optimisation
+
+
+def _steady(step: int, total: int, warmup: float) -> float:
+    """The learning rate's factor: a linear rise, then no change; the moving average alone quiets the weights."""
+    return min(1.0, (step + 1) / max(1, round(total * warmup)))
+
+
+def _falling(step: int, total: int, warmup: float) -> float:
+    """A linear rise, then a linear fall to 0."""
+    rise = max(1, round(total * warmup))
+    return min((step + 1) / rise, (total - step) / max(1, total - rise))
+
+
+def _rate(factor: Callable[[int, int, float], float]) -> Callable[[], AbstractContextManager[object]]:
+    return lambda: mock.patch("seda_fast.engine.learning_rate_factor", factor)
+
+
+class _LongMemory(torch.optim.AdamW):
+    """AdamW that remembers squared gradients over 1 000 steps and not 100."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **{**settings, "betas": (0.9, 0.999)})
+
+
+def _optimiser(kind: type[torch.optim.Optimizer]) -> Callable[[], AbstractContextManager[object]]:
+    return partial(mock.patch, "torch.optim.AdamW", kind)
+
+
 VARIANTS: dict[str, Variant] = {
     "defaults": Variant("the recipe as it is"),
     "mixup_visual": Variant("mixup (Beta 0.4) for the visual head", change=_class(_MixedVisual), labelled=True),
@@ -283,4 +317,7 @@ VARIANTS: dict[str, Variant] = {
     "batch_half": Variant("half the rows a batch, as many passes", {"batch_share": 0.5}),
     "batch_double": Variant("twice the rows a batch, as many passes", {"batch_share": 2.0}),
     "warmup_long": Variant("learning rate rises for a fifth of the steps", {"warmup": 0.2}),
+    "rate_steady": Variant("learning rate does not fall", during=_rate(_steady)),
+    "rate_linear": Variant("learning rate falls linearly", during=_rate(_falling)),
+    "betas": Variant("AdamW with betas 0.9, 0.999", during=_optimiser(_LongMemory)),
 }
