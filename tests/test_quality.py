@@ -269,9 +269,9 @@ def test_repeated_folds_are_different_partitions(folder: Path) -> None:
 
 def test_selected_settings_are_used_by_baselines_and_not_by_seda(folder: Path) -> None:
     selected = {"mlp on cub10": {"settings": {"epochs": 3}}, "seda": {"settings": {"epochs": 3}}}
-    chosen = command.arguments(["--sets", "cub10", "--regimes", "full", "--seeds", "1"])
+    chosen = command.arguments(["--sets", "cub10", "--regimes", "full", "labels-4", "--seeds", "1"])
     settings = {job.method: dict(job.settings) for job in command.jobs(chosen, selected)}
-    assert settings["mlp"] == {"epochs": 3}
+    assert settings["mlp"] == settings["mlp_pseudo"] == {"epochs": 3}
     assert settings["seda"] == settings["linear"] == {}
     record = Record(Job("cub10", "full", "seda", "test", 0), {"top1": 50.0}, None, None, np.ones(4, bool), 1.0)
     mlps = [replace(record, job=Job("cub10", "full", "mlp", "test", 0, s)) for s in ({}, {"epochs": 3})]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import selection, summary, workers
-from .methods import ABLATIONS, METHODS, SEDA
+from .methods import ABLATIONS, METHODS, MLP_PSEUDO, SEDA
 from .page import markdown
 from .plots import plot
 from .regimes import REGIMES, SETS
@@ -74,7 +74,7 @@ def jobs(chosen: argparse.Namespace, selected: Selected) -> list[Job]:
                 for method in chosen.methods:
                     if method in ABLATIONS and regime not in ("full", "labels-8"):
                         continue
-                    if method == "mlp_pseudo" and not regime.startswith("labels"):
+                    if method == MLP_PSEUDO and not regime.startswith("labels"):
                         continue  # nothing is unlabelled, so it is the MLP itself
                     settings = {} if method.startswith(SEDA) else selection.settings_of(selected, method, name)
                     found.append(Job(name, regime, method, TEST, seed, settings))

@@ -26,8 +26,8 @@ from .regimes import Rows, Task
 
 Float = NDArray[np.float32]
 Settings = Mapping[str, Any]
-SEDA, LINEAR, MLP, ONE_STEP = "seda", "linear", "mlp", "one_step"
-PEERS = ("one_step_mse", "mlp_pseudo", "bridge")
+SEDA, LINEAR, MLP, ONE_STEP, MLP_PSEUDO = "seda", "linear", "mlp", "one_step", "mlp_pseudo"
+PEERS = ("one_step_mse", MLP_PSEUDO, "bridge")
 ABLATIONS = ("seda:dcsl_only", "seda:no_semantic_space", "seda:no_interaction", "seda:one_step", "seda:no_teacher")
 METHODS = (SEDA, LINEAR, MLP, ONE_STEP, *PEERS, *ABLATIONS)
 # Against the best of these the accuracy of SeDA is held.
@@ -77,7 +77,7 @@ def fit(method: str, task: Task, seed: int, settings: Settings, precision: Preci
     if name == SEDA:
         return _seda(task, seed, settings, ablation, precision)
     task = standardised(task)
-    if name == "mlp_pseudo":
+    if name == MLP_PSEUDO:
         return _baseline(MLP, Task(_pseudo_labelled(task.train), task.test, task.n_classes), seed, settings)
     if name == "bridge":
         return _bridge(task, seed, settings)

@@ -21,7 +21,7 @@ def markdown(rows: Sequence[dict[str, Any]], selected: Selected, command: str) -
         f"Top-1 on the test parts in percent, mean ± standard deviation over seeds; made by `{command}`, which keeps",
         "what it has and goes on where it was stopped. *Difference* is SeDA minus the row's best baseline, with its",
         "paired bootstrap 95 % interval over test rows. Baselines get the unlabelled pairs too (`one_step` by its",
-        "squared error, `mlp_pseudo` by labels that a text classifier gives them).",
+        "squared error, `mlp_pseudo`, the MLP with its settings, by labels that a text classifier gives them).",
         "",
         *(f"- **{name}**: {about}" for name, about in ABOUT.items()),
         "",

@@ -13,7 +13,7 @@ import numpy as np
 from seda_fast.baselines import fit_baseline
 from seda_fast.engine import PrecisionName
 
-from .methods import LINEAR, MLP, ONE_STEP, SEDA
+from .methods import LINEAR, MLP, MLP_PSEUDO, ONE_STEP, SEDA
 from .regimes import DataSet, Task, apply, fold
 from .runs import TEST, VISUAL_WEIGHTS, Job, Runs, weight_name
 
@@ -97,8 +97,9 @@ def group(method: str, name: str) -> str:
 
 
 def settings_of(selected: Selected, method: str, name: str) -> dict[str, Any]:
-    """The settings chosen for a method on a set; its defaults where none were."""
-    found: Mapping[str, Any] = selected.get(group(method, name), {})
+    """The settings chosen for a method on a set; its defaults where none were. The MLP that learns from a text
+    classifier's labels is the MLP, with its settings."""
+    found: Mapping[str, Any] = selected.get(group(MLP if method == MLP_PSEUDO else method, name), {})
     return dict(found.get("settings", {}))
 
 
