@@ -317,6 +317,12 @@ VARIANTS: dict[str, Variant] = {
     "batch_half": Variant("half the rows a batch, as many passes", {"batch_share": 0.5}),
     "batch_double": Variant("twice the rows a batch, as many passes", {"batch_share": 2.0}),
     "warmup_long": Variant("learning rate rises for a fifth of the steps", {"warmup": 0.2}),
+    "semantic_light": Variant("w2 0.3: the semantic head's cross entropy", {"semantic_weight": 0.3}),
+    "text_light": Variant("w3 0.3: distance to the text", {"text_weight": 0.3}),
+    "text_heavy": Variant("w3 3: distance to the text", {"text_weight": 3.0}),
+    "textual_light": Variant(
+        "w4, w5 0.3: the textual head's cross entropies", {"mapped_weight": 0.3, "textual_head_weight": 0.3}
+    ),
     "rate_steady": Variant("learning rate does not fall", during=_rate(_steady)),
     "rate_linear": Variant("learning rate falls linearly", during=_rate(_falling)),
     "betas": Variant("AdamW with betas 0.9, 0.999", during=_optimiser(_LongMemory)),
