@@ -116,3 +116,9 @@ def test_variants_need_labels_where_they_say_so() -> None:
     found = explore.jobs(["cub10"], list(explored.REGIMES), list(VARIANTS), 2)
     labelled = {job.method for job in found if job.regime == "full"} - {j.method for j in found if j.regime != "full"}
     assert labelled == {explored.PREFIX + name for name, variant in VARIANTS.items() if variant.labelled} != set()
+
+
+def test_published_page_is_that_of_the_published_records(repository: Path, tmp_path: Path) -> None:
+    explore.main(["--report-only", "--out", str(tmp_path / "page.md")])
+    written = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert written == (repository / "docs/exploration.md").read_text(encoding="utf-8")

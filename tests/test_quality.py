@@ -414,3 +414,9 @@ def test_methods_are_compared_over_the_seeds_that_seda_has() -> None:
     assert row["methods"]["mlp"]["seeds"] == 1
     assert row["best_baseline"] == "mlp"
     assert "linear" not in row["methods"]
+
+
+def test_published_page_is_that_of_the_published_records(repository: Path, tmp_path: Path) -> None:
+    command.main(["--report-only", "--out", str(tmp_path / "quality.json"), "--docs", str(tmp_path)])
+    written = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert written == (repository / "docs/quality.md").read_text(encoding="utf-8")
