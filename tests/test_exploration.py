@@ -12,6 +12,7 @@ from benchmarks.quality import explore, explored, methods
 from benchmarks.quality.regimes import Rows, Task
 from benchmarks.quality.runs import Job, Record, Runs
 from benchmarks.quality.variants import VARIANTS, _Warped
+from seda_fast import engine
 from seda_fast.nn.schedule import NoiseSchedule
 
 K, DV, DT = 3, 6, 4
@@ -61,6 +62,25 @@ def test_more_passes_or_rows_are_what_the_names_say(task: Task, monkeypatch: pyt
     with pytest.raises(InterruptedError):
         explore.measure(explore.job("cub10", "full", "batch_half", 0), task)
     assert given == {"batch_size": 16, "epochs": 120}  # 32 rows and 120 passes of two steps by the rule
+
+
+def test_what_holds_while_a_variant_trains_holds_in_its_measurement(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def train(*given: object) -> None:
+        seen["now"] = (engine.learning_rate_factor, torch.optim.AdamW)
+        raise InterruptedError
+
+    monkeypatch.setattr(explore, "train_seda", train)
+    usual = engine.learning_rate_factor, torch.optim.AdamW
+    for name, variant in VARIANTS.items():
+        with pytest.raises(InterruptedError):
+            explore.measure(explore.job("cub10", "full", name, 0), task)
+        with variant.during():
+            assert seen["now"] == (engine.learning_rate_factor, torch.optim.AdamW), name
+        assert (seen["now"] != usual) == (name in ("rate_steady", "rate_linear", "betas"))
 
 
 def test_warped_timesteps_are_those_of_the_schedule() -> None:

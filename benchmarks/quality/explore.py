@@ -45,9 +45,9 @@ def measure(job: Job, task: Task) -> Record:
     if share is not None:
         rule = TrainConfig().for_rows(len(task.train.labels))
         settings |= {"batch_size": round(share * rule.batch_size), "epochs": rule.epochs}
-    model, seconds = train_seda(
-        task, job.seed, settings, job.precision, VARIANTS[job.method.removeprefix(PREFIX)].change
-    )
+    variant = VARIANTS[job.method.removeprefix(PREFIX)]
+    with variant.during():
+        model, seconds = train_seda(task, job.seed, settings, job.precision, variant.change)
     record = recorded(job, task, seda_predictions(model, task, seconds))
     if job.method == DEFAULTS:
         record.metrics.update(_other_predictions(model, task))
