@@ -12,6 +12,8 @@ import sklearn
 import torch
 from scipy.sparse import csr_matrix
 from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -21,6 +23,7 @@ import seda_fast
 from seda_fast import DataError, SeDA, SeDAClassifier, SeDAConfig, TrainConfig, predict, train
 from seda_fast.config import ConfigError
 from seda_fast.measure import raw_class_texts
+from seda_fast.metrics import classification_metrics
 
 SMALL: dict[str, Any] = {
     "width": 16,
@@ -135,6 +138,19 @@ def test_a_row_does_not_depend_on_its_neighbours(fitted: SeDAClassifier) -> None
     shaken = twice + np.float32(1e-6) * np.random.default_rng(1).normal(size=twice.shape).astype(np.float32)
     assert np.ptp(fitted.transform(twice), axis=0).max() == 0
     assert np.ptp(fitted.transform(shaken), axis=0).max() > 1e-3
+
+
+def test_a_temperature_of_held_out_rows_calibrates_and_changes_no_class(data: Sample) -> None:
+    """As docs/scikit_learn.md says; the defaults of label smoothing and dropout, which make SeDA unsure."""
+    model = SeDAClassifier(**SMALL, random_state=0).fit(data.visual, data.labels, text=data.text)
+    held, new = sample(300, seed=5), sample(900, seed=6)
+    calibrated = CalibratedClassifierCV(FrozenEstimator(model), method="temperature").fit(held.visual, held.labels)
+    found = {}
+    for name, estimator in (("plain", model), ("calibrated", calibrated)):
+        log_proba = np.log(estimator.predict_proba(new.visual)).astype(np.float32)
+        found[name] = classification_metrics(log_proba, new.labels)
+    assert (calibrated.predict(new.visual) == model.predict(new.visual)).all()
+    assert found["calibrated"]["ece"] < 0.5 * found["plain"]["ece"]
 
 
 def test_without_text_the_textual_head_is_not_asked(data: Sample) -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 from benchmarks.quality import explore, explored, methods
 from benchmarks.quality.regimes import Rows, Task
 from benchmarks.quality.runs import Job, Record, Runs
-from benchmarks.quality.variants import VARIANTS, _Warped
+from benchmarks.quality.variants import _SGD, VARIANTS, _FastSGD, _Muon, _Split, _Warped
 from seda_fast import engine
 from seda_fast.nn.schedule import NoiseSchedule
 
@@ -75,12 +75,13 @@ def test_what_holds_while_a_variant_trains_holds_in_its_measurement(
 
     monkeypatch.setattr(explore, "train_seda", train)
     usual = engine.learning_rate_factor, torch.optim.AdamW
+    changed = ("rate_steady", "rate_linear", "betas", "muon", "sgd", "sgd_fast")
     for name, variant in VARIANTS.items():
         with pytest.raises(InterruptedError):
             explore.measure(explore.job("cub10", "full", name, 0), task)
         with variant.during():
             assert seen["now"] == (engine.learning_rate_factor, torch.optim.AdamW), name
-        assert (seen["now"] != usual) == (name in ("rate_steady", "rate_linear", "betas"))
+        assert (seen["now"] != usual) == (name in changed)
 
 
 def test_warped_timesteps_are_those_of_the_schedule() -> None:
@@ -90,6 +91,50 @@ def test_warped_timesteps_are_those_of_the_schedule() -> None:
     assert half[0] == pytest.approx(float(plain[499:501].mean()), rel=1e-6)
     assert half[-1] == plain[-1]
     assert _Warped(1000, lambda u: u**0.5).alpha_bar[250] < plain[250] < _Warped(1000, lambda u: u**2).alpha_bar[250]
+
+
+@pytest.mark.parametrize("kind", [_Muon, _SGD, _FastSGD])
+def test_matrices_go_to_the_other_optimiser_with_the_same_decay(kind: type[_Split]) -> None:
+    """Without a gradient what is left of a step is its decay; of vectors AdamW takes none."""
+    matrix, vector = (torch.ones(shape, requires_grad=True) for shape in ((4, 4), (4,)))
+    optimiser = kind([{"params": [matrix], "weight_decay": 0.5}, {"params": [vector], "weight_decay": 0.0}], lr=1e-3)
+    for group in optimiser.param_groups:
+        group["lr"] = 2e-3
+    for _ in range(200):
+        matrix.grad, vector.grad = torch.zeros(4, 4), torch.zeros(4)
+        optimiser.step()
+    assert vector.tolist() == [1] * 4
+    assert float(matrix.detach()[0, 0]) == pytest.approx((1 - 2e-3 * 0.5) ** 200, abs=0.01)
+    assert not optimiser.state[matrix]
+    matrix.grad, vector.grad = torch.eye(4), torch.ones(4)
+    before = matrix.detach().clone()
+    optimiser.step()
+    assert not torch.equal(matrix, before) and not torch.equal(vector, torch.ones(4))
+
+
+def test_an_estimate_noised_afresh_has_the_next_timesteps_noise() -> None:
+    schedule = explore._Afresh(1000)
+    plain, sampler = NoiseSchedule(1000), schedule.sampler("ddim", 5)
+    signal, noise = (table[sampler.timesteps[1:]] for table in plain.training_tables())
+    torch.testing.assert_close(sampler.coefficients[:-1, 0], signal)
+    torch.testing.assert_close(sampler.coefficients[:-1, 3], noise)
+    assert sampler.coefficients[:, 4].tolist() == [0, 0, 0, 0, 1]
+    assert sampler.noisy and not sampler.coefficients[:, 1:3].any()
+    assert torch.equal(schedule.sampler("renoise", 5).coefficients, plain.sampler("renoise", 5).coefficients)
+
+
+def test_ways_to_draw_a_text_differ(task: Task) -> None:
+    model, _ = methods.train_seda(task, 0, {"epochs": 3, "width": 32, "blocks": 2}, "fp32", lambda m, t: None)
+    visual = torch.from_numpy(task.test.visual)
+    kept = model.config, model.schedule
+    found = {}
+    for sampler in explored.SAMPLERS:
+        with torch.inference_mode(), explore._textual(model, sampler):
+            found[sampler] = model.align(visual, steps=4)
+    assert (model.config, model.schedule) == kept
+    for name in ("renoise", "afresh"):
+        assert torch.equal(found[name][0], found["ddim"][0]) and not torch.allclose(found[name][1], found["ddim"][1])
+    assert not torch.allclose(found["renoise"][1], found["afresh"][1])
 
 
 def test_scaled_probabilities_are_calibrated_without_another_class(task: Task) -> None:
@@ -103,7 +148,9 @@ def test_scaled_probabilities_are_calibrated_without_another_class(task: Task) -
 def test_defaults_are_also_measured_in_other_ways_to_predict(task: Task) -> None:
     record = explore.measure(small("defaults"), task)
     assert {f"top1_{name}" for name in explore.PREDICTIONS} <= set(record.metrics)
-    assert record.metrics["top1_scaled"] == record.metrics["top1"]
+    for name in ("scaled", "sharp_1.25", "sharp_1.5", "sharp_2"):
+        assert record.metrics[f"top1_{name}"] == record.metrics["top1"]
+        assert record.metrics[f"ece_{name}"] != record.metrics["ece"]
     assert {f"frechet_{sampler}_{steps}" for sampler, steps in explore.SAMPLINGS} <= set(record.metrics)
     assert not any(key.startswith("top1_draws") for key in explore.measure(small("teacher_hot"), task).metrics)
 
@@ -112,7 +159,9 @@ def made(variant: str, fold: int, top1: float) -> Record:
     metrics = {"top1": top1, "ece": 5.0}
     if variant == "defaults":
         metrics |= {f"top1_{n}": top1 - 1 for n in explore.PREDICTIONS} | {f"ece_{n}": 3.0 for n in explore.PREDICTIONS}
-        metrics |= {f"{k}_ddim_{s}": s / 2 for k in ("frechet", "cosine", "recall_at_10") for _, s in explore.SAMPLINGS}
+        ways = [f"{sampler}_{steps}" for sampler, steps in explore.SAMPLINGS]
+        keys = ("frechet", "cosine", "recall_at_10")
+        metrics |= {f"{key}_{way}": int(way.split("_")[1]) / 2 for key in keys for way in ways}
     alignment = {"frechet": 20.0, "cosine": 0.5, "recall_at_10": 40.0}
     job = explore.job("cub10", "full", variant, fold)
     return Record(job, metrics, alignment, alignment, np.ones(4, bool), 2.0)
@@ -128,7 +177,8 @@ def test_page_tells_differences_on_the_same_folds(tmp_path: Path) -> None:
     assert "| mixup (Beta 0.4) of whole triples | +2.0 ± 1.0 (2) | +2.0 ± 1.0 |" in text  # fold 2 has no defaults
     assert "| nothing: top-1 itself | 85.0 | |" in text
     assert "| mean of 4 noise draws | -1.0 ± 0.0 (2) | -1.0 ± 0.0 | 3.0 |" in text
-    assert "| 20 | 10, 10.000, 10.0 |" in text
+    assert "| DDIM | 20 | 10, 10.000, 10.0 |" in text
+    assert "| the estimate noised afresh at every step; the last | 5 | 2.5, 2.500, 2.5 |" in text
     assert "cosine" not in text.split("## Other ways")[0].split("## With all labels")[1].splitlines()[4]
 
 

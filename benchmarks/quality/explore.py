@@ -10,7 +10,10 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from scipy.special import log_softmax
 
 from seda_fast import SeDA, TrainConfig
 from seda_fast.metrics import alignment_metrics, classification_metrics
+from seda_fast.nn.schedule import NoiseSchedule, Sampler
 
 from . import workers
 from .explored import DEFAULTS, PREFIX, REGIMES, markdown
@@ -61,12 +65,8 @@ def _with(**settings: object) -> Callable[[SeDA, Task], Float]:
     """Predictions with other settings of the model."""
 
     def predict(model: SeDA, task: Task) -> Float:
-        kept = model.config
-        model.config = dataclasses.replace(kept, **settings)  # type: ignore[arg-type]
-        try:
+        with mock.patch.object(model, "config", dataclasses.replace(model.config, **settings)):  # type: ignore[arg-type]
             return _heads(model, task)[0]
-        finally:
-            model.config = kept
 
     return predict
 
@@ -81,6 +81,11 @@ def _mean_of_probabilities(model: SeDA, task: Task) -> Float:
     _, semantic, textual, visual = _heads(model, task)
     weighted = zip((0.25, 0.25, 0.5), (semantic, textual, visual), strict=True)
     return np.logaddexp.reduce([np.log(w) + x for w, x in weighted])  # type: ignore[no-any-return]
+
+
+def _sharpened(factor: float) -> Callable[[SeDA, Task], Float]:
+    """Log-probabilities times a factor that is the same for all sets."""
+    return lambda model, task: log_softmax(factor * _heads(model, task)[0], axis=1)  # type: ignore[no-any-return]
 
 
 def _scaled(model: SeDA, task: Task) -> Float:
@@ -110,20 +115,49 @@ PREDICTIONS: dict[str, tuple[str, Callable[[SeDA, Task], Float]]] = {
     "class_5": ("5 steps of the textual stage to classify", _with(classification_steps=5)),
     "class_10": ("10 steps of the textual stage to classify", _with(classification_steps=10)),
     "mean": ("mean of the heads' probabilities, not product", _mean_of_probabilities),
+    "sharp_1.25": ("all log-probabilities times 1.25", _sharpened(1.25)),
+    "sharp_1.5": ("all log-probabilities times 1.5", _sharpened(1.5)),
+    "sharp_2": ("all log-probabilities times 2", _sharpened(2.0)),
     "scaled": ("temperature fitted on the other half of the fold", _scaled),
 }
 # Ways of the textual stage to draw a text: sampler, steps.
-SAMPLINGS = (("ddim", 2), ("ddim", 5), ("ddim", 20), ("ddim", 50))
+SAMPLINGS: tuple[tuple[Literal["ddim", "renoise", "afresh"], int], ...] = (
+    *(("ddim", steps) for steps in (2, 5, 20, 50)),
+    *(("renoise", steps) for steps in (5, 10)),
+    *(("afresh", steps) for steps in (2, 5, 10)),
+)
+
+
+class _Afresh(NoiseSchedule):
+    """A textual stage whose every estimate is noised afresh (Song et al. 2023, algorithm 1); the last is the result."""
+
+    def sampler(self, name: Literal["ddim", "renoise"], sampling_steps: int) -> Sampler:
+        found = super().sampler(name, sampling_steps)
+        if name == "renoise":  # the semantic stage stays as it is
+            return found
+        later = self.alpha_bar[found.timesteps[1:]]
+        table = torch.zeros_like(found.coefficients)
+        table[:-1, 0] = later.float()
+        table[:-1, 3] = (later * (1 - later)).sqrt().float()
+        table[-1, 4] = 1
+        return dataclasses.replace(found, coefficients=table, noisy=sampling_steps > 1)
+
+
+def _textual(model: SeDA, sampler: Literal["ddim", "renoise", "afresh"]) -> AbstractContextManager[object]:
+    """While it holds, the textual stage draws by ``sampler``."""
+    if sampler == "afresh":
+        return mock.patch.object(model, "schedule", _Afresh(model.config.diffusion_steps))
+    return mock.patch.object(model, "config", dataclasses.replace(model.config, textual_sampler=sampler))
 
 
 def _other_predictions(model: SeDA, task: Task) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for name, (_, predict) in PREDICTIONS.items():
         metrics = classification_metrics(predict(model, task), task.test.labels)
         found |= {f"{key}_{name}": round(metrics[key], 4) for key in ("top1", "ece")}
     text = standardised(task).test.text
     for sampler, steps in SAMPLINGS:
-        with torch.inference_mode():
+        with torch.inference_mode(), _textual(model, sampler):
             mapped = model.align(torch.from_numpy(task.test.visual), steps=steps)[1].numpy()
         metrics = alignment_metrics(mapped, text, seed=0)
         found |= {f"{key}_{sampler}_{steps}": round(metrics[key], 4) for key in ("frechet", "cosine", "recall_at_10")}

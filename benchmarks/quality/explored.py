@@ -12,6 +12,11 @@ from .variants import VARIANTS
 
 PREFIX = "seda~"
 DEFAULTS = PREFIX + "defaults"
+SAMPLERS = {
+    "ddim": "DDIM",
+    "renoise": "the source, nought, noised afresh at every step; mean of the estimates",
+    "afresh": "the estimate noised afresh at every step; the last",
+}
 REGIMES = {"full": "With all labels", "labels-8": "With 8 labels a class and all other pairs unlabelled"}
 # By place: which records hold a set and regime's folds.
 Place = Mapping[str, Mapping[str, Record]]
@@ -137,12 +142,25 @@ def _predictions(records: Sequence[Record], predictions: Mapping[str, str]) -> l
     for name, about in predictions.items():
         key, other = f"top1_{name}", f"ece_{name}"
         gaps = [[r.metrics[key] - _top1(r) for r in by.values() if key in r.metrics] for by in sets.values()]
-        errors = [
-            f"{np.mean([r.metrics[other] for r in by.values() if other in r.metrics]):.1f}" for by in sets.values()
-        ]
+        measured = [[r.metrics[other] for r in by.values() if other in r.metrics] for by in sets.values()]
+        errors = [f"{np.mean(found):.1f}" if found else "-" for found in measured]
         cells = [*(_shown(g) for g in gaps), _over_sets(gaps), *errors]
         lines.append(f"| {about} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _drawn(records: Sequence[Record], sampler: str, steps: int) -> str:
+    """Mean measures of the texts that the textual stage drew in one way, on the folds where it was measured."""
+    means = []
+    for key in ("frechet", "cosine", "recall_at_10"):
+        if (sampler, steps) == ("ddim", 1):
+            found = [r.alignment_point[key] for r in records if r.alignment_point]
+        elif (sampler, steps) == ("ddim", 10):
+            found = [r.alignment[key] for r in records if r.alignment]
+        else:
+            found = [r.metrics[name] for r in records if (name := f"{key}_{sampler}_{steps}") in r.metrics]
+        means.append(np.mean(found) if found else None)
+    return "-" if None in means else f"{means[0]:.3g}, {means[1]:.3f}, {means[2]:.1f}"
 
 
 def _samplings(records: Sequence[Record], samplings: Sequence[tuple[str, int]]) -> list[str]:
@@ -156,20 +174,12 @@ def _samplings(records: Sequence[Record], samplings: Sequence[tuple[str, int]]) 
         "",
         "Frechet distance, cosine to the own text and recall@10 in percent of the texts of a fold's held-out rows.",
         "",
-        "| steps | " + " | ".join(sets) + " |",
-        "|" + "---|" * (len(sets) + 1),
+        "| sampler | steps | " + " | ".join(sets) + " |",
+        "|" + "---|" * (len(sets) + 2),
     ]
-    keys = ("frechet", "cosine", "recall_at_10")
-    rows: dict[int, Callable[[Record, str], float]] = {
-        1: lambda r, key: r.alignment_point[key],  # type: ignore[index]
-        10: lambda r, key: r.alignment[key],  # type: ignore[index]
-    }
-    for sampler, steps in samplings:
-        rows[steps] = lambda r, key, tail=f"{sampler}_{steps}": r.metrics[f"{key}_{tail}"]  # type: ignore[misc]
-    for steps, value in sorted(rows.items()):
-        cells = []
-        for found in sets.values():
-            means = [np.mean([value(r, key) for r in found]) for key in keys]
-            cells.append(f"{means[0]:.3g}, {means[1]:.3f}, {means[2]:.1f}")
-        lines.append(f"| {steps} | " + " | ".join(cells) + " |")
+    # What every training measures, and what those of the defaults measure besides.
+    ways = sorted([("ddim", 1), ("ddim", 10), *samplings], key=lambda way: (list(SAMPLERS).index(way[0]), way[1]))
+    for way in ways:
+        cells = [_drawn(records, *way) for records in sets.values()]
+        lines.append(f"| {SAMPLERS[way[0]]} | {way[1]} | " + " | ".join(cells) + " |")
     return [*lines, ""]

@@ -8,8 +8,8 @@ text absent at prediction, the contract on randomness of what the library itself
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -293,8 +293,58 @@ class _LongMemory(torch.optim.AdamW):
         super().__init__(params, **{**settings, "betas": (0.9, 0.999)})
 
 
-def _optimiser(kind: type[torch.optim.Optimizer]) -> Callable[[], AbstractContextManager[object]]:
-    return partial(mock.patch, "torch.optim.AdamW", kind)
+class _Split(torch.optim.AdamW):
+    """AdamW whose matrices are left to another optimiser, at AdamW's learning rate times ``times``."""
+
+    times = 1.0
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        group = next(group for group in self.param_groups if group["weight_decay"] > 0)
+        self.matrices = group["params"]
+        self.other = self.made(group["params"], self.times * group["lr"], group["weight_decay"])
+
+    def made(self, matrices: Sequence[Tensor], rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        """The other optimiser; a step is to shrink a weight by the share that AdamW's would."""
+        raise NotImplementedError
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.other.param_groups[0]["lr"] = self.times * self.param_groups[0]["lr"]
+        self.other.step()
+        for p in self.matrices:
+            p.grad = None
+        super().step()
+
+
+class _Muon(_Split):
+    """Orthogonalised momentum, scaled to the size of AdamW's steps (Jordan et al. 2024; Liu et al. 2025)."""
+
+    def made(self, matrices: Sequence[Tensor], rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        return torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+class _SGD(_Split):
+    """Gradient descent with Nesterov's momentum."""
+
+    times = 100.0
+
+    def made(self, matrices: Sequence[Tensor], rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        momentum = 0.9
+        decay = (1 - momentum) * weight_decay / self.times  # it goes through the momentum, which multiplies it
+        return torch.optim.SGD(matrices, lr=rate, momentum=momentum, nesterov=True, weight_decay=decay)
+
+
+class _FastSGD(_SGD):
+    times = 300.0
+
+
+@contextmanager
+def _optimiser(kind: type[torch.optim.Optimizer]) -> Iterator[None]:
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch("torch.optim.AdamW", kind))
+        if issubclass(kind, _Split):  # the pass that clips, updates and averages at once is AdamW's
+            patches.enter_context(mock.patch("seda_fast.engine.updates_in_one_pass", return_value=False))
+        yield
 
 
 VARIANTS: dict[str, Variant] = {
@@ -325,5 +375,8 @@ VARIANTS: dict[str, Variant] = {
     ),
     "rate_steady": Variant("learning rate does not fall", during=_rate(_steady)),
     "rate_linear": Variant("learning rate falls linearly", during=_rate(_falling)),
-    "betas": Variant("AdamW with betas 0.9, 0.999", during=_optimiser(_LongMemory)),
+    "betas": Variant("AdamW with betas 0.9, 0.999", during=partial(_optimiser, _LongMemory)),
+    "muon": Variant("matrices by Muon", during=partial(_optimiser, _Muon)),
+    "sgd": Variant("matrices by SGD, Nesterov 0.9, rate 0.1", during=partial(_optimiser, _SGD)),
+    "sgd_fast": Variant("matrices by SGD, Nesterov 0.9, rate 0.3", during=partial(_optimiser, _FastSGD)),
 }
