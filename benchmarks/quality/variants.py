@@ -207,6 +207,16 @@ def _warp(share: Callable[[np.ndarray[Any, Any]], Any]) -> Callable[[SeDA, Task]
     return change
 
 
+def _linear_schedule(model: SeDA, task: Task) -> None:
+    """The betas rise linearly (Ho et al. 2020), scaled to the number of timesteps."""
+    steps = model.config.diffusion_steps
+    model.schedule = NoiseSchedule(steps)
+    betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64).clamp(max=0.999)
+    model.schedule.alpha_bar = torch.cumprod(1 - betas, dim=0)
+    for buffer, table in zip((model.signal, model.noise), model.schedule.training_tables(), strict=True):
+        buffer.copy_(table)
+
+
 class _SelfConditioned(PFIN):
     """Reads its own last estimate beside the state (Chen, Zhang & Hinton 2023); in training, in every second step."""
 
@@ -360,6 +370,7 @@ VARIANTS: dict[str, Variant] = {
     "more_noise": Variant("noisy timesteps drawn more often (u^0.5)", change=_warp(lambda u: u**0.5)),
     "less_noise": Variant("clean timesteps drawn more often (u^2)", change=_warp(lambda u: u**2)),
     "noisy_half": Variant("only the noisier half of the timesteps", change=_warp(lambda u: 0.5 + 0.5 * u)),
+    "linear_schedule": Variant("linear betas and not the cosine schedule", change=_linear_schedule),
     "self_conditioning": Variant("translator reads its last estimate", change=_self_condition),
     "prototypes": Variant("mean text of each class as memory", {"class_text": True}, _prototypes),
     "teacher_cold": Variant("teacher's temperature 1", {"teacher_temperature": 1.0}),
@@ -368,11 +379,19 @@ VARIANTS: dict[str, Variant] = {
     "batch_double": Variant("twice the rows a batch, as many passes", {"batch_share": 2.0}),
     "warmup_long": Variant("learning rate rises for a fifth of the steps", {"warmup": 0.2}),
     "semantic_light": Variant("w2 0.3: the semantic head's cross entropy", {"semantic_weight": 0.3}),
+    "semantic_heavy": Variant("w2 3: the semantic head's cross entropy", {"semantic_weight": 3.0}),
     "text_light": Variant("w3 0.3: distance to the text", {"text_weight": 0.3}),
     "text_heavy": Variant("w3 3: distance to the text", {"text_weight": 3.0}),
     "textual_light": Variant(
         "w4, w5 0.3: the textual head's cross entropies", {"mapped_weight": 0.3, "textual_head_weight": 0.3}
     ),
+    "textual_heavy": Variant(
+        "w4, w5 3: the textual head's cross entropies", {"mapped_weight": 3.0, "textual_head_weight": 3.0}
+    ),
+    "no_average": Variant("no moving average of the weights", {"ema_decay": 0.0}),
+    "expansion_1": Variant("blocks as wide inside as outside", {"expansion": 1}),
+    "expansion_4": Variant("blocks four times as wide inside", {"expansion": 4}),
+    "visual_wide": Variant("visual head of twice the width", {"visual_width": 1024}),
     "rate_steady": Variant("learning rate does not fall", during=_rate(_steady)),
     "rate_linear": Variant("learning rate falls linearly", during=_rate(_falling)),
     "betas": Variant("AdamW with betas 0.9, 0.999", during=partial(_optimiser, _LongMemory)),
