@@ -213,9 +213,8 @@ def test_selection_tries_equally_many_settings_and_reads_no_test_part(folder: Pa
         return runs
 
     found = selection.select(["cub10"], 7, 2, 2, ready, "bf16")
-    assert set(found) == {"seda", "linear on cub10", "mlp on cub10", "one_step on cub10"}
     assert {name: f["tried"] for name, f in found.items()} == {
-        "seda": 7, "linear on cub10": 1, "mlp on cub10": 7, "one_step on cub10": 7,
+        "seda": 7, "linear on cub10": 1, "mlp on cub10": 7, "one_step on cub10": 7, "one_step_mse on cub10": 7,
     }  # fmt: skip
     mlp = [j for j in made if j.method == "mlp"]
     longer = mlp[-1].settings
@@ -299,6 +298,31 @@ def test_command_writes_tables_and_pictures_and_goes_on(folder: Path, capsys: py
     assert "give --data" in capsys.readouterr().err
 
 
+def test_the_quick_command_measures_anew_and_leaves_what_is_published(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its own files, and forgets what it measured the last time."""
+    monkeypatch.setattr(command, "ROOT", folder)
+    selected = folder / "benchmarks/results/quality_selected.json"
+    for name, value in (("sets", ["cub10"]), ("methods", ["seda", "linear"])):
+        monkeypatch.setitem(command.QUICK, name, value)
+    known: list[int] = []
+    aligned = dict.fromkeys(("frechet", "frechet_floor", "cosine", "recall_at_1", "recall_at_10"), 1.0)
+
+    def make(runs: Runs, wanted: Sequence[Job], *rest: object) -> None:
+        known.append(len(runs.records))
+        for job in wanted:
+            runs.add(Record(job, {"top1": 50.0}, aligned, None, np.ones(4, bool), 1.0))
+
+    monkeypatch.setattr(workers, "make", make)
+    for _ in range(2):
+        assert command.main(["--quick", "--data", str(folder), "--selected", str(selected)]) == 0
+    assert known == [0, 0]
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {f"runs/quality_quick/{name}" for name in ("runs.jsonl", "quality.json", "quality.md")} <= written
+    assert not any(name.startswith(("docs", "benchmarks")) for name in written)
+
+
 def test_measure_reports_alignment_where_a_method_maps(task: Task) -> None:
     found = measure(Job("cub10", "full", "one_step", "test", 0, {"epochs": 2}), task)
     assert found.alignment is not None
@@ -309,7 +333,7 @@ def test_measure_reports_alignment_where_a_method_maps(task: Task) -> None:
 def row(name: str, regime: str, difference: float) -> dict[str, object]:
     return {
         "set": name, "regime": regime, "difference": difference, "interval": [difference - 1, difference + 1],
-        "methods": {"seda": {"top1": 50.0, "deviation": None, "seeds": 2, "seconds": 30.0, "ece": 4.25,
+        "methods": {"seda": {"top1": 50.0, "deviation": None, "seeds": 2, "median_seconds": 30.0, "ece": 4.25,
                              "alignment": None, "alignment_point": None}},
     }  # fmt: skip
 
@@ -326,12 +350,13 @@ def test_targets_are_reached_or_not_by_the_figures() -> None:
         "seda": {
             "alignment": {"frechet": 61.0},
             "alignment_point": {"cosine": 0.4, "recall_at_10": 49.0},
-            "median_seconds": 239.0,
+            "least_seconds": 239.0,
+            "seeds": 5,
         },
         "one_step_mse": {"alignment": {"cosine": 0.3, "recall_at_10": 50.0}},
     }
     assert [t.reached for t in summary.targets([aligned])[2:]] == [True, False, True, False]
-    aligned["methods"]["seda"]["median_seconds"] = 241.0  # type: ignore[index]
+    aligned["methods"]["seda"]["least_seconds"] = 241.0  # type: ignore[index]
     assert not summary.targets([aligned])[2].reached
 
 
@@ -344,7 +369,10 @@ def test_ablations_are_read_against_seda_of_the_same_seeds() -> None:
     rows = summary.summarise(records, {})
     assert rows[0]["seda_of_ablations"]["top1"] == 50
     assert rows[0]["methods"]["seda"]["top1"] == 70
-    assert "| full | 50.0 | - | - | - | 51.0 | - |" in page._ablation_table(rows)
+    assert "| full | 50.0 | - | - | - | 51.0 | - | - |" in page._ablation_table(rows)
+    records[0].metrics[weight_name(1.0)] = 47.0
+    rows = summary.summarise([records[0], records[2]], {})
+    assert "| full | 50.0 | - | - | - | 51.0 | - | 47.0 |" in page._ablation_table(rows)
 
 
 def test_page_says_where_it_helps_and_how_to_make_it_again() -> None:
@@ -353,9 +381,10 @@ def test_page_says_where_it_helps_and_how_to_make_it_again() -> None:
         keys = ("frechet", "frechet_floor", "cosine", "recall_at_1", "recall_at_10")
         r["methods"]["seda"]["alignment"] = dict.fromkeys(keys, 1.0)  # type: ignore[index]
         r["best_baseline"] = "mlp"
-    text = page.markdown(rows, {}, "python -m benchmarks.quality")
+    text = page.markdown(rows, {}, "python -m benchmarks.quality", (7, 2.6))
     assert "| full | +0.2 | cub10 | wikipedia | fashion_products |" in text
     assert "| `python -m benchmarks.quality --regimes full` | 6 | 3 |" in text
+    assert "--select-precision bf16`, which chooses the settings below | 7 | 3, their sum |" in text
     assert "![full](quality/full.png)" in text
     assert "| seda |\n|---|\n| 4.2 |" in text
 
@@ -368,7 +397,10 @@ def test_the_page_says_what_was_chosen_and_how_sure_that_is() -> None:
         "mlp on cub10": {"settings": {}, "top1": 86.0, "default_top1": 86.0, "standard_error": 0.0, "tried": 20,
                          "longer": {"factor": 4, "top1": 85.5, "seconds": 17.2, "shorter_top1": 86.0}},
     }  # fmt: skip
-    text = page.markdown([], selected, "make it")
+    text = page.markdown([], selected, "make it", (0, 0.0))
+    assert "`one_step_mse` and `bridge` keep their defaults; `mlp_pseudo`" in text
+    tuned = page.markdown([], {**selected, "one_step_mse on cub10": selected["mlp on cub10"]}, "make it", (0, 0.0))
+    assert "all sets; `bridge` keeps its defaults; `mlp_pseudo`" in tuned
     assert "| seda | 20 | 80.6 | 81.0 | +0.4 ± 0.3 | blocks 2 |" in text
     assert "| mlp on cub10 | 20 | 86.0 | 86.0 | - | the defaults |" in text
     assert "| set and regime | 0.5 | 0.7 |" in text
@@ -377,7 +409,7 @@ def test_the_page_says_what_was_chosen_and_how_sure_that_is() -> None:
     assert "(cub10 22; the least" in text
     assert "| mlp on cub10 | 4 | 17 | 85.5 | 86.0 |" in text
     assert "in float32 instead of bf16, on 18 folds: +0.12 ± 0.31 points." in text
-    assert "Selection was not run" in page.markdown([], {}, "make it")
+    assert "Selection was not run" in page.markdown([], {}, "make it", (0, 0.0))
 
 
 def test_workers_end_with_a_command_that_is_killed(tmp_path: Path, repository: Path) -> None:

@@ -1,7 +1,8 @@
 """``python -m benchmarks.quality``: measure SeDA, its ablations and the baselines in every regime.
 
 Each training is written down when it ends; repeated, the command goes on where it was stopped. It then writes
-``quality.json``, ``docs/quality.md`` and its pictures from all that is known.
+``quality.json``, ``docs/quality.md`` and its pictures from all that is known. ``--quick`` measures anew, into a folder
+of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from .runs import TEST, Job, Runs
 from .selection import Selected
 
 ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = {"runs": "benchmarks/results/quality_runs.jsonl", "out": "benchmarks/results/quality.json", "docs": "docs"}
+QUICK_FILES = {name: f"runs/quality_quick/{file}" for name, file in
+               (("runs", "runs.jsonl"), ("out", "quality.json"), ("docs", ""))}  # fmt: skip
 QUICK = {"sets": ["wikipedia", "cub10"], "regimes": ["full", "labels-4"], "methods": ["seda", "linear", "mlp"]}
 
 
@@ -32,7 +36,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5, help="seeds of each training on a test part's set")
-    parser.add_argument("--quick", action="store_true", help="two small sets, two regimes, three methods, one seed")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two small sets, two regimes, three methods, one seed, all anew, into runs/quality_quick",
+    )
     parser.add_argument("--select", type=int, default=0, metavar="N", help="first choose settings among N by folds")
     parser.add_argument("--folds", type=int, default=3, help="folds of that choice")
     parser.add_argument("--repeats", type=int, default=2, help="partitions into folds of that choice's last round")
@@ -46,9 +54,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--workers", type=int, default=1, metavar="N", help="trainings at a time, which share the cores"
     )
     parser.add_argument("--selected", type=Path, default=ROOT / "benchmarks/results/quality_selected.json")
-    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks/results/quality_runs.jsonl")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quality.json")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where quality.md and its pictures go")
+    for name, what in (
+        ("runs", "records"),
+        ("out", "table as JSON"),
+        ("docs", "folder of quality.md and its pictures"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, help=f"{what} (default: {PUBLISHED[name]})")
     parser.add_argument("--report-only", action="store_true", help="train nothing, write from what is known")
     chosen = parser.parse_args(argv)
     if chosen.workers < 1:
@@ -57,6 +68,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         for name, value in QUICK.items():
             setattr(chosen, name, value)
         chosen.seeds = 1
+    for name, place in (QUICK_FILES if chosen.quick else PUBLISHED).items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, ROOT / place)
     return chosen
 
 
@@ -109,14 +123,17 @@ def main(argv: list[str] | None = None) -> int:
         if missing:
             print(f"benchmarks.quality: {chosen.data} has no {SETS[missing[0]]}.npz; give --data", file=sys.stderr)
             return 2
+        if chosen.quick:
+            chosen.runs.unlink(missing_ok=True)
+            runs = Runs(chosen.runs)
         if chosen.select:
             selected = select(chosen, runs)
         workers.make(runs, jobs(chosen, selected), chosen.data, chosen.workers, "test parts")
-    rows = summary.summarise(list(runs), selected)
+    rows, cost = summary.summarise(list(runs), selected), summary.cost_of_selection(runs)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps({"selected": selected, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     chosen.docs.mkdir(parents=True, exist_ok=True)
-    text = markdown(rows, selected, "python -m benchmarks.quality")
+    text = markdown(rows, selected, "python -m benchmarks.quality", cost)
     (chosen.docs / "quality.md").write_text(text, encoding="utf-8")
     plot(rows, chosen.docs / "quality")
     print(text)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .methods import ABLATIONS, BASELINES, SEDA
+from .methods import ABLATIONS, BASELINES, BRIDGE, DCSL_ONLY, ONE_STEP_MSE, SEDA
 from .regimes import ABOUT, REGIMES, SETS
 from .selection import Selected
 from .summary import targets
 
 
-def markdown(rows: Sequence[dict[str, Any]], selected: Selected, command: str) -> str:
-    """``docs/quality.md``."""
+def markdown(rows: Sequence[dict[str, Any]], selected: Selected, command: str, cost: tuple[int, float]) -> str:
+    """``docs/quality.md``; ``cost`` as of `summary.cost_of_selection`."""
     lines = [
         "# When SeDA helps and when it does not",
         "",
@@ -20,8 +20,9 @@ def markdown(rows: Sequence[dict[str, Any]], selected: Selected, command: str) -
         "",
         f"Top-1 on the test parts in percent, mean ± standard deviation over seeds; made by `{command}`, which keeps",
         "what it has and goes on where it was stopped. *Difference* is SeDA minus the row's best baseline, with its",
-        "paired bootstrap 95 % interval over test rows. Baselines get the unlabelled pairs too (`one_step` by its",
-        "squared error, `mlp_pseudo`, the MLP with its settings, by labels that a text classifier gives them).",
+        "paired bootstrap 95 % interval over test rows: how far other rows would move it, not other seeds. Baselines",
+        "get the unlabelled pairs too (`one_step` by its squared error, `mlp_pseudo`, the MLP with its settings, by",
+        "labels that a text classifier gives them).",
         "",
         *(f"- **{name}**: {about}" for name, about in ABOUT.items()),
         "",
@@ -34,7 +35,7 @@ def markdown(rows: Sequence[dict[str, Any]], selected: Selected, command: str) -
             lines += _calibration_table(of_set)
             lines += _alignment_table(of_set)
             lines += _ablation_table(of_set)
-    lines += [*_pictures(rows), *_command_table(rows, command), *_selection_table(selected)]
+    lines += [*_pictures(rows), *_command_table(rows, command, cost), *_selection_table(selected)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -79,22 +80,27 @@ def _pictures(rows: Sequence[dict[str, Any]]) -> list[str]:
     return ["## Pictures", "", *(f"![{regime}](quality/{regime}.png)" for regime in _regimes(rows)), ""]
 
 
-def _command_table(rows: Sequence[dict[str, Any]], command: str) -> list[str]:
+def _command_table(rows: Sequence[dict[str, Any]], command: str, cost: tuple[int, float]) -> list[str]:
     """How to make each regime's rows again, and what their trainings took."""
     lines = [
         "## Making it again",
         "",
-        "Minutes are the sum of the trainings' wall times as they were recorded, two or three at a time on two cores",
-        "that had other work as well. What is recorded is not trained again: give another `--runs` to measure anew.",
-        "`--quick` tries two small sets in a few minutes.",
+        "Minutes are those of the trainings one after the other, by the median of a method's seeds, as they were",
+        "recorded two at a time on two cores that had other work as well. What is recorded is not trained again; to",
+        "measure a line anew and leave this page as it is, add `--runs again/runs.jsonl --out again/quality.json",
+        "--docs again`. `--quick` tries two small sets in a few minutes, in `runs/quality_quick`.",
         "",
         "| command | trainings | minutes |",
         "|---|---|---|",
     ]
     for regime, of_regime in _regimes(rows).items():
         found = [m for row in of_regime for m in row["methods"].values()]
-        minutes = sum(m["seeds"] * m["seconds"] for m in found) / 60
+        minutes = sum(m["seeds"] * m["median_seconds"] for m in found) / 60
         lines.append(f"| `{command} --regimes {regime}` | {sum(m['seeds'] for m in found)} | {minutes:.0f} |")
+    trainings, minutes = cost
+    if trainings:
+        choice = f"{command} --select 20 --select-precision bf16"
+        lines.append(f"| `{choice}`, which chooses the settings below | {trainings} | {minutes:.0f}, their sum |")
     return [*lines, ""]
 
 
@@ -107,8 +113,8 @@ def _selection_table(selected: Selected) -> list[str]:
         "Chosen by cross-validation of training parts, equally many tried for each (`--select`; the linear probe",
         "chooses its penalty itself): all on one fold, the default and the best quarter then on all folds, with every",
         "row labelled and with 8 labels a class. SeDA is measured with its defaults whatever is chosen, one setting",
-        "is chosen for all sets; `one_step_mse` and `bridge` keep their defaults. Mean top-1 of the folds, and the",
-        "best's gain with its standard error over folds:",
+        f"is chosen for all sets; {_kept(selected)}; `mlp_pseudo` has those of `mlp`. Mean top-1 of the folds,",
+        "and the best's gain with its standard error over folds:",
         "",
         "| method and set | settings tried | defaults | best | gain | best settings |",
         "|---|---|---|---|---|---|",
@@ -122,6 +128,12 @@ def _selection_table(selected: Selected) -> list[str]:
     return [*lines, "", *_time_table(selected), *_weights_table(selected.get(SEDA, {}))]
 
 
+def _kept(selected: Selected) -> str:
+    """Which methods nothing was chosen for."""
+    found = [f"`{m}`" for m in (ONE_STEP_MSE, BRIDGE) if not any(name.startswith(f"{m} on ") for name in selected)]
+    return " and ".join(found) + (" keep their" if len(found) > 1 else " keeps its") + " defaults"
+
+
 def _time_table(selected: Selected) -> list[str]:
     """What the baselines gain from the time that a training of SeDA takes."""
     longer = {name: found for name, found in sorted(selected.items()) if "longer" in found}
@@ -130,8 +142,8 @@ def _time_table(selected: Selected) -> list[str]:
         return []
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in own["seconds"].items())
     lines = [
-        "Every method was offered the time of a training of SeDA: the best settings of the others were also trained",
-        "with 2, 4, 8, ... times the passes, the most that fit into SeDA's seconds with all labels, in float32 on the",
+        "These were offered the time of a training of SeDA: their best settings were also trained with 2, 4, 8, ...",
+        "times the passes, the most that fit into SeDA's seconds with all labels, in float32 on the",
         f"same folds ({seconds}; the least of a setting's trainings is taken, as other work held some up). What is",
         "better is chosen above.",
         "",
@@ -207,12 +219,18 @@ def _alignment_table(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines = ["Alignment with the test part's texts (full set):", "", "| | " + " | ".join(keys) + " |"]
         lines.append("|" + "---|" * (len(keys) + 1))
         for method, found in row["methods"].items():
+            if method == DCSL_ONLY:
+                continue  # its translator learned nothing
             for kind, label in (("alignment", method), ("alignment_point", f"{method}, point estimate")):
                 values = found[kind]
                 if values and (kind == "alignment" or values != found["alignment"]):
                     lines.append(f"| {label} | " + " | ".join(f"{values[k]:.3g}" for k in keys) + " |")
         floor = row["methods"][SEDA]["alignment"]["frechet_floor"]
-        lines += ["", f"The Frechet distance between two halves of the real texts is {floor:.3g}.", ""]
+        lines += [
+            "",
+            f"The Frechet distance between two halves of the real texts is {floor:.3g}; fewer rows make it larger,",
+        ]
+        lines += ["so that of all mapped to all real texts can be below.", ""]
     return lines
 
 
@@ -221,10 +239,15 @@ def _ablation_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not shown:
         return []
     seeds = sorted({row["methods"][m]["seeds"] for row in shown for m in ABLATIONS if m in row["methods"]})
-    names = [n.removeprefix("seda:") for n in (SEDA, *ABLATIONS)]
-    lines = [f"Ablations, {' or '.join(map(str, seeds))} seed(s), SeDA with the same:", ""]
+    names = [SEDA, *(n.removeprefix("seda:") for n in ABLATIONS), "visual head alone"]
+    lines = [
+        f"Ablations, {' or '.join(map(str, seeds))} seeds, SeDA with the same. The visual head alone is an MLP",
+        "on what SeDA was taught, labels that the teacher gives unlabelled pairs included:",
+        "",
+    ]
     lines += ["| regime | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for row in shown:
-        cells = [row.get("seda_of_ablations"), *(row["methods"].get(m) for m in ABLATIONS)]
+        own = row.get("seda_of_ablations")
+        cells = [own, *(row["methods"].get(m) for m in ABLATIONS), (own or {}).get("visual_head")]
         lines.append(f"| {row['regime']} | " + " | ".join(map(_cell, cells)) + " |")
     return [*lines, ""]

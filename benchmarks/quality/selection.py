@@ -13,7 +13,7 @@ import numpy as np
 from seda_fast.baselines import fit_baseline
 from seda_fast.engine import PrecisionName
 
-from .methods import LINEAR, MLP, MLP_PSEUDO, ONE_STEP, SEDA
+from .methods import LINEAR, MLP, MLP_PSEUDO, ONE_STEP, ONE_STEP_MSE, SEDA
 from .regimes import DataSet, Task, apply, fold
 from .runs import TEST, VISUAL_WEIGHTS, Job, Runs, weight_name
 
@@ -49,8 +49,12 @@ SPACES: dict[str, dict[str, Sequence[Any]]] = {
     },
 }
 SPACES[ONE_STEP] = {**SPACES[MLP], "ce_weight": (0.3, 1.0, 3.0)}
-# The linear probe chooses its penalty itself, by held-out likelihood.
-SELECTED = (SEDA, MLP, ONE_STEP, LINEAR)
+# Its probe on texts takes the one penalty, or chooses among them by held-out likelihood as the linear probe does, which
+# has nothing else to choose.
+SPACES[ONE_STEP_MSE] = {name: values for name, values in SPACES[MLP].items() if name != "label_smoothing"} | {
+    "l2_grid": ([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001], [0.1], [0.01])
+}
+SELECTED = (SEDA, MLP, ONE_STEP, ONE_STEP_MSE, LINEAR)
 REGIMES = ("full", "labels-8")
 # Passes of a network among the baselines where no setting says how many.
 DEFAULT_EPOCHS: int = inspect.signature(fit_baseline).parameters["epochs"].default
@@ -195,7 +199,7 @@ def lengthened(runs: Runs, wanted: Sequence[Job], own: Sequence[Job]) -> dict[st
     factors = {}
     for name, found in ranked(runs, wanted).items():
         method, _, of_set = name.partition(" on ")
-        if method in (MLP, ONE_STEP):
+        if method in (MLP, ONE_STEP, ONE_STEP_MSE):
             allowed, taken = _seconds(runs, own, of_set), seconds_of(runs, wanted, name, found[0][1])
             if taken > 0 and allowed >= 2 * taken:
                 factors[name] = 2 ** int(np.log2(allowed / taken))
