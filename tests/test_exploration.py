@@ -176,6 +176,7 @@ def test_page_tells_differences_on_the_same_folds(tmp_path: Path) -> None:
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "| mixup (Beta 0.4) of whole triples | +2.0 ± 1.0 (2) | +2.0 ± 1.0 |" in text  # fold 2 has no defaults
     assert "| nothing: top-1 itself | 85.0 | |" in text
+    assert "So far 5 trainings, whose wall times add up to 0 minutes" in text
     assert "| mean of 4 noise draws | -1.0 ± 0.0 (2) | -1.0 ± 0.0 | 3.0 |" in text
     assert "| DDIM | 20 | 10, 10.000, 10.0 |" in text
     assert "| the estimate noised afresh at every step; the last | 5 | 2.5, 2.500, 2.5 |" in text

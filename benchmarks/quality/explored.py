@@ -30,6 +30,7 @@ def _top1(record: Record) -> float:
 def markdown(records: Iterable[Record], predictions: Mapping[str, str], samplings: Sequence[tuple[str, int]]) -> str:
     """The page, from all records; ``predictions`` by name, in words; ``samplings`` as in `explore.SAMPLINGS`."""
     found = list(records)
+    minutes = sum(r.seconds for r in found) / 60
     lines = [
         "# What else was tried of the recipe",
         "",
@@ -40,6 +41,9 @@ def markdown(records: Iterable[Record], predictions: Mapping[str, str], sampling
         "folds of the difference to the defaults on the same rows with the same seed, with its standard error over",
         "folds, whose number is in brackets: they are few and share rows, so an error is itself known roughly, and of",
         "twenty lines one lies two errors away by chance. SeDA is trained in bf16 here.",
+        "",
+        f"So far {len(found)} trainings, whose wall times add up to {minutes:.0f} minutes, most of them two at a time on two",
+        "cores. The command makes what is missing; `--folds`, `--regimes` and `--variants` say of what.",
         "",
     ]
     for regime, title in REGIMES.items():
