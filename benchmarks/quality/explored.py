@@ -42,8 +42,8 @@ def markdown(records: Iterable[Record], predictions: Mapping[str, str], sampling
         "folds, whose number is in brackets: they are few and share rows, so an error is itself known roughly, and of",
         "twenty lines one lies two errors away by chance. SeDA is trained in bf16 here.",
         "",
-        f"So far {len(found)} trainings, whose wall times add up to {minutes:.0f} minutes, most of them two at a time on",
-        "two cores. The command makes what is missing; `--folds`, `--regimes` and `--variants` say of what.",
+        f"So far {len(found)} trainings, whose wall times add up to {minutes:.0f} minutes, most of them two at a time",
+        "on two cores. The command makes what is missing; `--folds`, `--regimes` and `--variants` say of what.",
         "",
     ]
     for regime, title in REGIMES.items():
