@@ -16,6 +16,7 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import methods, page, selection, summary, workers
 from benchmarks.quality.regimes import REGIMES, SETS, DataSet, Rows, Task, apply, fold, load
 from benchmarks.quality.runs import VISUAL_WEIGHTS, Job, Record, Runs, measure, weight_name
+from seda_fast.baselines import fit_baseline
 
 K, DV, DT = 3, 6, 4
 
@@ -65,10 +66,17 @@ def test_regimes_change_what_they_name_and_nothing_else(task: Task) -> None:
     noisy = apply("noise", task, 1)
     for part, clean in ((noisy.train, whole), (noisy.test, task.test)):
         assert np.std((part.visual - clean.visual) / whole.visual.std(0)) == pytest.approx(0.5, abs=0.1)
-    sizes = np.sort(np.bincount(apply("tail", task, 1).train.labels))
-    assert sizes[-1] == 30
-    assert sizes[0] == 2
+    assert np.sort(np.bincount(apply("tail", task, 1).train.labels)).tolist() == [1, 4, 30]
     assert not np.array_equal(apply("labels-4", task, 2).train.labels, few.labels)
+
+
+def test_a_tail_is_as_long_as_it_is_called(task: Task) -> None:
+    """Also where the classes differ in size: none is asked for more rows than it has."""
+    labels = np.repeat([0, 1, 2, 3], [40, 400, 60, 200])
+    rows = Rows(np.zeros((700, DV), np.float32), np.zeros((700, DT), np.float32), labels)
+    for seed in range(3):
+        made = apply("tail", Task(rows, task.test, 4), seed).train
+        assert np.bincount(made.labels).tolist() == [8, 400, 29, 109]
 
 
 def test_folds_keep_groups_together_and_classes_everywhere(task: Task, rng: np.random.Generator) -> None:
@@ -105,6 +113,46 @@ def test_the_bridge_samples_texts(task: Task) -> None:
     assert fitted.aligned.shape == fitted.point.shape == (30, DT)
     assert not np.array_equal(fitted.aligned, fitted.point)
     assert np.mean(fitted.log_proba.argmax(1) == task.test.labels) > 0.6
+
+
+def test_the_bridge_draws_and_classifies_by_its_settings_from_one_training(task: Task) -> None:
+    methods._bridge_networks.cache_clear()
+    small = {"width": 32, "blocks": 1, "epochs": 2}
+    others: list[dict[str, float]] = [{}, {"start": 0.1}, {"steps": 2}, {"probe_c": 0.01}]
+    found = [methods.fit("bridge", task, 0, {**small, **other}).log_proba for other in others]
+    methods.fit("bridge", apply("labels-8", task, 0), 0, small)
+    assert methods._bridge_networks.cache_info().misses == 1
+    assert all(not np.array_equal(found[0], other) for other in found[1:])
+    methods.fit("bridge", apply("half-text", task, 0), 0, small)
+    methods.fit("bridge", task, 1, small)
+    methods.fit("bridge", task, 0, {**small, "epochs": 3})
+    assert methods._bridge_networks.cache_info().misses == 4
+
+
+@pytest.mark.parametrize("regime", ["full", "labels-8", "half-text"])
+def test_a_mapping_that_regimes_share_is_that_of_the_library(task: Task, regime: str) -> None:
+    """Bit for bit, with each of the probe's settings."""
+    made = methods.standardised(apply(regime, task, 0))
+    rows = made.train
+    for other in ({}, {"l2_grid": [0.01]}, {"epochs": 3}):
+        expected = fit_baseline("one_step_mse", rows.visual, rows.text, rows.labels, n_classes=K, seed=0, **other)  # type: ignore[arg-type]
+        found = methods.fit("one_step_mse", apply(regime, task, 0), 0, other)
+        np.testing.assert_array_equal(found.log_proba, expected.log_proba(made.test.visual))
+        np.testing.assert_array_equal(found.aligned, expected.aligned(made.test.visual))
+
+
+def test_what_shares_a_training_is_made_together() -> None:
+    def job(method: str, regime: str, **settings: object) -> Job:
+        return Job("cub10", regime, method, "test", 0, settings)
+
+    given = [
+        *(job("one_step_mse", "full"), job("mlp", "full"), job("one_step_mse", "labels-4")),
+        *(job("one_step_mse", "full", epochs=3), job("bridge", "full"), job("mlp", "labels-4")),
+        *(job("one_step_mse", "noise"), job("one_step_mse", "full", l2_grid=[0.1])),
+        *(job("bridge", "labels-4", steps=2), job("bridge", "full", blocks=1)),
+    ]
+    order = [[given.index(j) for j in part] for part in workers.together(given)]
+    assert order == [[0, 2, 7], [1], [3], [4, 8], [5], [6], [9]]
 
 
 def test_ablations_are_other_models(task: Task) -> None:
@@ -215,6 +263,7 @@ def test_selection_tries_equally_many_settings_and_reads_no_test_part(folder: Pa
     found = selection.select(["cub10"], 7, 2, 2, ready, "bf16")
     assert {name: f["tried"] for name, f in found.items()} == {
         "seda": 7, "linear on cub10": 1, "mlp on cub10": 7, "one_step on cub10": 7, "one_step_mse on cub10": 7,
+        "bridge on cub10": 7,
     }  # fmt: skip
     mlp = [j for j in made if j.method == "mlp"]
     longer = mlp[-1].settings
@@ -401,6 +450,8 @@ def test_the_page_says_what_was_chosen_and_how_sure_that_is() -> None:
     assert "`one_step_mse` and `bridge` keep their defaults; `mlp_pseudo`" in text
     tuned = page.markdown([], {**selected, "one_step_mse on cub10": selected["mlp on cub10"]}, "make it", (0, 0.0))
     assert "all sets; `bridge` keeps its defaults; `mlp_pseudo`" in tuned
+    every = {f"{m} on cub10": selected["mlp on cub10"] for m in ("one_step_mse", "bridge")}
+    assert "all sets; `mlp_pseudo` has" in page.markdown([], {**selected, **every}, "make it", (0, 0.0))
     assert "| seda | 20 | 80.6 | 81.0 | +0.4 ± 0.3 | blocks 2 |" in text
     assert "| mlp on cub10 | 20 | 86.0 | 86.0 | - | the defaults |" in text
     assert "| set and regime | 0.5 | 0.7 |" in text

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from seda_fast import SeDA, SeDAConfig, TrainConfig
-from seda_fast.baselines import fit_baseline
+from seda_fast.baselines import Baseline, LinearSettings, fit_baseline
 from seda_fast.data import FeatureSet
 from seda_fast.engine import PrecisionName
 from seda_fast.loop import Trainer
@@ -32,6 +34,7 @@ PEERS = (ONE_STEP_MSE, MLP_PSEUDO, BRIDGE)
 DCSL_ONLY = "seda:dcsl_only"
 ABLATIONS = (DCSL_ONLY, "seda:no_semantic_space", "seda:no_interaction", "seda:one_step", "seda:no_teacher")
 METHODS = (SEDA, LINEAR, MLP, ONE_STEP, *PEERS, *ABLATIONS)
+LINEAR_SETTINGS = {f.name for f in fields(LinearSettings)}
 # Against the best of these the accuracy of SeDA is held.
 BASELINES = (LINEAR, MLP, ONE_STEP, *PEERS)
 
@@ -81,7 +84,9 @@ def fit(method: str, task: Task, seed: int, settings: Settings, precision: Preci
     task = standardised(task)
     if name == MLP_PSEUDO:
         return _baseline(MLP, Task(_pseudo_labelled(task.train), task.test, task.n_classes), seed, settings)
-    if name == "bridge":
+    if name == ONE_STEP_MSE:
+        return _one_step_mse(task, seed, settings)
+    if name == BRIDGE:
         return _bridge(task, seed, settings)
     return _baseline(name, task, seed, settings)
 
@@ -91,6 +96,59 @@ def _baseline(name: str, task: Task, seed: int, settings: Settings) -> Fitted:
     fitted = fit_baseline(name, rows.visual, rows.text, rows.labels, n_classes=task.n_classes, seed=seed, **settings)
     aligned = fitted.aligned(task.test.visual)
     return Fitted(fitted.log_proba(task.test.visual), aligned, aligned, fitted.seconds)
+
+
+# ------------------------------------------------------------------------------ pairs alone, then their labelled texts
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Visual and textual features, told from others by ``digest``."""
+
+    digest: str
+    rows: Rows = field(compare=False, repr=False)
+    n_classes: int
+
+    @classmethod
+    def of(cls, task: Task) -> _Pairs:
+        """Those that ``task`` trains on."""
+        found = hashlib.sha256()
+        for array in (task.train.visual, task.train.text):
+            found.update(str(array.shape).encode() + array.tobytes())
+        return cls(found.hexdigest(), task.train, task.n_classes)
+
+
+def sharing(method: str, settings: Settings) -> tuple[tuple[str, Any], ...] | None:
+    """The settings of what two trainings of a method share on the same pairs, whatever their labels: the mapping, and
+    of the bridge the text diffusion; None where they share nothing."""
+    if method == ONE_STEP_MSE:
+        return tuple(sorted((k, v) for k, v in settings.items() if k not in LINEAR_SETTINGS))
+    if method == BRIDGE:
+        return tuple((name, {**_BRIDGE, **settings}[name]) for name in _BRIDGE_TRAINING)
+    return None
+
+
+@lru_cache(maxsize=8)
+def _mapping(pairs: _Pairs, seed: int, settings: tuple[tuple[str, Any], ...]) -> Baseline:
+    """`one_step_mse`'s, whose labels train nothing but its probe."""
+    rows = pairs.rows
+    return fit_baseline(
+        ONE_STEP_MSE, rows.visual, rows.text, rows.labels, n_classes=pairs.n_classes, seed=seed, **dict(settings)
+    )
+
+
+def _one_step_mse(task: Task, seed: int, settings: Settings) -> Fitted:
+    """What `fit_baseline` gives, from a mapping that other labels and other probes share."""
+    shared = sharing(ONE_STEP_MSE, settings)
+    assert shared is not None
+    mapping = _mapping(_Pairs.of(task), seed, shared)
+    rows = task.train
+    known = ~np.isnan(rows.text).any(1) & (rows.labels >= 0)
+    text, probed = rows.text[known], {k: v for k, v in settings.items() if k in LINEAR_SETTINGS}
+    probe = fit_baseline(LINEAR, text, text, rows.labels[known], n_classes=task.n_classes, seed=seed, **probed)
+    aligned = mapping.aligned(task.test.visual)
+    assert aligned is not None
+    return Fitted(probe.log_proba(aligned), aligned, aligned, mapping.seconds + probe.seconds)
 
 
 def _pseudo_labelled(rows: Rows) -> Rows:
@@ -190,34 +248,47 @@ def _feature_set(task: Task) -> FeatureSet:
 
 # ------------------------------------------------------------------------------------------------------ bridge
 
-_BRIDGE = {"epochs": 40, "batch_size": 256, "learning_rate": 1e-3, "width": 512, "blocks": 3, "start": 0.5, "steps": 10}
+# How the text diffusion and its one-step mapping are trained, and how a text is drawn and classified.
+_BRIDGE_TRAINING = {"epochs": 40, "batch_size": 256, "learning_rate": 1e-3, "width": 512, "blocks": 3}
+_BRIDGE = {**_BRIDGE_TRAINING, "start": 0.5, "steps": 10, "probe_c": 1.0}
+_Denoiser = Callable[[Tensor, float, int], Tensor]
 
 
 def _bridge(task: Task, seed: int, settings: Settings) -> Fitted:
     """The idea of Diffusion Bridge (CVPR 2025): a diffusion model of the texts alone, started midway.
 
-    The one-step mapping's output is noised to ``start`` of the schedule and denoised by a model that saw no image; a
-    linear probe on real texts classifies the result.
+    The one-step mapping's output is noised to ``start`` of the schedule and denoised in ``steps`` by a model that saw
+    no image; a linear probe on real texts, of inverse penalty ``probe_c``, classifies the result.
     """
     chosen = {**_BRIDGE, **settings}
+    shared = sharing(BRIDGE, settings)
+    assert shared is not None
+    mapping, denoise, seconds = _bridge_networks(_Pairs.of(task), seed, shared)
     begin = time.perf_counter()
-    mapping = fit_baseline(
-        ONE_STEP_MSE, task.train.visual, task.train.text, task.train.labels, n_classes=task.n_classes, seed=seed
-    )
-    paired = ~np.isnan(task.train.text).any(1)
-    denoise = _text_diffusion(torch.from_numpy(task.train.text[paired]), seed, chosen)
-    probe_rows = paired & (task.train.labels >= 0)
-    probe = LogisticRegression(max_iter=1000).fit(task.train.text[probe_rows], task.train.labels[probe_rows])
-    seconds = time.perf_counter() - begin
+    known = ~np.isnan(task.train.text).any(1) & (task.train.labels >= 0)
+    probe = LogisticRegression(C=chosen["probe_c"], max_iter=1000).fit(task.train.text[known], task.train.labels[known])
+    seconds += time.perf_counter() - begin
     mapped = mapping.aligned(task.test.visual)
     assert mapped is not None
-    aligned = denoise(torch.from_numpy(mapped)).numpy()
+    aligned = denoise(torch.from_numpy(mapped), chosen["start"], chosen["steps"]).numpy()
     log_proba = np.full((len(aligned), task.n_classes), -np.inf, np.float32)
     log_proba[:, probe.classes_] = probe.predict_log_proba(aligned)
     return Fitted(log_proba, aligned, mapped, seconds)
 
 
-def _text_diffusion(text: Tensor, seed: int, chosen: Settings) -> Callable[[Tensor], Tensor]:
+@lru_cache(maxsize=8)
+def _bridge_networks(
+    pairs: _Pairs, seed: int, training: tuple[tuple[str, Any], ...]
+) -> tuple[Baseline, _Denoiser, float]:
+    """The mapping, the text diffusion and the seconds that they took."""
+    mapping = _mapping(pairs, seed, ())
+    begin = time.perf_counter()
+    text = torch.from_numpy(pairs.rows.text[~np.isnan(pairs.rows.text).any(1)])
+    denoise = _text_diffusion(text, seed, dict(training))
+    return mapping, denoise, mapping.seconds + time.perf_counter() - begin
+
+
+def _text_diffusion(text: Tensor, seed: int, chosen: Settings) -> _Denoiser:
     """Train an unconditional denoiser of ``text`` (N, Dt); returns the map from a starting point to a sample."""
     schedule = NoiseSchedule(1000)
     abar = schedule.alpha_bar.float()
@@ -242,11 +313,11 @@ def _text_diffusion(text: Tensor, seed: int, chosen: Settings) -> Callable[[Tens
                 schedule_lr.step()
 
     @torch.inference_mode()
-    def denoise(start: Tensor) -> Tensor:
-        steps = [round(999 * chosen["start"] * (1 - i / chosen["steps"])) for i in range(chosen["steps"])]
+    def denoise(point: Tensor, start: float, count: int) -> Tensor:
+        steps = [round(999 * start * (1 - i / count)) for i in range(count)]
         generator = torch.Generator().manual_seed(seed)
         rate = abar[steps[0]]
-        x = rate.sqrt() * start + (1 - rate).sqrt() * torch.randn(start.shape, generator=generator)
+        x = rate.sqrt() * point + (1 - rate).sqrt() * torch.randn(point.shape, generator=generator)
         for step, after in zip(steps, [*steps[1:], None], strict=True):
             rate = abar[step]
             tau = torch.full((len(x),), step)

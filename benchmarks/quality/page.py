@@ -113,7 +113,7 @@ def _selection_table(selected: Selected) -> list[str]:
         "Chosen by cross-validation of training parts, equally many tried for each (`--select`; the linear probe",
         "chooses its penalty itself): all on one fold, the default and the best quarter then on all folds, with every",
         "row labelled and with 8 labels a class. SeDA is measured with its defaults whatever is chosen, one setting",
-        f"is chosen for all sets; {_kept(selected)}; `mlp_pseudo` has those of `mlp`. Mean top-1 of the folds,",
+        f"is chosen for all sets; {_kept(selected)}`mlp_pseudo` has those of `mlp`. Mean top-1 of the folds,",
         "and the best's gain with its standard error over folds:",
         "",
         "| method and set | settings tried | defaults | best | gain | best settings |",
@@ -129,9 +129,11 @@ def _selection_table(selected: Selected) -> list[str]:
 
 
 def _kept(selected: Selected) -> str:
-    """Which methods nothing was chosen for."""
+    """Which methods nothing was chosen for; nothing where there are none."""
     found = [f"`{m}`" for m in (ONE_STEP_MSE, BRIDGE) if not any(name.startswith(f"{m} on ") for name in selected)]
-    return " and ".join(found) + (" keep their" if len(found) > 1 else " keeps its") + " defaults"
+    if not found:
+        return ""
+    return " and ".join(found) + (" keep their" if len(found) > 1 else " keeps its") + " defaults; "
 
 
 def _time_table(selected: Selected) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from seda_fast.baselines import fit_baseline
 from seda_fast.engine import PrecisionName
 
-from .methods import LINEAR, MLP, MLP_PSEUDO, ONE_STEP, ONE_STEP_MSE, SEDA
+from .methods import BRIDGE, LINEAR, MLP, MLP_PSEUDO, ONE_STEP, ONE_STEP_MSE, SEDA
 from .regimes import DataSet, Task, apply, fold
 from .runs import TEST, VISUAL_WEIGHTS, Job, Runs, weight_name
 
@@ -54,7 +54,13 @@ SPACES[ONE_STEP] = {**SPACES[MLP], "ce_weight": (0.3, 1.0, 3.0)}
 SPACES[ONE_STEP_MSE] = {name: values for name, values in SPACES[MLP].items() if name != "label_smoothing"} | {
     "l2_grid": ([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001], [0.1], [0.01])
 }
-SELECTED = (SEDA, MLP, ONE_STEP, ONE_STEP_MSE, LINEAR)
+# What draws and classifies a text: all from one training, which is this peer's most expensive part.
+SPACES[BRIDGE] = {
+    "start": (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+    "steps": (1, 2, 5, 10, 20),
+    "probe_c": (0.01, 0.1, 1.0),
+}
+SELECTED = (SEDA, MLP, ONE_STEP, ONE_STEP_MSE, BRIDGE, LINEAR)
 REGIMES = ("full", "labels-8")
 # Passes of a network among the baselines where no setting says how many.
 DEFAULT_EPOCHS: int = inspect.signature(fit_baseline).parameters["epochs"].default

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from .methods import sharing
 from .regimes import DataSet, Task, load
 from .runs import Job, Record, Runs, measure
 from .selection import task_of
@@ -34,7 +36,7 @@ def make(
     wanted = {job.key: job for job in jobs if job.key not in runs.records}
     with tqdm(total=len(wanted), desc=title, disable=None) as bar:
         if workers == 1:
-            for job in wanted.values():
+            for job in itertools.chain.from_iterable(together(wanted.values())):
                 runs.add(_measured(job, folder, measure))
                 bar.update()
             return
@@ -42,12 +44,30 @@ def make(
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(threads,)) as pool:
             try:
-                for done in as_completed([pool.submit(_measured, job, folder, measure) for job in wanted.values()]):
-                    runs.add(done.result())
-                    bar.update()
+                for done in as_completed(
+                    [pool.submit(_all, part, folder, measure) for part in together(wanted.values())]
+                ):
+                    for record in done.result():
+                        runs.add(record)
+                        bar.update()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def together(jobs: Iterable[Job]) -> list[list[Job]]:
+    """In their order, but those that share a part of their training, which one process then makes once."""
+    parts: dict[object, list[Job]] = {}
+    for job in jobs:
+        shared = sharing(job.method, job.settings)
+        pairs = "full" if job.regime.startswith("labels") else job.regime  # fewer labels, the same pairs
+        key = job.key if shared is None else (job.set, pairs, job.method, job.part, job.seed, repr(shared))
+        parts.setdefault(key, []).append(job)
+    return list(parts.values())
+
+
+def _all(jobs: Sequence[Job], folder: Path, measure: Callable[[Job, Task], Record]) -> list[Record]:
+    return [_measured(job, folder, measure) for job in jobs]
 
 
 def _begin(threads: int) -> None:
