@@ -370,6 +370,12 @@ def test_the_quick_command_measures_anew_and_leaves_what_is_published(
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {f"runs/quality_quick/{name}" for name in ("runs.jsonl", "quality.json", "quality.md")} <= written
     assert not any(name.startswith(("docs", "benchmarks")) for name in written)
+    named = folder / "mine.jsonl"
+    named.write_bytes((folder / "runs/quality_quick/runs.jsonl").read_bytes())
+    before = named.read_text()
+    assert command.main(["--quick", "--data", str(folder), "--selected", str(selected), "--runs", str(named)]) == 0
+    assert named.read_text().startswith(before)
+    assert known[2:] == [len(before.splitlines())]
 
 
 def test_measure_reports_alignment_where_a_method_maps(task: Task) -> None:

@@ -68,6 +68,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         for name, value in QUICK.items():
             setattr(chosen, name, value)
         chosen.seeds = 1
+    # Only its own records are thrown away, never a file that was named.
+    chosen.anew = chosen.quick and chosen.runs is None
     for name, place in (QUICK_FILES if chosen.quick else PUBLISHED).items():
         if getattr(chosen, name) is None:
             setattr(chosen, name, ROOT / place)
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         if missing:
             print(f"benchmarks.quality: {chosen.data} has no {SETS[missing[0]]}.npz; give --data", file=sys.stderr)
             return 2
-        if chosen.quick:
+        if chosen.anew:
             chosen.runs.unlink(missing_ok=True)
             runs = Runs(chosen.runs)
         if chosen.select:
