@@ -30,12 +30,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 # Found in the checkout that this file lies in.
-from seda_fast.kernels import interaction, noising, projection, timesteps, tuning  # noqa: E402
+from seda_fast.kernels import (  # noqa: E402
+    interaction,
+    interaction_network,
+    noising,
+    projection,
+    reverse_chain,
+    timesteps,
+    tuning,
+)
 from seda_fast.kernels.tuning import Tile  # noqa: E402
 
 TARGETS = (80, 90, 100)
 # The default model: features, width, hidden, timesteps, rows of a batch; classes of a large head.
 FEATURES, WIDTH, HIDDEN, STEPS, ROWS, CLASSES, LARGE = 768, 512, 1024, 1000, 16_384, 1000, 21_841
+# Features of a text, blocks of a network, steps of a chain.
+TEXT, BLOCKS, CHAIN = 384, 3, 3
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -251,6 +261,36 @@ def interaction_launches(dtype: torch.dtype) -> list[Launch]:
     return record(both)
 
 
+def network_launches(dtype: torch.dtype) -> list[Launch]:
+    """A network in training and a chain of it, as the default model's second stage has them."""
+
+    def new(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return empty(*shape, dtype=kind)
+
+    tau, key, gates = new(ROWS, kind=torch.int64), new(kind=torch.int64), BLOCKS * HIDDEN
+    x, y, conditions, modulation = (
+        new(ROWS, TEXT),
+        new(ROWS, TEXT),
+        new(ROWS, 2 * FEATURES),
+        new(STEPS, BLOCKS, 3, WIDTH),
+    )
+    first = new(WIDTH, TEXT), new(WIDTH), new(WIDTH, 2 * FEATURES), new(WIDTH), new(gates, WIDTH), new(gates)
+    inner = [[new(*shape)] * BLOCKS for shape in ((HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,))]
+    (w_x, _, w_c, _, w_g, b_g), last, rest = first, (new(TEXT, WIDTH), new(TEXT)), (0.1, key, key, tau, 6)
+
+    def all_three() -> None:
+        operands = (x, [conditions], tau, modulation)
+        _, *saved = interaction_network.interaction_network(*operands, *first, *inner, *last, *rest)
+        interaction_network.interaction_network_backward(
+            y, *operands, w_x, w_c, w_g, b_g, *inner, last[0], *rest, saved, [False, True]
+        )
+        coefficients = new(CHAIN, 5, kind=torch.float32)
+        few = modulation[:CHAIN]
+        reverse_chain.reverse_chain(x, x, conditions, coefficients, few, *first, *inner, *last, key, key, tau, 6, True)
+
+    return record(all_three)
+
+
 def projection_launches(dtype: torch.dtype) -> list[Launch]:
     features, labels, loss = empty(ROWS, FEATURES, dtype=dtype), empty(ROWS, dtype=torch.int64), empty()
 
@@ -298,7 +338,7 @@ def tf32_launches() -> list[Launch]:
 
 def all_launches(dtypes: list[str]) -> list[Launch]:
     """Every kernel as the default model launches it, in each dtype; "tf32" is that of the products alone."""
-    makers = (noising_launches, interaction_launches, projection_launches, described_launches)
+    makers = (noising_launches, interaction_launches, network_launches, projection_launches, described_launches)
     plain = [getattr(torch, name) for name in dtypes if name != "tf32"]
     launches = [launch for dtype in plain for maker in makers for launch in maker(dtype)]
     launches += tf32_launches() if "tf32" in dtypes else []

@@ -47,14 +47,14 @@ SEGMENT_ROWS = 256
 
 
 @triton.jit
-def _tile(ptr, row, rows, column, columns, stride):
+def load_tile(ptr, row, rows, column, columns, stride):
     """A float32 tile of a matrix, 0 outside."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     return tl.load(ptr + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _put(ptr, tile, row, rows, column, columns):
+def store_tile(ptr, tile, row, rows, column, columns):
     """Store a tile into a contiguous matrix."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     place = ptr + row[:, None] * tl.cast(columns, tl.int64) + column[None, :]
@@ -62,14 +62,14 @@ def _put(ptr, tile, row, rows, column, columns):
 
 
 @triton.jit
-def _timesteps(timesteps_ptr, row, rows, steps):
+def known_timesteps(timesteps_ptr, row, rows, steps):
     """The rows' timesteps, int64; ``steps`` stands for one outside the tables."""
     tau = tl.load(timesteps_ptr + row, mask=row < rows, other=0).to(tl.int64)
     return tl.where((tau >= 0) & (tau < steps), tau, steps)
 
 
 @triton.jit
-def _modulation(ptr, tau, steps, column, columns, stride):
+def table_rows(ptr, tau, steps, column, columns, stride):
     """Rows ``tau`` of a table, float32; NaN for a timestep outside it."""
     inside = (column < columns)[None, :] & (tau < steps)[:, None]
     other = tl.where(tau < steps, 0.0, float("nan"))[:, None]
@@ -78,7 +78,7 @@ def _modulation(ptr, tau, steps, column, columns, stride):
 
 
 @triton.jit
-def _moments(tile, here, width):
+def moments(tile, here, width):
     """Mean and reciprocal deviation of whole rows; ``here`` is where the tile's columns are features."""
     mean = tl.sum(tile, axis=1) / width
     away = tl.where(here[None, :], tile - mean[:, None], 0.0)
@@ -98,7 +98,7 @@ def _put_statistics(ptr, tile, row, rows, column, width):
 
 
 @triton.jit
-def _kept(seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept_scale, WIDTH: tl.constexpr):
+def dropout_factor(seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept_scale, WIDTH: tl.constexpr):
     """Dropout's factor for WIDTH features from ``first``: 0 or ``1 / (1 - rate)``."""
     ids = tl.load(ids_ptr + row, mask=row < rows, other=0)
     kept = philox.kept(seed_ptr, step_ptr, ids[:, None], first, stream, threshold, WIDTH)
@@ -119,12 +119,12 @@ def modulated_norm_kernel(
     """``z = n(h) * (1 + scale) + shift``, what the first product reads."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
-    tau = _timesteps(timesteps_ptr, row, rows, steps)
-    h = _tile(h_ptr, row, rows, column, width, h_stride)
-    shift = _modulation(shift_ptr, tau, steps, column, width, shift_stride)
-    scale = _modulation(scale_ptr, tau, steps, column, width, scale_stride)
-    mean, rstd = _moments(h, column < width, width)
-    _put(z_ptr, (h - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift, row, rows, column, width)
+    tau = known_timesteps(timesteps_ptr, row, rows, steps)
+    h = load_tile(h_ptr, row, rows, column, width, h_stride)
+    shift = table_rows(shift_ptr, tau, steps, column, width, shift_stride)
+    scale = table_rows(scale_ptr, tau, steps, column, width, scale_stride)
+    mean, rstd = moments(h, column < width, width)
+    store_tile(z_ptr, (h - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift, row, rows, column, width)
 
 
 # fmt: off
@@ -138,11 +138,11 @@ def gate_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * BLOCK_N
     column = first + tl.arange(0, BLOCK_N)
-    pre = _tile(pre_ptr, row, rows, column, hidden, hidden)
-    u = pre * tl.sigmoid(pre) * _tile(gate_ptr, row, rows, column, hidden, gate_stride)
+    pre = load_tile(pre_ptr, row, rows, column, hidden, hidden)
+    u = pre * tl.sigmoid(pre) * load_tile(gate_ptr, row, rows, column, hidden, gate_stride)
     if DROPOUT:
-        u *= _kept(seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept_scale, BLOCK_N)
-    _put(hidden_ptr, u, row, rows, column, hidden)
+        u *= dropout_factor(seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept_scale, BLOCK_N)
+    store_tile(hidden_ptr, u, row, rows, column, hidden)
 
 
 # fmt: off
@@ -156,12 +156,12 @@ def residual_kernel(
     """``h_next = h + (1 + alpha) * residual``, and h_next's row statistics."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tau = _timesteps(timesteps_ptr, row, rows, steps)
-    residual = _tile(residual_ptr, row, rows, column, width, width)
-    alpha = _modulation(alpha_ptr, tau, steps, column, width, alpha_stride)
-    h_next = _tile(h_ptr, row, rows, column, width, h_stride) + (1.0 + alpha) * residual
+    tau = known_timesteps(timesteps_ptr, row, rows, steps)
+    residual = load_tile(residual_ptr, row, rows, column, width, width)
+    alpha = table_rows(alpha_ptr, tau, steps, column, width, alpha_stride)
+    h_next = load_tile(h_ptr, row, rows, column, width, h_stride) + (1.0 + alpha) * residual
     h_next = h_next.to(h_next_ptr.dtype.element_ty)
-    _put(h_next_ptr, h_next, row, rows, column, width)
+    store_tile(h_next_ptr, h_next, row, rows, column, width)
     if STATISTICS:
         _put_statistics(statistics_ptr, h_next.to(tl.float32), row, rows, column, width)
 
@@ -184,17 +184,17 @@ def operands_kernel(
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
-    tau = _timesteps(timesteps_ptr, row, rows, steps)
-    grad = _tile(grad_ptr, row, rows, column, width, grad_stride)
-    h = _tile(h_ptr, row, rows, column, width, h_stride)
-    alpha = _modulation(alpha_ptr, tau, steps, column, width, alpha_stride)
-    _put(grad_residual_ptr, (1.0 + alpha) * grad, row, rows, column, width)
+    tau = known_timesteps(timesteps_ptr, row, rows, steps)
+    grad = load_tile(grad_ptr, row, rows, column, width, grad_stride)
+    h = load_tile(h_ptr, row, rows, column, width, h_stride)
+    alpha = table_rows(alpha_ptr, tau, steps, column, width, alpha_stride)
+    store_tile(grad_residual_ptr, (1.0 + alpha) * grad, row, rows, column, width)
     nowhere = tl.full((BLOCK_M, BLOCK_N), float("nan"), dtype=tl.float32)
-    _put(grad_h_ptr, nowhere, row, tl.where(tau == steps, rows, 0), column, width)
-    shift = _modulation(shift_ptr, tau, steps, column, width, shift_stride)
-    scale = _modulation(scale_ptr, tau, steps, column, width, scale_stride)
-    mean, rstd = _moments(h, column < width, width)
-    _put(z_ptr, (h - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift, row, rows, column, width)
+    store_tile(grad_h_ptr, nowhere, row, tl.where(tau == steps, rows, 0), column, width)
+    shift = table_rows(shift_ptr, tau, steps, column, width, shift_stride)
+    scale = table_rows(scale_ptr, tau, steps, column, width, scale_stride)
+    mean, rstd = moments(h, column < width, width)
+    store_tile(z_ptr, (h - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift, row, rows, column, width)
 
 
 # fmt: off
@@ -215,17 +215,19 @@ def gate_backward_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, ROWS, BLOCK_M):
         row = tl.program_id(0).to(tl.int64) * ROWS + start + tl.arange(0, BLOCK_M)
-        grad = _tile(grad_ptr, row, rows, column, hidden, hidden)
-        pre = _tile(pre_ptr, row, rows, column, hidden, hidden)
-        gate = _tile(gate_ptr, row, rows, column, hidden, gate_stride)
+        grad = load_tile(grad_ptr, row, rows, column, hidden, hidden)
+        pre = load_tile(pre_ptr, row, rows, column, hidden, hidden)
+        gate = load_tile(gate_ptr, row, rows, column, hidden, gate_stride)
         if DROPOUT:
-            grad *= _kept(seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept_scale, BLOCK_N)
+            grad *= dropout_factor(
+                seed_ptr, step_ptr, ids_ptr, row, rows, first, stream, threshold, kept_scale, BLOCK_N
+            )
         sigmoid = tl.sigmoid(pre)
         grad *= sigmoid
-        _put(grad_gate_ptr, grad * pre, row, rows, column, hidden)
+        store_tile(grad_gate_ptr, grad * pre, row, rows, column, hidden)
         grad *= 1.0 + pre * (1.0 - sigmoid)
         grad *= gate
-        _put(grad_ptr, grad, row, rows, column, hidden)
+        store_tile(grad_ptr, grad, row, rows, column, hidden)
         total += grad
     place = sums_ptr + tl.program_id(0).to(tl.int64) * hidden + column
     tl.store(place, tl.sum(total, axis=0), mask=column < hidden)
@@ -253,7 +255,7 @@ def segments_kernel(timesteps_ptr, bounds_ptr, falls_ptr, rows, steps, BLOCK: tl
 
 
 @triton.jit
-def _segment(bounds_ptr, falls_ptr, step, rows, blocks, BLOCK: tl.constexpr):
+def segment(bounds_ptr, falls_ptr, step, rows, blocks, BLOCK: tl.constexpr):
     """Where the rows of timestep ``step`` begin and end, and whether they may lie anywhere: then from 0 to ``rows``."""
     # Bounds of an unsorted batch were never written: what is read is not used.
     first, last = tl.load(bounds_ptr + step), tl.load(bounds_ptr + step + 1)
@@ -291,7 +293,7 @@ def norm_backward_kernel(
     scale_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     alpha_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     grad_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    first, last, unsorted = _segment(bounds_ptr, falls_ptr, step, rows, blocks, 128)
+    first, last, unsorted = segment(bounds_ptr, falls_ptr, step, rows, blocks, 128)
     for start in range(first, last, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M).to(tl.int64)
         own = row < last
@@ -305,7 +307,7 @@ def norm_backward_kernel(
             h = tl.load(h_ptr + row[:, None] * h_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
             # Again, not left by `operands_kernel`: one value that all threads of a row hold is stored by way of shared
             # memory, where each of them writes it to one place.
-            mean, rstd = _moments(h, column < width, width)
+            mean, rstd = moments(h, column < width, width)
             place = row[:, None] * width + column[None, :]
             grad_z = tl.load(grad_z_ptr + place, mask=inside, other=0.0).to(tl.float32)
             residual = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -335,7 +337,7 @@ def _sum_columns(parts_ptr, out_ptr, block, parts, columns, BLOCK_M: tl.constexp
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, parts, BLOCK_M):
-        total += _tile(parts_ptr, start + tl.arange(0, BLOCK_M).to(tl.int64), parts, column, columns, columns)
+        total += load_tile(parts_ptr, start + tl.arange(0, BLOCK_M).to(tl.int64), parts, column, columns, columns)
     tl.store(out_ptr + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=column < columns)
 
 
@@ -379,19 +381,19 @@ def by_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _dropout(rate: float, seed: Tensor, step: Tensor, sample_ids: Tensor, stream: int) -> tuple[object, ...]:
+def dropout_keys(rate: float, seed: Tensor, step: Tensor, sample_ids: Tensor, stream: int) -> tuple[object, ...]:
     threshold = math.ceil(rate * 2**24 - 0.5)
     return seed, step, sample_ids.contiguous(), stream, threshold, 1 / (1 - rate)
 
 
-def _whole_rows(width: int, values: int) -> dict[str, int]:
+def whole_rows(width: int, values: int) -> dict[str, int]:
     """Tile and warps of a program that holds about ``values`` values of whole rows."""
     columns = max(16, 1 << (width - 1).bit_length())
     rows = max(1, min(16, values // columns))
     return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": max(1, min(16, rows * columns // (32 * ROW_VALUES)))}
 
 
-def _grid(rows: int, columns: int, tile: dict[str, int]) -> tuple[int, int]:
+def grid(rows: int, columns: int, tile: dict[str, int]) -> tuple[int, int]:
     return cdiv(rows, tile["BLOCK_M"]), cdiv(columns, tile["BLOCK_N"])
 
 
@@ -427,19 +429,19 @@ def interaction_block(
     if rows == 0:
         return h_next, residual, pre, u, left
     timesteps = timesteps.contiguous()
-    keys = _dropout(dropout, seed, step, sample_ids, stream)
+    keys = dropout_keys(dropout, seed, step, sample_ids, stream)
     with launching_on(h):
         # In the place of the result, which is made after it was read.
-        z, whole = h_next, _whole_rows(width, ROW_TILE)
+        z, whole = h_next, whole_rows(width, ROW_TILE)
         modulated_norm_kernel[(cdiv(rows, whole["BLOCK_M"]),)](
             h, timesteps, shift, scale, z, rows, width, steps, h.stride(0), shift.stride(0), scale.stride(0), **whole
         )
-        _linear(z, w_h, b_h, pre)
-        gate_kernel[_grid(rows, hidden, GATE_TILE)](
+        linear(z, w_h, b_h, pre)
+        gate_kernel[grid(rows, hidden, GATE_TILE)](
             pre, gate, u, *keys, rows, hidden, gate.stride(0), DROPOUT=dropout > 0, **GATE_TILE
         )
-        _linear(u, w_o, b_o, residual)
-        residual_kernel[_grid(rows, width, RESIDUAL_TILE)](
+        linear(u, w_o, b_o, residual)
+        residual_kernel[grid(rows, width, RESIDUAL_TILE)](
             residual, h, timesteps, alpha, h_next, left, rows, width, steps, h.stride(0), alpha.stride(0),
             STATISTICS=leave_statistics, **RESIDUAL_TILE,
         )  # fmt: skip
@@ -447,11 +449,11 @@ def interaction_block(
 
 
 # Products are given their results: an autocast region, in which a backward may run, casts the operands of others.
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=out)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """``grad.T @ x``, like ``weight``."""
     out = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
     return torch.mm(grad.t(), x, out=out).to(weight.dtype)
@@ -486,15 +488,15 @@ def interaction_block_backward(
         weights = w_h.new_zeros(w_h.shape), w_h.new_zeros(columns), w_o.new_zeros(w_o.shape), w_o.new_zeros(width)
         return grad_h, grad_gate, *(table.new_zeros(table.shape) for table in (shift, scale, alpha)), *weights
     timesteps = timesteps.contiguous()
-    keys = _dropout(dropout, seed, step, sample_ids, stream)
+    keys = dropout_keys(dropout, seed, step, sample_ids, stream)
     with launching_on(h):
         grad_residual, z = (torch.empty((rows, width), dtype=h.dtype, device=h.device) for _ in range(2))
-        whole = _whole_rows(width, ROW_TILE)
+        whole = whole_rows(width, ROW_TILE)
         operands_kernel[(cdiv(rows, whole["BLOCK_M"]),)](
             grad, h, timesteps, shift, scale, alpha, grad_residual, z, grad_h, rows, width, steps,
             grad.stride(0), h.stride(0), shift.stride(0), scale.stride(0), alpha.stride(0), **whole,
         )  # fmt: skip
-        grad_w_o = _weight_gradient(grad_residual, hidden, w_o)
+        grad_w_o = weight_gradient(grad_residual, hidden, w_o)
         # First the gradient of hidden; that of pre takes its place.
         grad_pre = torch.empty((rows, columns), dtype=h.dtype, device=h.device)
         torch.mm(grad_residual, w_o.to(h.dtype), out=grad_pre)
@@ -504,7 +506,7 @@ def interaction_block_backward(
             grad_pre, gate, pre, grad_gate, hidden_sums, *keys, rows, columns, gate.stride(0),
             DROPOUT=dropout > 0, ROWS=GATE_ROWS, **GATE_BACKWARD_TILE,
         )  # fmt: skip
-        grad_w_h = _weight_gradient(grad_pre, z, w_h)
+        grad_w_h = weight_gradient(grad_pre, z, w_h)
         # The gradient of z, in the place of another that was read.
         torch.mm(grad_pre, w_h.to(h.dtype), out=grad_residual)
         tables, width_sums = _norm_backward(
@@ -540,6 +542,6 @@ def _norm_backward(
     norm_backward_kernel[(steps,)](
         grad, grad_z, h, residual, timesteps, bounds, falls, scale, alpha, grad_h, *tables, sums,
         rows, width, blocks, grad.stride(0), h.stride(0), scale.stride(0), alpha.stride(0),
-        **_whole_rows(width, NORM_TILE),
+        **whole_rows(width, NORM_TILE),
     )  # fmt: skip
     return tables, sums

@@ -439,9 +439,9 @@ def test_a_step_in_half_precision_asks_the_device_for_few_things(monkeypatch: py
         stepper.device_step(stepper.data.rows(torch.arange(14)))
     assert launched.count("timesteps_kernel") == 2
     assert launched.count("noising_kernel") == 6
-    # Each block's statistics but the first's come from the block before it on a GPU.
-    asked = launches.counts.total() + len(launched) - 2 * 2 * (config.blocks - 1)
-    assert asked <= 408, launches.counts
+    asked = launches.counts.total() + len(launched)
+    print(asked, launches.counts, launched)
+    assert asked <= 10, launches.counts
 
 
 @pytest.mark.parametrize(("epochs", "batch_size"), [(1, 60), (1, 30), (2, 60)])

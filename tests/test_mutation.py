@@ -102,7 +102,7 @@ FAULTS = [
     ),
     Fault("order of timesteps trusted", "interaction", "== step\n", ">= -1\n"),
     Fault("gradient of b_h from the last rows", "interaction", "total += grad\n", "total = grad\n"),
-    Fault("last sums of a bias alone", "interaction", "total += _tile(parts_ptr", "total = _tile(parts_ptr"),
+    Fault("last sums of a bias alone", "interaction", "total += load_tile(parts_ptr", "total = load_tile(parts_ptr"),
     Fault(
         "gradient of b_o without 1 + alpha",
         "interaction",

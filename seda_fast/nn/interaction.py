@@ -13,7 +13,6 @@ from ..ops import (
     ChainWeights,
     chained_interaction_block,
     embed_condition,
-    forced,
     interaction_block,
     interaction_network,
     layer_norm,
@@ -189,8 +188,7 @@ class PFIN(nn.Module):
             modulation = self.modulation(torch.arange(self.steps, device=x.device))
         parts = (condition,) if isinstance(condition, Tensor) else tuple(condition)
         projected = self._projected(memory)
-        # A GPU's kernels go block by block, and so do those of Triton where a test forces them on a CPU.
-        if x.device.type == "cpu" and projected is None and forced() != "triton":
+        if projected is None:
             keys = {} if dropout is None else dropout.keys(0)
             return interaction_network(x, parts, timesteps, modulation.permute(2, 0, 1, 3), self._weights(), **keys)
         normed, gates = embed_condition(

@@ -92,6 +92,18 @@ def choose(op: str, device_type: str, dtype: torch.dtype | None = None) -> tuple
     return chosen, known[chosen]
 
 
+def fallback(
+    op: str, device_type: str, backends: Collection[str], dtype: torch.dtype | None = None
+) -> Callable[..., Any]:
+    """Where an implementation passes on what its own kernel does not take: the first of ``backends`` that can run it
+    here, else the reference."""
+    known = _implementations[op]
+    for backend in backends:
+        if backend in known and known[backend].refusal(device_type, dtype) is None:
+            return known[backend].function
+    return known["reference"].function
+
+
 def forced() -> str:
     """The backend that `use_backend` forces now; "auto" outside of it."""
     return _forced

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ._dispatch import as_counter, check_stream, check_tensor, define
+from ._triton import implement_with_triton
 from .reverse_chain import ChainWeights, check_weights
 
 
@@ -78,6 +79,9 @@ _backward_op = define(
     _reference_backward,
     _fake_backward,
 )
+
+implement_with_triton("interaction_network", "interaction_network", "interaction_network")
+implement_with_triton("interaction_network_backward", "interaction_network", "interaction_network_backward")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

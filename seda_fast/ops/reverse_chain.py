@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ._dispatch import as_counter, check_stream, check_tensor, define
+from ._triton import implement_with_triton
 
 
 class ChainWeights(NamedTuple):
@@ -58,6 +59,7 @@ def _fake(initial: Tensor, *rest: Any) -> Tensor:
 
 # All operands but the coefficients.
 _op = define("reverse_chain", _SCHEMA + " -> Tensor", _reference, _fake, autocast={*range(17)} - {3})
+implement_with_triton("reverse_chain", "reverse_chain", "reverse_chain")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

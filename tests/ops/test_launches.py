@@ -12,10 +12,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 tuning: Any = pytest.importorskip("seda_fast.kernels.tuning")
 interaction: Any = pytest.importorskip("seda_fast.kernels.interaction")
+network: Any = pytest.importorskip("seda_fast.kernels.interaction_network")
+chain: Any = pytest.importorskip("seda_fast.kernels.reverse_chain")
 noising: Any = pytest.importorskip("seda_fast.kernels.noising")
 projection: Any = pytest.importorskip("seda_fast.kernels.projection")
 timesteps: Any = pytest.importorskip("seda_fast.kernels.timesteps")
-MODULES = (interaction, noising, projection, timesteps)
+MODULES = (interaction, network, chain, noising, projection, timesteps)
 ROWS, WIDTH, HIDDEN, STEPS = 40, 16, 32, 5
 
 
@@ -35,6 +37,21 @@ def head(classes: int) -> None:
     projection.semantic_projection_backward(empty(), empty(), H, ROW, weight, weight, bias, lse, 1.0, 0.1, -100, True)
 
 
+def whole(backward: bool, in_chain: bool = False) -> None:
+    """A network of two blocks, its gradients, or its chain."""
+    modulation, gates = empty(STEPS, 2, 3, WIDTH), empty(2 * HIDDEN, WIDTH)
+    ends = [part for w in (W_O[:, :WIDTH], W_O[:, :WIDTH], gates) for part in (w, empty(len(w)))]
+    inner, last = [[t, t] for t in (W_H, empty(HIDDEN), W_O, empty(WIDTH))], [W_O[:, :WIDTH], empty(WIDTH)]
+    if in_chain:
+        coefficients, keys = empty(3, 5), (KEY, KEY, ROW, 6, True)
+        chain.reverse_chain(H, H, H, coefficients, modulation[:3], *ends, *inner, *last, *keys)
+        return
+    _, *saved = network.interaction_network(H, [H], ROW, modulation, *ends, *inner, *last, *DROPPED)
+    if backward:
+        weights = (ends[0], ends[2], *ends[4:], *inner, last[0])
+        network.interaction_network_backward(H, H, [H], ROW, modulation, *weights, *DROPPED, saved, [True, True])
+
+
 CALLS: dict[str, Callable[[], object]] = {
     "q_sample": lambda: noising.q_sample(H, ROW, empty(STEPS), empty(STEPS), KEY, KEY, ROW, 0),
     "q_sample, backward": lambda: noising.q_sample_backward(H, ROW, empty(STEPS)),
@@ -43,6 +60,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "block, backward": lambda: interaction.interaction_block_backward(
         H, *BLOCK, W_H, W_O, H, GATE, GATE, *DROPPED, None
     ),
+    "network": lambda: whole(False),
+    "network, backward": lambda: whole(True),
+    "chain": lambda: whole(False, in_chain=True),
     "head": lambda: head(7),
     "large head": lambda: head(5000),
 }

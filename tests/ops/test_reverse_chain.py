@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seda_fast import reference
-from seda_fast.ops import ChainWeights, reverse_chain
+from seda_fast.ops import ChainWeights, _dispatch, reverse_chain
 
 OPERATION = "reverse_chain"
 
@@ -92,9 +92,15 @@ def floating(given: dict[str, Any]) -> list[Tensor]:
     return first + [t for value in given["weights"] for t in (value if isinstance(value, list) else [value])]
 
 
+def dtypes(lane: Any) -> list[torch.dtype]:
+    """What the lane computes in; the CUDA C++ chain knows bfloat16 alone."""
+    known = _dispatch._implementations[OPERATION][lane.backend].dtypes
+    return [dtype for dtype in lane.dtypes() if not known or dtype in known]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(lane: Any, case: Case, no_worse_than_eager: Callable[..., None]) -> None:
-    for dtype in lane.dtypes():
+    for dtype in dtypes(lane):
         given = arguments(case, dtype, lane.device)
         exact = plain(**convert(given, Tensor.double))
         no_worse_than_eager(reverse_chain(**given), plain(**given), exact, str(dtype))
@@ -102,11 +108,12 @@ def test_values(lane: Any, case: Case, no_worse_than_eager: Callable[..., None])
 
 def test_gradients(lane: Any, no_worse_than_eager: Callable[..., None]) -> None:
     case = Case(6, 10, 8, 16, 32, 2, 3)
-    given = arguments(case, torch.float32, lane.device)
+    dtype = dtypes(lane)[0]
+    given = arguments(case, dtype, lane.device)
     weight = torch.randn(6, 10, device=lane.device)
     results = []
-    for chain, kind in ((reverse_chain, Tensor.float), (plain, Tensor.float), (plain, Tensor.double)):
-        leaves = convert(given, lambda t, kind=kind: kind(t).detach().requires_grad_())  # type: ignore[misc]
+    for chain, kind in ((reverse_chain, dtype), (plain, dtype), (plain, torch.float64)):
+        leaves = convert(given, lambda t, kind=kind: t.to(kind).detach().requires_grad_())  # type: ignore[misc]
         value = chain(**leaves)
         grads = torch.autograd.grad(value, floating(leaves), weight.to(value.dtype), allow_unused=True)
         results.append([torch.zeros(()) if grad is None else grad for grad in grads])
@@ -154,17 +161,19 @@ def test_chain_is_what_its_docstring_says() -> None:
 
 
 def test_a_row_depends_on_its_sample_id_alone(lane: Any) -> None:
-    given = arguments(Case(8, 12, 6, 16, 32, 2, 3), torch.float32, lane.device)
+    given = arguments(Case(8, 12, 6, 16, 32, 2, 3), dtypes(lane)[0], lane.device)
     whole = reverse_chain(**given)
     rows = torch.tensor([5, 1, 6], device=lane.device)
     names = ("initial", "source", "condition", "sample_ids")
     part = reverse_chain(**{**given, **{name: given[name][rows] for name in names}})
-    torch.testing.assert_close(part, whole[rows], rtol=1e-5, atol=1e-5)
+    # A product of three rows may add up in another order than one of eight.
+    bound = 1e-5 if whole.dtype == torch.float32 else 0.05
+    torch.testing.assert_close(part, whole[rows], rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "misaligned"])
 def test_any_memory_layout(lane: Any, layout: str, no_worse_than_eager: Callable[..., None]) -> None:
-    given = arguments(Case(5, 12, 8, 16, 32, 2, 2), torch.float32, lane.device)
+    given = arguments(Case(5, 12, 8, 16, 32, 2, 2), dtypes(lane)[0], lane.device)
     change: dict[str, Callable[[Tensor], Tensor]] = {
         "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
         "misaligned": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
@@ -174,7 +183,7 @@ def test_any_memory_layout(lane: Any, layout: str, no_worse_than_eager: Callable
 
 
 def test_opcheck(lane: Any) -> None:
-    given = arguments(Case(3, 6, 4, 8, 16, 2, 2), torch.float32, lane.device)
+    given = arguments(Case(3, 6, 4, 8, 16, 2, 2), dtypes(lane)[0], lane.device)
     first = [given[name].requires_grad_() for name in ("initial", "source", "condition")]
     rest = [given[name] for name in ("seed", "step", "sample_ids", "stream", "noisy")]
     tables = (given["coefficients"], given["modulation"])
@@ -182,7 +191,7 @@ def test_opcheck(lane: Any) -> None:
 
 
 def test_compiles_without_a_graph_break(lane: Any) -> None:
-    given = arguments(Case(3, 6, 4, 8, 16, 2, 2), torch.float32, lane.device)
+    given = arguments(Case(3, 6, 4, 8, 16, 2, 2), dtypes(lane)[0], lane.device)
 
     def double_chain(initial: Tensor) -> Tensor:
         return 2 * reverse_chain(**{**given, "initial": initial})

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from seda_fast.ops import _dispatch, interaction_block, q_sample, semantic_projection, stratified_timesteps, use_backend
+from seda_fast.ops import (
+    ChainWeights,
+    _dispatch,
+    interaction_block,
+    interaction_network,
+    q_sample,
+    reverse_chain,
+    semantic_projection,
+    stratified_timesteps,
+    use_backend,
+)
 
 pytest.importorskip("triton")
 # What a tool says at the end where it found nothing.
 CLEAN = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "RACECHECK SUMMARY: 0 hazards displayed"}
 HERE = Path(__file__)
+
+
+def whole_network(draw: Callable[..., Tensor], width: int, hidden: int) -> ChainWeights:
+    """Of two blocks, for 13 features and a condition of 12."""
+    first = draw(width, 13), draw(width), draw(width, 12), draw(width), draw(2 * hidden, width), draw(2 * hidden)
+    inner = ([draw(*shape), draw(*shape)] for shape in ((hidden, width), (hidden,), (width, hidden), (width,)))
+    return ChainWeights(*first, *inner, draw(13, width), draw(13))
 
 
 def small_calls(device: str) -> None:
@@ -40,6 +58,12 @@ def small_calls(device: str) -> None:
     for order in (tau, tau.sort().values):
         h, gate = draw(rows, width), draw(rows, hidden)
         interaction_block(h, gate, order, *tables, *weights, dropout=0.2, **key).sum().backward()
+        network, modulation = whole_network(draw, width, hidden), draw(steps, 2, 3, width)
+        x, conditions = draw(rows, 13), (draw(rows, 7), draw(rows, 5))
+        interaction_network(x, conditions, order, modulation, network, dropout=0.2, **key).sum().backward()
+    with torch.no_grad():
+        coefficients, condition = torch.rand(steps, 5, device=device), torch.cat(conditions, dim=1)
+        reverse_chain(x, x, condition, coefficients, modulation, network, **key, stream=4)
     # One chunk of classes, and several.
     for classes in (7, 2300):
         labels = torch.arange(rows, device=device) % 7
@@ -50,13 +74,13 @@ def small_calls(device: str) -> None:
 def test_the_calls_launch_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     modules: list[Any] = [
         pytest.importorskip(f"seda_fast.kernels.{name}")
-        for name in ("interaction", "noising", "projection", "timesteps")
+        for name in ("interaction", "interaction_network", "noising", "projection", "reverse_chain", "timesteps")
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (reason := _dispatch.refusal("q_sample", "triton", device)) is not None:
         pytest.skip(f"test_the_calls_launch_every_kernel: {reason}")
     launched: set[str] = set()
-    kernel = type(modules[1].noising_kernel)
+    kernel = type(modules[0].gate_kernel)
     monkeypatch.setattr(kernel, "run", lambda kernel, *unused, **options: launched.add(kernel.fn.__name__))
     with use_backend("triton"):
         small_calls(device)

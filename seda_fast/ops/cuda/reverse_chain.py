@@ -12,12 +12,11 @@ from torch import Tensor
 from .. import _cpp
 from .._cpp import rows, table
 from .._cuda import RULES, implement_with_cuda
-from .._dispatch import forced
-from ..reverse_chain import _reference
+from .._dispatch import fallback, forced
 
 RULES["reverse_chain"] = (
     "bfloat16; width and hidden multiples of 64, width to 1024 (640 below 137 KiB of shared memory); features and "
-    "condition multiples of 8; to 32 blocks; by itself on compute capability 9.0, to 128 rows; else PyTorch"
+    "condition multiples of 8; to 32 blocks; by itself on compute capability 9.0, to 128 rows; else Triton or PyTorch"
 )
 # Most rows that go to a kernel by themselves.
 _FEW_ROWS = 128
@@ -94,7 +93,8 @@ def reverse_chain(
     sizes = (initial.shape[1], condition.shape[1], w_x.shape[0], w_h[0].shape[0], len(w_h), coefficients.shape[0])
     wanted = forced() == "cuda" or _faster(initial)
     if not alike or not wanted or not _fits(*sizes, initial.get_device()):
-        return _reference(*operands, *weights, *keys)
+        otherwise = fallback("reverse_chain", "cuda", ("triton",), initial.dtype)
+        return otherwise(*operands, *weights, *keys)  # type: ignore[no-any-return]
     return torch.ops.seda_fast_cuda.reverse_chain(  # type: ignore[no-any-return]
         *map(_pairs, operands[:3]),
         table(coefficients).contiguous(),
