@@ -184,6 +184,59 @@ FAULTS = [
         "(label == label).to(tl.float32)",
         2,
     ),
+    Fault(
+        "a block's state without 1 + alpha", "interaction_network", "*= 1.0 + table_rows(alpha", "*= table_rows(alpha"
+    ),
+    Fault("norms without 1 + scale", "interaction_network", "*= 1.0 + table_rows(scale", "*= table_rows(scale"),
+    Fault("the block's own tables for the next norm", "interaction_network", "tables.of(i + 1) if", "tables.of(i) if"),
+    Fault("gates without their 1", "interaction_network", "gate += 1.0 + load", "gate += load", 2),
+    Fault(
+        "the first block's stream for all", "interaction_network", "sample_ids, stream + i)", "sample_ids, stream)", 2
+    ),
+    Fault("the last block's alpha left out", "interaction_network", "(1.0 + alpha) * grad.to", "grad.to"),
+    Fault(
+        "a row outside the tables has a gradient",
+        "interaction_network",
+        'grad = tl.where((tau < steps)[:, None], grad, float("nan")).to',
+        "grad = grad.to",
+    ),
+    Fault("the lower block's alpha left out", "interaction_network", "scaled = lower * stored", "scaled = stored"),
+    Fault(
+        "alpha's gradient without the bias",
+        "interaction_network",
+        "alpha_sum += load_vector(bias_ptr",
+        "load_vector(bias_ptr",
+    ),
+    Fault("gradient of b_x from the last rows", "interaction_network", "own_sum += ", "own_sum = "),
+    Fault(
+        "the condition's gradient by its gates alone",
+        "interaction_network",
+        "grad += load_tile(added_ptr",
+        "load_tile(added_ptr",
+    ),
+    Fault("gradient of b_c from the last rows", "interaction_network", "total += grad\n", "total = grad\n", 2),
+    Fault(
+        "gradient of b_y from the last rows",
+        "interaction_network",
+        "total += load_tile(x_ptr",
+        "total = load_tile(x_ptr",
+    ),
+    Fault("a result of the last step alone", "reverse_chain", "if not FIRST:", "if FIRST and LAST:"),
+    Fault(
+        "noise of the step before",
+        "reverse_chain",
+        "torch.arange(1, len(coefficients) + 1",
+        "torch.arange(len(coefficients)",
+    ),
+    Fault(
+        "noise of the first features", "reverse_chain", "ids[:, None], first, stream", "ids[:, None], 0 * first, stream"
+    ),
+    Fault(
+        "the source's coefficient for the state",
+        "reverse_chain",
+        "coefficients_ptr + _STATE",
+        "coefficients_ptr + _SOURCE",
+    ),
     Fault("temperature left out of the gradient", "projection", "/ count * tl.cast(inverse, tl.float32)", "/ count"),
 ]
 # Which tests see a kernel's faults.
@@ -192,6 +245,8 @@ TESTS = {
     "noising": ["test_noising.py"],
     "philox": ["test_philox.py", "test_noising.py", "test_interaction.py"],
     "interaction": ["test_interaction.py"],
+    "interaction_network": ["test_interaction_network.py"],
+    "reverse_chain": ["test_reverse_chain.py"],
     "projection": ["test_projection.py"],
 }
 

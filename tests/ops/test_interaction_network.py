@@ -235,6 +235,28 @@ def test_bad_arguments_are_refused_by_name(change: dict[str, Any], sentence: str
         interaction_network(**given)
 
 
+def test_a_timestep_outside_the_tables_makes_its_row_nan_and_no_other(
+    lane: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it refuses them")
+    # Poisoned memory is NaN where nothing was written.
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    case = CASES[3]
+    flat, tau = operands(case, torch.float32, lane.device)
+    wrong = torch.zeros(case.batch, dtype=torch.bool, device=lane.device)
+    wrong[-3:] = True
+    tau[-3:] = case.steps
+    weight = torch.randn(case.batch, case.dim, device=lane.device)
+    value, d_x, d_condition, *_ = run(by_op, case, flat, tau, weight)
+    for name, result in {"value": value, "x": d_x, "condition": d_condition}.items():
+        assert result[wrong].isnan().all(), name
+    inside = [flat[0][~wrong], flat[1][~wrong], *flat[2:]]
+    expected = run(by_op, case._replace(batch=case.batch - 3), inside, tau[~wrong], weight[~wrong])
+    for a, b in zip((value, d_x, d_condition), expected, strict=False):
+        torch.testing.assert_close(a[~wrong], b, rtol=1e-4, atol=1e-4)
+
+
 def test_timesteps_outside_the_tables_are_refused() -> None:
     case = CASES[2]
     flat, tau = operands(case, torch.float32, "cpu")

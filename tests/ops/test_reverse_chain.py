@@ -1,5 +1,6 @@
 """Reverse chain: every backend's stage against the float64 definition."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,6 +105,15 @@ def test_values(lane: Any, case: Case, no_worse_than_eager: Callable[..., None])
         given = arguments(case, dtype, lane.device)
         exact = plain(**convert(given, Tensor.double))
         no_worse_than_eager(reverse_chain(**given), plain(**given), exact, str(dtype))
+
+
+def test_rows_that_go_through_the_steps_in_parts(lane: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it takes all rows at once")
+    given = arguments(CASES[3], torch.float32, lane.device)
+    whole = reverse_chain(**given)
+    monkeypatch.setattr(importlib.import_module("seda_fast.kernels.reverse_chain"), "CHUNK_ROWS", 10)
+    torch.testing.assert_close(reverse_chain(**given), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients(lane: Any, no_worse_than_eager: Callable[..., None]) -> None:
