@@ -145,7 +145,8 @@ def last_norm_backward_kernel(
     # fmt: on
     """The plain norm's backward, and ``(1 + alpha) * grad_h``, what the last block's products read.
 
-    A row of a timestep outside the tables is NaN in both from here on: no program of `state_backward_kernel` meets it.
+    A row of a timestep outside the tables, whose state is NaN, is NaN in both from here on: no program of
+    `state_backward_kernel` meets it.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
@@ -155,7 +156,7 @@ def last_norm_backward_kernel(
         column < width, width,
     )  # fmt: skip
     alpha = table_rows(alpha_ptr, tau, steps, column, width, table_stride)
-    grad = tl.where((tau < steps)[:, None], grad, float("nan")).to(grad_h_ptr.dtype.element_ty)
+    grad = grad.to(grad_h_ptr.dtype.element_ty)
     store_tile(grad_h_ptr, grad, row, rows, column, width)
     store_tile(scaled_ptr, (1.0 + alpha) * grad.to(tl.float32), row, rows, column, width)
 

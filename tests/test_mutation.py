@@ -194,12 +194,6 @@ FAULTS = [
         "the first block's stream for all", "interaction_network", "sample_ids, stream + i)", "sample_ids, stream)", 2
     ),
     Fault("the last block's alpha left out", "interaction_network", "(1.0 + alpha) * grad.to", "grad.to"),
-    Fault(
-        "a row outside the tables has a gradient",
-        "interaction_network",
-        'grad = tl.where((tau < steps)[:, None], grad, float("nan")).to',
-        "grad = grad.to",
-    ),
     Fault("the lower block's alpha left out", "interaction_network", "scaled = lower * stored", "scaled = stored"),
     Fault(
         "alpha's gradient without the bias",

@@ -32,6 +32,8 @@ CASES = [
     Case(1, 12, 20, 16, 32, 3, 4),
     Case(7, 5, 3, 18, 36, 2, 3, noisy=False),
     Case(33, 20, 24, 32, 64, 2, 1),
+    # More features than a tile has.
+    Case(3, 300, 8, 16, 32, 1, 3),
     # Sizes that the CUDA C++ kernel takes.
     Case(70, 72, 136, 64, 192, 2, 3),
 ]
@@ -110,7 +112,7 @@ def test_values(lane: Any, case: Case, no_worse_than_eager: Callable[..., None])
 def test_rows_that_go_through_the_steps_in_parts(lane: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if lane.backend != "triton":
         pytest.skip(f"{lane}: it takes all rows at once")
-    given = arguments(CASES[3], torch.float32, lane.device)
+    given = arguments(Case(33, 20, 24, 32, 64, 2, 2), torch.float32, lane.device)
     whole = reverse_chain(**given)
     monkeypatch.setattr(importlib.import_module("seda_fast.kernels.reverse_chain"), "CHUNK_ROWS", 10)
     torch.testing.assert_close(reverse_chain(**given), whole, rtol=1e-5, atol=1e-5)
