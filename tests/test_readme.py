@@ -146,6 +146,20 @@ def test_sentences_on_where_it_does_not_pay_are_of_the_measured_quality(readme: 
     assert min(seeds) >= 5
 
 
+def test_gpu_s_speed_is_that_of_the_record(readme: str, repository: Path) -> None:
+    record = json.loads((repository / "benchmarks/results/nvidia-h200.json").read_text(encoding="utf-8"))
+    rows = {(row["workload"], row["competitor"]): row for row in record["rows"]}
+    step, chain = "training step, B = 4096", "reverse chain of 5 steps, B = 65536 bfloat16"
+    section = " ".join(readme[readme.index("On an NVIDIA H200") : readme.index("## Long runs")].split())
+    graph, compiled = (rows[step, who]["ratio"] for who in ("compiled, reduce-overhead", "eager"))
+    assert (
+        f"takes {rows[step, 'seda_fast']['median'] * 1e3:.2f} ms: eager PyTorch takes {compiled:.1f} times" in section
+    )
+    assert f'`torch.compile(mode="reduce-overhead")` {graph:.1f} times.' in section
+    ratios = " and ".join(f"{rows[chain, who]['ratio']:.2f}" for who in ("eager", "compiled"))
+    assert f"takes {rows[chain, 'seda_fast']['median'] * 1e3:.2f} ms, {ratios} times as long" in section
+
+
 def test_table_of_speed_is_that_of_the_record(readme: str, repository: Path) -> None:
     record = json.loads((repository / "benchmarks/results/amd-epyc-2-threads.json").read_text(encoding="utf-8"))
     ratios = {(row["workload"], row["competitor"]): row["ratio"] for row in record["rows"]}
