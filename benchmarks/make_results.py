@@ -137,6 +137,9 @@ def section(record: dict[str, Any]) -> list[str]:
         lines += sizes_of(record)
     if record.get("runs"):
         lines += runs_of(record)
+    parts = {"growth": "how time grows", "runs": "whole runs", "starts": "starts, imports and their memory"}
+    if absent := [shown for part, shown in parts.items() if not record.get(part)]:
+        lines += ["", f"{NOT_MEASURED.capitalize()} here: {'; '.join(absent)}."]
     if record.get("starts"):
         lines += [
             "",
@@ -206,7 +209,8 @@ def results(folder: Path) -> str:
         "`pytest benchmarks --benchmark-only` records; not edited by hand. A ratio is the competitor's time over ours",
         "in the same run: above 1 ours is faster. *At the ceiling*: the ratio had ours taken no more than its matrix",
         "products at the rate measured in the run; a ratio to reach above that is out of reach on the device. Times",
-        "are kept from GPUs only.",
+        "are kept from GPUs only. A reverse chain is of one stage, and its times to reach are half of what was asked",
+        "of both. Each record is of the commit that it names; operations may have been rewritten since.",
         "",
     ]
     if not any(is_gpu(record) for record in records):

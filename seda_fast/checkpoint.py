@@ -136,6 +136,11 @@ class Checkpoints:
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
 
+    def newest_path(self) -> Path | None:
+        """Where the newest finished checkpoint lies; None where there is none."""
+        steps = self.steps()
+        return self._path(steps[-1]) if steps else None
+
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:09d}{_TENSORS}"
 

@@ -279,7 +279,16 @@ class Trainer:
             raise TrainingError(f"{what} (epoch {epoch}); {self._kept()}")
 
     def _kept(self) -> str:
-        return f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "no checkpoint yet"
+        """The checkpoint to go on from; where the newest, which may still be written, fails, the one before it."""
+        failed = ""
+        try:
+            self._finish_checkpoint()
+        except DataError as error:
+            assert self._keeping is not None and self._keeping.checkpoints is not None
+            self._last_checkpoint = self._keeping.checkpoints.newest_path()
+            failed = f" ({error})"
+        kept = f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "no checkpoint yet"
+        return kept + failed
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 

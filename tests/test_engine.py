@@ -15,6 +15,7 @@ from seda_fast import SeDA, SeDAConfig, TrainConfig, engine, loop, train
 from seda_fast.checkpoint import Checkpoints
 from seda_fast.config import ConfigError
 from seda_fast.engine import Glance, Plan, Stepper, plan
+from seda_fast.files import DataError
 from seda_fast.loop import LOOK_STEPS, Keeping, Trainer, TrainingError, TrainingSet
 from seda_fast.ops import cpp_status, use_backend
 
@@ -212,7 +213,7 @@ def test_graph_agrees_with_eager_over_fifty_steps_without_waiting() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["graph", "eager"])
-def test_losses_are_looked_at_within_an_epoch_without_waiting(name: Any) -> None:
+def test_losses_are_looked_at_within_an_epoch_without_waiting_for_the_newest_steps(name: Any) -> None:
     # Two epochs of 150 steps.
     settings = dataclasses.replace(SETTINGS, epochs=2, batch_size=2)
     found = trainer("cuda", settings, rows=300, engine=name)
@@ -417,6 +418,31 @@ def test_a_bad_loss_names_step_term_and_last_good_checkpoint(tmp_path: Path) -> 
         f"the last good checkpoint is {tmp_path / 'step-000000010.safetensors'}"
     )
     assert kept.steps() == [5, 10]
+
+
+def test_a_bad_loss_names_no_checkpoint_that_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Checkpoints(tmp_path, lambda sentence: None)
+    broken = trainer(settings=dataclasses.replace(SETTINGS, centre_weight=0.0), keeping=Keeping(kept))
+    write = kept._write_files
+
+    def full_disk(path: Path, step: int, *rest: Any) -> None:
+        if step == 10:
+            raise DataError(f"the checkpoint {path} cannot be written: no space is left")
+        write(path, step, *rest)
+
+    def spoil(done: int, total: int) -> None:
+        if done == 12:
+            with torch.no_grad():
+                broken.model.translator.head.weight[0, 0] = float("inf")
+
+    monkeypatch.setattr(kept, "_write_files", full_disk)
+    with pytest.raises(TrainingError) as caught:
+        broken.run(on_step=spoil)
+    said = str(caught.value)
+    assert f"the last good checkpoint is {tmp_path / 'step-000000005.safetensors'} (the checkpoint" in said
+    assert "no space is left" in said
 
 
 def overflow_in(step: int, broken: Trainer) -> None:

@@ -106,6 +106,13 @@ def test_targets_that_a_record_says_nothing_of_are_named(maker: Any) -> None:
     assert "training step against compiled" in line
 
 
+def test_parts_that_a_record_lacks_are_named(maker: Any) -> None:
+    bare = {**record(gpu=True), "growth": {}, "runs": {}, "starts": {}}
+    assert "Not measured here: how time grows; whole runs; starts, imports and their memory." in maker.section(bare)
+    start = {"first_step_over_later": 2.0, "import_over_torch": 0.2, "peak_memory_bytes": 1e8}
+    assert "Not measured here: how time grows; whole runs." in maker.section({**bare, "starts": {"eager": start}})
+
+
 def test_the_file_is_what_the_records_give(repository: Path) -> None:
     command = [sys.executable, str(repository / "benchmarks" / "make_results.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
