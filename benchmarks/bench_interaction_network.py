@@ -59,7 +59,7 @@ def bench_interaction_network(
     # Read once: x, the condition and the gradient; written once: the prediction.
     moved = 4 * rows * DIM * x.element_size()
     title = f"network forward + backward, B = {rows} {str(dtype)[6:]}"
-    operation = "interaction_network" if device.type == "cpu" else "interaction_block"
+    operation = "interaction_network"
     # Neither input asks for a gradient: their products have one less backward.
     flops = rows * (6 * products - 2 * 2 * DIM * WIDTH)
     contest(workload(title, operation, moved=moved, flops=flops, dtype=dtype), competitors, check)

@@ -640,7 +640,7 @@ class _Sums:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
         """Gradients of b_x, b_c, b_g, b_y, and of each b_h and b_o, in the dtypes of their weights."""
         pairs = (self.gates, self.states), (self.condition, self.rows)
-        added = [torch.empty(t.shape[1], dtype=b_g.dtype, device=b_g.device) for pair in pairs for t in pair]
+        added = [torch.empty(t.shape[1], dtype=torch.float32, device=t.device) for pair in pairs for t in pair]
         for (first, second), out in zip(pairs, (added[:2], added[2:]), strict=True):
             blocks = sum(cdiv(t.shape[1], COLUMN_TILE["BLOCK_N"]) for t in (first, second))
             bias_gradients_kernel[(blocks,)](

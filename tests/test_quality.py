@@ -399,7 +399,7 @@ def test_targets_are_reached_or_not_by_the_figures() -> None:
     bad = [row("cub10", "full", 0.9), row("wikipedia", "full", -0.4), row("cub10", "labels-4", 2.9)]
     found = summary.targets([*bad, row("cub10", "tail", -0.6)])
     assert not any(t.reached for t in found)
-    assert found[-1].found == "cub10 tail -0.6"
+    assert found[-1].found == "cub10 tail -0.60"
     aligned = row("fashion_products", "full", 0.0)
     aligned["methods"] = {
         "seda": {

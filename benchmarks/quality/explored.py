@@ -39,11 +39,13 @@ def markdown(records: Iterable[Record], predictions: Mapping[str, str], sampling
         "Each line differs from the defaults by one thing. Made by `python -m benchmarks.quality.explore` on folds of",
         "the training parts (two thirds train, one third tells); no test part is read. Points of top-1, the mean over",
         "folds of the difference to the defaults on the same rows with the same seed, with its standard error over",
-        "folds, whose number is in brackets: they are few and share rows, so an error is itself known roughly, and of",
-        "twenty lines one lies two errors away by chance. SeDA is trained in bf16 here.",
+        "folds, whose number is in brackets: they are few and share rows, so an error is itself known roughly. Of two",
+        "folds it says next to nothing: every third difference lies two errors away by chance. SeDA is trained in",
+        "bf16.",
         "",
         f"So far {len(found)} trainings, whose wall times add up to {minutes:.0f} minutes, most of them two at a time",
-        "on two cores. The command makes what is missing; `--folds`, `--regimes` and `--variants` say of what.",
+        "on two cores. The command makes what is missing; `--folds`, `--regimes` and `--variants` say of what: this",
+        "page is of `--regimes full --folds 2`.",
         "",
     ]
     for regime, title in REGIMES.items():

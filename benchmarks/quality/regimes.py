@@ -31,7 +31,9 @@ ABOUT = {
     "labels-N": "N labelled rows per class, all other training pairs unlabelled",
     "samples-N": "N rows per class and nothing else",
     "noise": "half a standard deviation of Gaussian noise on all visual features, test part included",
-    "tail": "class sizes fall geometrically from the largest to a 50th of it (of cub10's 42 rows a class: to one)",
+    "tail": "class sizes fall geometrically from the largest to a 50th of it (of cub10's 42 rows a class: to one); "
+    "fashion_products, whose classes differ by 31 times as they are, keeps 5090 of its 5216 rows, wikipedia 972 of "
+    "2173, cub10 117 of 420",
     "half-text": "half of the texts missing",
 }
 IMBALANCE = 50
@@ -62,7 +64,7 @@ class Task:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A set with its own test part; rows of one group (equal titles) never lie on both sides of a fold."""
+    """A set with its own test part; rows of one class and group (equal titles) never lie on both sides of a fold."""
 
     name: str
     task: Task

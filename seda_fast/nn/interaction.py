@@ -63,8 +63,8 @@ class InteractionBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """``h`` (B, d), ``gate`` (B, m*d), ``timesteps`` (B,), ``modulation`` (3, T, d) -> (B, d).
 
-        Beside it the row statistics that spare the following block a pass over the state, on a GPU only: the
-        CPU's norm sees whole rows anyway.
+        Beside it, on a GPU only, the row statistics of the result, for kernels that read the next block's state tile by
+        tile; none of today's does.
         """
         shift, scale, alpha = modulation.unbind(0)
         operands = (h, gate, timesteps, shift, scale, alpha)

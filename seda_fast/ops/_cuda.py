@@ -19,7 +19,7 @@ from . import _cpp
 from ._dispatch import implement
 
 DTYPES = (torch.float32, torch.bfloat16)
-# What each operation's kernel serves; a call outside goes to the reference.
+# What each operation's kernel serves; a call outside goes to another backend or the reference.
 RULES = {"q_sample": "float32 and bfloat16, any shape and row stride"}
 
 _LIBRARY = "libseda_fast_cuda.so"

@@ -36,8 +36,8 @@ def _reference_backward(*args: Any) -> list[Tensor]:
     found = reference.interaction_network_backward(*[*operands, saved, keeps, dropout])
     places = [0, *range(len(found) - len(wanted) + 1, len(found))]
     for place, asked in zip(places, wanted, strict=True):
-        if not asked:
-            found[place] = found[place].new_empty(0)
+        # Parts of one gradient: results of an operation share no memory.
+        found[place] = found[place].clone(memory_format=torch.contiguous_format) if asked else found[place].new_empty(0)
     return found
 
 
@@ -53,11 +53,12 @@ def _fake_backward(
 ) -> list[Tensor]:
     w_x, w_c, w_g, b_g, w_h, b_h, w_o, b_o, w_y = rest[:9]
     wanted = rest[-1]
-    width, dim = w_x.shape
-    shapes = [x.shape if wanted[0] else (0,), modulation.shape, w_x.shape, (width,), w_c.shape, (width,), w_g.shape]
-    shapes += [b_g.shape, w_y.shape, (dim,), *(t.shape for group in (w_h, b_h, w_o, b_o) for t in group)]
-    shapes += [part.shape if asked else (0,) for part, asked in zip(conditions, wanted[1:], strict=True)]
-    return [x.new_empty(shape) for shape in shapes]
+    # Each in its operand's dtype, biases that the backward is not given in their weight's.
+    ends = [part for w in (w_x, w_c) for part in (w.new_empty(w.shape), w.new_empty(w.shape[0]))]
+    ends += [w_g.new_empty(w_g.shape), b_g.new_empty(b_g.shape), w_y.new_empty(w_y.shape), w_y.new_empty(w_y.shape[0])]
+    per_block = [t.new_empty(t.shape) for group in (w_h, b_h, w_o, b_o) for t in group]
+    operands = [t.new_empty(t.shape if asked else 0) for t, asked in zip((x, *conditions), wanted, strict=True)]
+    return [operands[0], modulation.new_empty(modulation.shape), *ends, *per_block, *operands[1:]]
 
 
 _op = define(

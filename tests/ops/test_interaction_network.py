@@ -197,8 +197,29 @@ def test_strided_operands(lane: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_operator_is_well_registered() -> None:
-    case = CASES[3]
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradients_are_as_the_compiler_is_told(lane: Any, mixed: bool) -> None:
+    """Shapes, strides and dtypes; with operands of two dtypes where the backend takes them."""
+    if mixed and lane.backend != "triton":
+        pytest.skip(f"{lane}: operands of one dtype alone")
+    case = CASES[2]
+    flat, tau = operands(case, torch.float32, lane.device)
+    if mixed:
+        flat[:4] = [t.half() for t in flat[:4]]
+    x, conditions, modulation, w = parts(case, flat)
+    own = keys(case.batch, x.device)
+    rest = (0.2, own["seed"], own["step"], own["sample_ids"], 6)
+    op = torch.ops.seda_fast.interaction_network
+    value, *saved = op(x, conditions, tau, modulation, *w[:6], *map(list, w[6:10]), *w[10:], *rest)
+    weights = (w.w_x, w.w_c, w.w_g, w.b_g, *map(list, w[6:10]), w.w_y)
+    for wanted in ([True] * 4, [False, True, False, True]):
+        given = (torch.ones_like(value), x, conditions, tau, modulation, *weights, *rest, saved, wanted)
+        backward = torch.ops.seda_fast.interaction_network_backward
+        torch.library.opcheck(backward.default, given, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=str)
+def test_operator_is_well_registered(case: Case) -> None:
     flat, tau = operands(case, torch.float32, "cpu")
     x, conditions, modulation, w = parts(case, [t.requires_grad_() for t in flat])
     rest = (0.2, torch.tensor(1), torch.tensor(2), torch.arange(case.batch), 6)
