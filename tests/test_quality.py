@@ -1,5 +1,6 @@
 """The quality harness: its regimes, its folds, its statistics, and that a stopped command goes on."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -406,6 +408,7 @@ def test_targets_are_reached_or_not_by_the_figures() -> None:
             "alignment": {"frechet": 61.0},
             "alignment_point": {"cosine": 0.4, "recall_at_10": 49.0},
             "least_seconds": 239.0,
+            "median_seconds": 300.0,
             "seeds": 5,
         },
         "one_step_mse": {"alignment": {"cosine": 0.3, "recall_at_10": 50.0}},
@@ -413,6 +416,39 @@ def test_targets_are_reached_or_not_by_the_figures() -> None:
     assert [t.reached for t in summary.targets([aligned])[2:]] == [True, False, True, False]
     aligned["methods"]["seda"]["least_seconds"] = 241.0  # type: ignore[index]
     assert not summary.targets([aligned])[2].reached
+
+
+def test_the_mean_over_few_labels_has_an_interval() -> None:
+    rng, records, gaps = np.random.default_rng(5), [], {"cub10": [], "wikipedia": []}  # type: ignore[var-annotated]
+    for name, regime in itertools.product(gaps, ("labels-4", "labels-8", "full")):
+        ours, theirs = rng.random(400) < 0.8, rng.random(400) < 0.7
+        for method, right in (("seda", ours), ("linear", theirs)):
+            metrics = {"top1": 100 * right.mean()}
+            records.append(Record(Job(name, regime, method, "test", 0), metrics, None, None, right, 1.0))
+        if regime != "full":
+            gaps[name].append(100 * (ours.astype(float) - theirs))
+    rows = summary.summarise(records, {})
+    found = [row["few_labels_interval"] for row in rows if row["regime"] != "full"]
+    assert len(found) == 4
+    assert all(each == found[0] for each in found)
+    assert not any("few_labels_interval" in row for row in rows if row["regime"] == "full")
+    # The sets' rows are drawn apart: variances of their means add up.
+    means = [np.mean(gap, axis=0) for gap in gaps.values()]
+    middle, half = np.mean(means), 1.96 * np.sqrt(sum(m.var() / len(m) for m in means)) / len(means)
+    assert found[0] == pytest.approx([middle - half, middle + half], abs=0.3)
+
+
+def test_the_bridge_is_also_shown_as_it_starts_midway() -> None:
+    def record(method: str, settings: dict[str, Any], top1: float) -> Record:
+        job = Job("cub10", "full", method, "test", 0, settings)
+        return Record(job, {"top1": top1}, None, None, np.ones(4, bool), 1.0)
+
+    chosen = {"bridge on cub10": {"settings": {"start": 0.05}}}
+    records = [record("seda", {}, 90.0), record("bridge", {}, 40.0), record("bridge", {"start": 0.05}, 70.0)]
+    (shown,) = summary.summarise(records, chosen)
+    assert (shown["methods"]["bridge"]["top1"], shown["bridge_midway"]["top1"]) == (70.0, 40.0)
+    (shown,) = summary.summarise(records, {})
+    assert "bridge_midway" not in shown
 
 
 def test_ablations_are_read_against_seda_of_the_same_seeds() -> None:
