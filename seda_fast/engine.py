@@ -489,7 +489,7 @@ class Stepper:
         """Where the rows of ``batch``, which are this rank's, stand in ``part``, which are all ranks'."""
         if self.ranks.alone:
             return None
-        data, rows = self.data, part.to(self.data.device)
+        data, rows = self.data, _sent(part, self.data.device)
         whole = self.model.term_rows(data.labels[rows], data.paired[rows])
         own = self.model.term_rows(batch[2], batch[3])
         dtype = torch.promote_types(self.average.values[0].dtype, torch.float32)
@@ -556,7 +556,7 @@ class Stepper:
         for part in parts[len(replayed) :]:
             if len(part) != size:
                 self._fall(f"a batch of {len(part)} rows", "eager", "a graph has one shape")
-            self.device_step(self.data.rows(part.to(self.data.device)))
+            self.device_step(self.data.rows(_sent(part, self.data.device)))
             self._count()
             yield
 
@@ -569,6 +569,11 @@ class Stepper:
             self._lasting.add(what)
         else:
             self.fallbacks[what]["steps"] += 1
+
+
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Row numbers on the device; the host does not wait for a GPU to have them."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
 def _bad_loss(code: int) -> tuple[int, str] | None:
