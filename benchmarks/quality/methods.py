@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
 from seda_fast import SeDA, SeDAConfig, TrainConfig
@@ -157,10 +158,19 @@ def _pseudo_labelled(rows: Rows) -> Rows:
     unknown = ~known & paired
     if not unknown.any():
         return rows
-    classifier = LogisticRegression(max_iter=1000).fit(rows.text[known & paired], rows.labels[known & paired])
-    labels = rows.labels.copy()
+    told, labels = known & paired, rows.labels.copy()
+    classifier = _text_classifier(rows.labels[told]).fit(rows.text[told], rows.labels[told])
     labels[unknown] = classifier.predict(rows.text[unknown])
     return Rows(rows.visual, rows.text, labels)
+
+
+def _text_classifier(labels: NDArray[np.int64]) -> LogisticRegression | LogisticRegressionCV:
+    """With the penalty that up to five folds of the labelled rows choose."""
+    folds = min(5, int(np.unique(labels, return_counts=True)[1].min()))
+    if folds < 2:
+        return LogisticRegression(max_iter=1000)
+    parts = StratifiedKFold(folds, shuffle=True, random_state=0)
+    return LogisticRegressionCV(Cs=[0.01, 0.1, 1.0, 10.0, 100.0], cv=parts, max_iter=1000, scoring="accuracy")
 
 
 # ------------------------------------------------------------------------------------------------------ SeDA
