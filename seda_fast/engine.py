@@ -62,8 +62,8 @@ class Plan(NamedTuple):
 
 
 def plan(asked: EngineName, precision: PrecisionName, data: Rows, batch_size: int, ranks: Ranks = ALONE) -> Plan:
-    """The engine that runs, by a rule: graph needs CUDA, data on the device, a whole batch and no fp16 scaling; what
-    cannot be captured is compiled; a CPU runs eager unless told otherwise.
+    """The engine that runs, by a rule: graph needs CUDA and a whole batch with a row for each rank; what cannot be
+    captured is compiled; a CPU runs eager unless told otherwise.
 
     Raises:
         ConfigError: the precision needs another device.
@@ -77,10 +77,8 @@ def plan(asked: EngineName, precision: PrecisionName, data: Rows, batch_size: in
         return Plan(asked, asked, "asked for")
     obstacles = {
         "it needs a CUDA device": not cuda,
-        "ranks exchange their gradients": not ranks.alone,
-        "the data are streamed from files": not data.on_device,
         "the batch is larger than the training part": len(data) < batch_size,
-        "fp16 scales its losses on the host's word": precision == "fp16",
+        "the batch has fewer rows than there are ranks": batch_size < ranks.world,
     }
     found = [obstacle for obstacle, there in obstacles.items() if there]
     if found:
@@ -207,7 +205,7 @@ class Objective(nn.Module):
         call = self.compiled if compiled and self.compiled is not None else self.eager
         return call(batch, seed, step, shard)
 
-    def with_halves(self, batch: Batch, seed: Tensor, step: Tensor) -> Losses:
+    def with_halves(self, batch: Batch, seed: Tensor, step: Tensor, shard: Shard | None) -> Losses:
         """`forward` with the weights of all products cast at once; an autocast region takes a launch for each of them,
         and one for each of their gradients."""
         assert self.dtype is not None
@@ -215,7 +213,7 @@ class Objective(nn.Module):
         named = {f"{name}.{part}": weight for name, layer in layers for part, weight in layer.named_parameters()}
         halves = _Halves.apply(self.dtype, *named.values())  # type: ignore[no-untyped-call]
         losses: Losses = torch.func.functional_call(
-            self, dict(zip(named, halves, strict=True)), (batch, seed, step, None, False)
+            self, dict(zip(named, halves, strict=True)), (batch, seed, step, shard, False)
         )
         return losses
 
@@ -297,7 +295,8 @@ class Stepper:
             self.optimiser.state[p] = {
                 "step": zero, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
             }  # fmt: skip
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.precision = precision
+        self.scaler = self._scaler({})
         # A scaler skips steps and needs the optimiser itself.
         self.one_pass = precision != "fp16" and updates_in_one_pass(list(model.parameters()))
         self.objective = Objective(model, settings, precision)
@@ -305,9 +304,21 @@ class Stepper:
         self.attention = self._attention(self.objective.dtype or self.average.values[0].dtype)
         if self.plan.used == "compile":
             self.objective.compiled = torch.compile(self.objective.eager, fullgraph=True, dynamic=False)
-        self._losses: nn.Module = self.objective if ranks.alone else _parallel(self.objective)
+        # The ranks of a graph add up their gradients themselves, see `device_step`.
+        self._losses: nn.Module = self.objective if ranks.alone or captured else _parallel(self.objective)
+        # What ranks exchange of the gradients at hand.
+        self.flat = torch.zeros(0, device=device)
+        if captured and not ranks.alone:
+            self.spread()
         self._graph: Graph | None = None
         self._rehearsed = False
+
+    def _scaler(self, state: dict[str, Any]) -> torch.amp.GradScaler:
+        """What keeps the gradients of fp16 in its range."""
+        scaler = torch.amp.GradScaler(self.data.device.type, enabled=self.precision == "fp16")
+        if state:
+            scaler.load_state_dict(state)
+        return scaler
 
     def _attention(self, dtype: torch.dtype) -> AttentionChoice | None:
         """The attention to a memory of class texts; None without one."""
@@ -352,21 +363,25 @@ class Stepper:
             self.sums.zero_()
         self.done = int(self.step)
 
-    def look(self, stop: int, pace: int) -> tuple[tuple[int, str] | None, int, int]:
+    def look(self, stop: int, pace: int, newest: bool = True) -> tuple[tuple[int, str] | None, int, int]:
         """Step (from 1) and term of the first loss on any rank that was not finite, and the ranks' largest numbers.
 
-        Waits for the device and, where there are several, for all ranks.
+        Waits for all ranks, where there are several, and for the device: for all that it was told, or, on a GPU and
+        without ``newest``, for what it was told when this was asked before.
         """
-        code = int(self._first_bad)
+        code = int(self._first_bad) if newest else self._glanced()
         # The first is the least, and -1 stands for none.
         late, stop, pace = self.ranks.largest([-1 if code < 0 else _LATEST - code, stop, pace])
         return _bad_loss(-1 if late < 0 else _LATEST - late), stop, pace
 
     def glance(self) -> tuple[int, str] | None:
         """`look` at the losses of this rank on a GPU, as they were at the glance before; waits for that one alone."""
+        return _bad_loss(self._glanced())
+
+    def _glanced(self) -> int:
         if self._glance is None:
             self._glance = Glance(self._first_bad)
-        return _bad_loss(self._glance.newest())
+        return self._glance.newest()
 
     def first_non_finite(self) -> str | None:
         """Name of the first weight with an element that is not finite. Waits for the device."""
@@ -412,8 +427,7 @@ class Stepper:
             return
         if not self.ranks.alone and not self._rehearsed:
             self._rehearse()
-        own = (part[self.ranks.part(len(part))] for part in parts)
-        for part, batch in zip(parts, self.data.batches(own), strict=True):
+        for part, batch in zip(parts, self.data.batches(self.ranks.own(parts)), strict=True):
             rows = len(part)
             compiled = self.plan.used == "compile" and rows == self.settings.batch_size
             if self.plan.used == "compile" and not compiled:
@@ -431,7 +445,7 @@ class Stepper:
         part = torch.arange(min(self.settings.batch_size, len(self.data)))
         (batch,) = self.data.batches([part[self.ranks.part(len(part))]])
         compiled = self.plan.used == "compile" and len(part) == self.settings.batch_size
-        self._losses_of(batch, self._shard(batch, part), compiled).total.backward()
+        self._losses_of(batch, self._shard(batch, self._whole(part)), compiled).total.backward()
         self.optimiser.zero_grad(set_to_none=True)
         self._rehearsed = True
 
@@ -439,13 +453,11 @@ class Stepper:
         rate = self.rate()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        self._gradients(batch, self._losses_of(batch, self._shard(batch, part), compiled), len(part))
+        self._gradients(self._losses_of(batch, self._shard(batch, self._whole(part)), compiled), len(part))
         if self.one_pass:
             self._update_in_one_pass(rate)
         else:
-            self._clip()
-            self.scaler.step(self.optimiser)
-            self.scaler.update()
+            self._update()
             self.average.update(self.done)
         self.step += 1
         self._count()
@@ -482,18 +494,25 @@ class Stepper:
                     moved=moved,
                 )
 
-    def _clip(self) -> None:
+    def _update(self) -> None:
+        """Weights from the gradients, which fp16 scaled; reads nothing on the host."""
+        self.scaler.unscale_(self.optimiser)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
 
-    def _shard(self, batch: Batch, part: Tensor) -> Shard | None:
-        """Where the rows of ``batch``, which are this rank's, stand in ``part``, which are all ranks'."""
-        if self.ranks.alone:
+    def _whole(self, part: Tensor) -> Tensor | None:
+        """The row numbers ``part`` of a batch, for `_shard`, on the device; None where no other rank shares it."""
+        return None if self.ranks.alone else sent(part, self.data.device)
+
+    def _shard(self, batch: Batch, rows: Tensor | None) -> Shard | None:
+        """Where the rows of ``batch``, which are this rank's, stand among ``rows``, which are all ranks'."""
+        if rows is None or self.ranks.alone:
             return None
-        data, rows = self.data, _sent(part, self.data.device)
-        whole = self.model.term_rows(data.labels[rows], data.paired[rows])
+        whole = self.model.term_rows(self.data.labels[rows], self.data.paired[rows])
         own = self.model.term_rows(batch[2], batch[3])
         dtype = torch.promote_types(self.average.values[0].dtype, torch.float32)
-        return Shard(self.ranks.part(len(part)).start, len(part), own.to(dtype) / whole.clamp(min=1).to(dtype))
+        return Shard(self.ranks.part(len(rows)).start, len(rows), own.to(dtype) / whole.clamp(min=1).to(dtype))
 
     def _losses_of(self, batch: Batch, shard: Shard | None, compiled: bool) -> Losses:
         if not compiled:
@@ -507,12 +526,12 @@ class Stepper:
             self.plan, self.objective.compiled = self.plan._replace(used="eager"), None
             return self._losses(batch, self.seed, self.step, shard, False)  # type: ignore[no-any-return]
 
-    def _gradients(self, batch: Batch, losses: Losses, rows: int) -> None:
+    def _gradients(self, losses: Losses, rows: int) -> None:
         """Losses of a batch of ``rows`` rows on all ranks to the sums, gradients to the parameters."""
         self.optimiser.zero_grad(set_to_none=True)
         # DistributedDataParallel takes the mean of the ranks' gradients; ours are shares, to be added.
-        self.scaler.scale(losses.total * self.ranks.world).backward()
-        self.scaler.unscale_(self.optimiser)
+        total = losses.total if self._losses is self.objective else losses.total * self.ranks.world
+        self.scaler.scale(total).backward()
         values = torch.stack([term.detach().double() for term in losses])
         self.sums += values * rows
         bad = ~values.isfinite()
@@ -521,18 +540,40 @@ class Stepper:
         code = self.step * len(TERMS) + (first + 1) % len(TERMS)
         self._first_bad.copy_(torch.where((self._first_bad < 0) & bad.any(), code, self._first_bad))
 
-    def device_step(self, batch: Batch) -> None:
-        """A step that reads nothing on the host: learning rate and counters are tensors. What a graph captures."""
+    def device_step(self, batch: Batch, rows: Tensor) -> None:
+        """A step that reads nothing on the host: learning rate and counters are tensors. What graphs capture.
+
+        ``batch`` are the rows of this rank among ``rows`` (B,), the row numbers of the whole batch on the device.
+        """
+        self.device_gradients(batch, rows)
+        self.ranks.add(self.flat)
+        self.device_update()
+
+    def device_gradients(self, batch: Batch, rows: Tensor) -> None:
+        """The first half of `device_step`, before ranks add up their gradients, in ``flat``."""
+        shard = self._shard(batch, rows)
+        if self.objective.dtype is None:
+            losses = self._losses_of(batch, shard, False)
+        else:
+            losses = self.objective.with_halves(batch, self.seed, self.step, shard)
+        self._gradients(losses, len(rows))
+        if not self.ranks.alone:
+            self._gather_gradients()
+
+    @torch.no_grad()
+    def _gather_gradients(self) -> None:
+        """All gradients into one tensor, to be added up in one go; those of the weights are parts of it then."""
+        weights = [p for p in self.model.parameters() if p.grad is not None]
+        self.flat = torch.cat([p.grad.flatten() for p in weights if p.grad is not None])
+        for p, part in zip(weights, self.flat.split([p.numel() for p in weights]), strict=True):
+            p.grad = part.view_as(p)
+
+    def device_update(self) -> None:
+        """The second half of `device_step`."""
         assert self._rates is not None
         for group in self.optimiser.param_groups:
             group["lr"].copy_(self._rates.index_select(0, self.step[None])[0])
-        if self.objective.dtype is None:
-            losses = self._losses_of(batch, None, False)
-        else:
-            losses = self.objective.with_halves(batch, self.seed, self.step)
-        self._gradients(batch, losses, len(batch[0]))
-        self._clip()
-        self.optimiser.step()
+        self._update()
         self.average.update_on_device(self.step)
         self.step += 1
 
@@ -540,23 +581,24 @@ class Stepper:
         size = self.settings.batch_size
         whole = [part for part in parts if len(part) == size]
         if whole and self._graph is None and "engine graph" not in self._lasting:
+            scaling = self.scaler.state_dict()
             try:
                 self._graph = Graph(self)
             except RuntimeError as error:
+                self.scaler = self._scaler(scaling)  # the old one may be amid a step
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 self._fall("engine graph", "eager", f"it failed: {reason}", lasting=True)
                 self.plan = self.plan._replace(used="eager")
         replayed = whole if self._graph is not None else []
         if self._graph is not None and replayed:
-            self._graph.order(torch.cat(replayed))
-            for _ in replayed:
-                self._graph.replay()
+            for _ in self._graph.steps(replayed):
                 self._count()
                 yield
-        for part in parts[len(replayed) :]:
+        rest = parts[len(replayed) :]
+        for part, batch in zip(rest, self.data.batches(self.ranks.own(rest)), strict=True):
             if len(part) != size:
                 self._fall(f"a batch of {len(part)} rows", "eager", "a graph has one shape")
-            self.device_step(self.data.rows(_sent(part, self.data.device)))
+            self.device_step(batch, sent(part, self.data.device))
             self._count()
             yield
 
@@ -571,7 +613,7 @@ class Stepper:
             self.fallbacks[what]["steps"] += 1
 
 
-def _sent(rows: Tensor, device: torch.device) -> Tensor:
+def sent(rows: Tensor, device: torch.device) -> Tensor:
     """Row numbers on the device; the host does not wait for a GPU to have them."""
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
@@ -642,23 +684,24 @@ class Graph:
     """A whole step as one CUDA graph: gather, noising, networks, losses, backward, clipping, AdamW, average, counters.
 
     The rows of the epoch lie in one tensor on the device; the graph itself moves the cursor, so that a replay needs
-    nothing from the host.
+    nothing from the host but what lies in files: streamed batches are copied to where the graph reads them. Several
+    ranks have a graph up to their gradients and one from there, and exchange them between the two.
     """
 
     def __init__(self, stepper: Stepper) -> None:
         data, size = stepper.data, stepper.settings.batch_size
+        self._stepper = stepper
         self._cursor = torch.zeros((), dtype=torch.int64, device=data.device)
         self._order = torch.zeros(len(data), dtype=torch.int64, device=data.device)
         # A graph holds addresses, not tensors: what it reads must live as long as it does.
         self._within = torch.arange(size, device=data.device)
-
-        def whole_step() -> None:
-            stepper.device_step(data.rows(self._order.index_select(0, self._cursor + self._within)))
-            self._cursor += size
-
+        self._own = stepper.ranks.part(size)
+        self._batch: Batch | None = None if data.on_device else data.rows(torch.arange(size)[self._own])
+        alone = stepper.ranks.alone
+        stages = [self._whole_step] if alone else [self._gradients, stepper.device_update]
         device = data.device
         current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        with _unchanged([*stepper.tensors().values(), stepper._first_bad, self._cursor]):
+        with self._rehearsal():
             side.wait_stream(current)
             try:
                 with torch.cuda.stream(side):
@@ -666,22 +709,57 @@ class Graph:
                         # From the start each time: near the end of a run there are not as many steps, and rates, left.
                         stepper.step.zero_()
                         self._cursor.zero_()
-                        whole_step()
+                        self._whole_step()
             finally:
                 # Also after a failure: what a failed step still does must not come after the old values.
                 current.wait_stream(side)
         stepper.optimiser.zero_grad(set_to_none=True)
-        self._graph = torch.cuda.CUDAGraph()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        pool = torch.cuda.graph_pool_handle()
         # On the data's device, whichever is current; and a capture that fails leaves its stream behind as the current
-        # one, which the outer block takes back.
-        with torch.cuda.stream(side), _workspaces_of_its_own(device), torch.cuda.graph(self._graph, stream=side):
-            whole_step()
+        # one, which the outer block takes back. What other threads do, those of nccl and of a reader, is not ours.
+        with torch.cuda.stream(side), _workspaces_of_its_own(device):
+            for stage in stages:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    stage()
+                self._graphs.append(graph)
+        self._flat = stepper.flat
 
-    def order(self, rows: Tensor) -> None:
-        """Set the rows (n,) that the next replays walk through, a batch each."""
-        self._order[: len(rows)].copy_(rows)
+    @contextmanager
+    def _rehearsal(self) -> Iterator[None]:
+        """Steps in this block change nothing that stays."""
+        stepper = self._stepper
+        scaling = stepper.scaler.state_dict()
+        with _unchanged([*stepper.tensors().values(), stepper._first_bad, self._cursor]):
+            yield
+        stepper.scaler.load_state_dict(scaling)
+
+    def _gradients(self) -> None:
+        rows = self._order.index_select(0, self._cursor + self._within)
+        batch = self._stepper.data.rows(rows[self._own]) if self._batch is None else self._batch
+        self._stepper.device_gradients(batch, rows)
+        self._cursor += len(rows)
+
+    def _whole_step(self) -> None:
+        """Both halves of a step; other ranks have no part in it."""
+        self._gradients()
+        self._stepper.device_update()
+
+    def steps(self, parts: list[Tensor]) -> Iterator[None]:
+        """Train on the batches ``parts`` of row numbers, on the host, yielding after each."""
+        stepper = self._stepper
+        rows = torch.cat(parts)
+        self._order[: len(rows)].copy_(sent(rows, self._order.device))
         self._cursor.zero_()
-
-    def replay(self) -> None:
-        """Run one step."""
-        self._graph.replay()
+        streamed = None if self._batch is None else stepper.data.batches(stepper.ranks.own(parts))
+        for _ in parts:
+            if self._batch is not None and streamed is not None:
+                for held, new in zip(self._batch, next(streamed), strict=True):
+                    held.copy_(new)
+            up_to_gradients, *from_there = self._graphs
+            up_to_gradients.replay()
+            stepper.ranks.add(self._flat)
+            for graph in from_there:
+                graph.replay()
+            yield

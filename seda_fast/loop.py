@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, Checkpoints
 from .config import ConfigError, TrainConfig
-from .engine import TERMS, Batch, EngineName, PrecisionName, Rows, Stepper, matrix_precision
+from .engine import TERMS, Batch, EngineName, PrecisionName, Rows, Stepper, matrix_precision, sent
 from .files import DataError
 from .interrupt import Interrupted, Interrupts
 from .nn import SeDA
@@ -76,8 +76,7 @@ class TrainingSet:
         todo = list(parts)
         if not todo:
             return
-        # In one copy: each waits for all that the device was told before.
-        order = torch.cat(todo).to(self.device)
+        order = sent(torch.cat(todo), self.device)
         for index in order.split(list(map(len, todo))):
             yield self.rows(index)
 
@@ -243,10 +242,10 @@ class Trainer:
         self._untold_rows = 0
         self._telling.write(done, means, rate)
 
-    def _refuse_non_finite(self) -> int:
+    def _refuse_non_finite(self, newest: bool = True) -> int:
         """Raises TrainingError where a loss on any rank is not finite; returns the signal that any rank got, or 0.
 
-        Waits for the device and for all ranks, who settle together when they do so next.
+        Waits for all ranks, who settle together when they do so next, and as `Stepper.look` does for the device.
         """
         step, then = self._looked
         done, now = self.stepper.done, time.perf_counter()
@@ -254,7 +253,7 @@ class Trainer:
         requested = (interrupts.requested or 0) if interrupts is not None else 0
         # Microseconds a step.
         pace = int(1e6 * (now - then) / max(1, done - step))
-        found, requested, pace = self.stepper.look(requested, pace)
+        found, requested, pace = self.stepper.look(requested, pace, newest)
         self._look_at = done + max(1, min(LOOK_STEPS, int(1e6 * LOOK_SECONDS / max(1, pace))))
         self._looked = (done, now)
         self._refuse_bad_loss(found)
@@ -301,9 +300,13 @@ class Trainer:
         told = keeping is not None and keeping.interrupts is not None and keeping.interrupts.requested is not None
         if not (due or (told and self._ranks.alone) or self._time_to_look()):
             return
-        signum = self._refuse_non_finite()
+        # A GPU that has work waiting keeps it while ranks look.
+        newest = due or self._ranks.alone or self.data.device.type == "cpu"
+        signum = self._refuse_non_finite(newest)
         if keeping is None or not (due or signum):
             return
+        if not newest:
+            self._refuse_non_finite()
         self._refuse_bad_state()
         tensors, state = {**self.stepper.tensors(), "order": self._order_state}, self._state()
         tensors["sums"] = self.stepper.gather_sums()

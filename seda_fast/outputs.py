@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from .arrays import rows as float_rows
 from .data import EvaluationRows, VisualRows
 from .nn import SeDA
+from .nn.seda import BLOCK_ROWS
 
 Float = NDArray[np.float32]
-# Rows read at a time from what may be a memory map.
+# Rows read at a time, at least, from what may be a memory map.
 _CHUNK_ROWS = 1024
 # The noise that evaluation and prediction use by default; training's seed is another matter.
 PREDICTION_SEED = 0
@@ -51,15 +52,17 @@ def model_outputs(
     ``on_rows`` is called with the number of rows done since the last call.
     """
     device = model.centres.device
+    # The model fills whole blocks.
+    chunk_rows = max(_CHUNK_ROWS, BLOCK_ROWS[device.type])
     parts: list[tuple[torch.Tensor, ...]] = []
     with torch.inference_mode():
-        for start in range(0, max(1, len(rows.visual)), _CHUNK_ROWS):
-            index = np.arange(start, min(start + _CHUNK_ROWS, len(rows.visual)))
+        for start in range(0, max(1, len(rows.visual)), chunk_rows):
+            index = np.arange(start, min(start + chunk_rows, len(rows.visual)))
             visual = torch.from_numpy(float_rows(rows.visual, index)).to(device)
             ids = torch.from_numpy(np.asarray(rows.ids[index])).to(device)
             log_proba = model.predict_log_proba(visual, ids, seed=seed, heads=True)
             semantic, aligned = model.align(visual, ids, seed=seed)
             _, point = model.align(visual, ids, steps=model.config.classification_steps, seed=seed)
-            parts.append((*log_proba, semantic, aligned, point))
+            parts.append(tuple(part.cpu() for part in (*log_proba, semantic, aligned, point)))
             on_rows(len(index))
-    return Outputs(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
+    return Outputs(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))

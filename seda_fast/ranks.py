@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class RankLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's ``rank`` among ``world`` of them. Every method but `part` must be called by all ranks."""
+    """This process's ``rank`` among ``world`` of them. All ranks must call what is not `part` or `own`."""
 
     rank: int = 0
     world: int = 1
@@ -53,6 +53,10 @@ class Ranks:
         size, more = divmod(rows, self.world)
         start = at * size + min(at, more)
         return slice(start, start + size + (at < more))
+
+    def own(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """This rank's `part` of each of ``batches`` (B,)."""
+        return (rows[self.part(len(rows))] for rows in batches)
 
     def add(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""

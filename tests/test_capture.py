@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from seda_fast import SeDA, SeDAConfig, TrainConfig, engine, use_backend
-from seda_fast.engine import Plan, Stepper
+from seda_fast.engine import Plan, Rows, Stepper
 from seda_fast.loop import Trainer, TrainingSet
 from seda_fast.ops import _dispatch
+from seda_fast.ranks import Ranks
+from seda_fast.streaming import RowReader, StreamedSet
 
 # Read by Triton when a kernel is defined: without a GPU its interpreter runs the kernels on the CPU.
 if not torch.cuda.is_available():
@@ -228,6 +230,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     monkeypatch.setattr(engine, "plan", lambda asked, *unused: Plan(asked, asked, "a test"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", tape)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     current = Stream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current)
@@ -247,13 +250,27 @@ def training_set(rows: int, odd: bool) -> TrainingSet:
     return TrainingSet(visual, text, labels, paired, torch.arange(rows) * 3)
 
 
-def trainer(asked: Any, settings: TrainConfig = SETTINGS, rows: int = 60, odd: bool = False, **options: Any) -> Trainer:
+def streamed(data: TrainingSet) -> StreamedSet:
+    """The same rows, but for the reader that they come from."""
+    features = (RowReader(x.numpy()) for x in (data.visual, data.text))
+    statistics = (f(n) for n in (8, 5) for f in (torch.zeros, torch.ones))
+    return StreamedSet(*features, *statistics, data.labels, data.paired, data.sample_ids)
+
+
+def trainer(
+    asked: Any,
+    settings: TrainConfig = SETTINGS,
+    rows: int = 60,
+    odd: bool = False,
+    as_read: Callable[[TrainingSet], Rows] = lambda data: data,
+    **options: Any,
+) -> Trainer:
     torch.manual_seed(0)
     model, data = SeDA(CONFIG), training_set(rows, odd)
     model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), data.visual, data.labels)
     model.fit_teacher(data.visual, data.text, data.labels, data.paired, 0)
     assert (model.teacher is not None) == odd
-    return Trainer(model, data, settings, engine=asked, **options)
+    return Trainer(model, as_read(data), settings, engine=asked, **options)
 
 
 def step_by_step(**options: Any) -> Trainer:
@@ -263,11 +280,11 @@ def step_by_step(**options: Any) -> Trainer:
         def __init__(self, stepper: Stepper) -> None:
             self.stepper = stepper
 
-        def order(self, rows: Tensor) -> None:
-            self.parts = iter(rows.split(self.stepper.settings.batch_size))
-
-        def replay(self) -> None:
-            self.stepper.device_step(self.stepper.data.rows(next(self.parts)))
+        def steps(self, parts: list[Tensor]) -> Iterator[None]:
+            for rows in parts:
+                own = rows[self.stepper.ranks.part(len(rows))]
+                self.stepper.device_step(self.stepper.data.rows(own), rows)
+                yield
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "Graph", Direct)
@@ -374,11 +391,72 @@ def test_the_kernels_launches_are_captured_too(tapes: list[Tape]) -> None:
         assert a.losses == pytest.approx(b.losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_half_precision_is_captured(tapes: list[Tape], precision: Any) -> None:
     graphed = trainer("graph", precision=precision)
     graphed.run()
-    same_bits(graphed, step_by_step(precision=precision))
+    assert [tape.replays for tape in tapes] == [40]
+    direct = step_by_step(precision=precision)
+    same_bits(graphed, direct)
+    assert graphed.stepper.scaler.state_dict() == direct.stepper.scaler.state_dict()
+
+
+def test_a_captured_step_of_fp16_looks_for_its_scale_as_an_eager_one_does(tapes: list[Tape]) -> None:
+    """Steps whose gradients overflow are left out, and halve the scale."""
+    counts = []
+    for engine_name in ("graph", "eager"):
+        found = trainer(engine_name, precision="fp16")
+        found.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        found.run()
+        scale = found.stepper.scaler.get_scale()
+        steps = {int(state["step"]) for state in found.stepper.optimiser.state.values()}
+        counts.append((scale, steps))
+    (graphed, eager) = counts
+    assert graphed == eager
+    assert graphed[0] < 2.0**30
+    assert max(graphed[1]) < 50
+    assert [tape.replays for tape in tapes] == [40]
+
+
+def test_batches_from_files_are_captured(tapes: list[Tape]) -> None:
+    """They have the bits that rows on the device have."""
+    graphed = trainer("graph", odd=True, as_read=streamed)
+    assert not graphed.data.on_device
+    graphed.run()
+    assert [tape.replays for tape in tapes] == [40]
+    same_bits(graphed, step_by_step(odd=True))
+
+
+class Twin(Ranks):
+    """The first of two ranks; what comes from the other one is what a real one would say."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+        self.sent: list[tuple[int, ...]] = []
+
+    def add(self, tensor: Tensor) -> Tensor:
+        self.sent.append(tuple(tensor.shape))
+        return tensor
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        return list(values)
+
+    def spread(self, tensor: Tensor) -> None:
+        self.sent.append(tuple(tensor.shape))
+
+
+@pytest.mark.parametrize("as_read", [pytest.param(lambda data: data, id="device"), pytest.param(streamed, id="files")])
+def test_ranks_capture_both_halves_of_a_step(tapes: list[Tape], as_read: Any) -> None:
+    options: dict[str, Any] = {"odd": True, "precision": "bf16"}
+    graphed = trainer("graph", ranks=Twin(), as_read=as_read, **options)
+    weights = sum(p.numel() for p in graphed.model.parameters())
+    told: Any = graphed.stepper.ranks
+    assert len(told.sent) == len(graphed.stepper.tensors()), "all begin with what the first has"
+    told.sent.clear()
+    graphed.run()
+    assert [tape.replays for tape in tapes] == [40, 40]
+    assert told.sent.count((weights,)) == 50, "once a step, and none in the warm-up"
+    same_bits(graphed, step_by_step(ranks=Twin(), **options))
 
 
 def test_weights_cast_at_once_give_what_an_autocast_region_gives() -> None:
@@ -387,7 +465,7 @@ def test_weights_cast_at_once_give_what_an_autocast_region_gives() -> None:
     found = []
     for call in (
         lambda: stepper.objective.eager(batch, stepper.seed, stepper.step, None),
-        lambda: stepper.objective.with_halves(batch, stepper.seed, stepper.step),
+        lambda: stepper.objective.with_halves(batch, stepper.seed, stepper.step, None),
     ):
         with Launches() as launches:
             losses = call()
@@ -436,7 +514,7 @@ def test_a_step_in_half_precision_asks_the_device_for_few_things(monkeypatch: py
     monkeypatch.setitem(globals(), "CONFIG", config)
     stepper = trainer("graph", precision="bf16").stepper
     with use_backend("triton"), Launches() as launches:
-        stepper.device_step(stepper.data.rows(torch.arange(14)))
+        stepper.device_step(stepper.data.rows(torch.arange(14)), torch.arange(14))
     assert launched.count("timesteps_kernel") == 2
     assert launched.count("noising_kernel") == 6
     asked = launches.counts.total() + len(launched)
@@ -474,17 +552,17 @@ def test_the_capture_is_on_the_data_s_device(tapes: list[Tape]) -> None:
 def test_a_warm_up_that_fails_leaves_the_state_alone(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
     graphed, steps = trainer("graph"), []
     before = {name: value.clone() for name, value in graphed.stepper.tensors().items()}
-    plain = Stepper.device_step
+    plain = Stepper.device_update
 
-    def second_fails(self: Stepper, batch: Any) -> None:
-        steps.append(len(batch[0]))
-        plain(self, batch)
+    def second_fails(self: Stepper) -> None:
+        steps.append(self.done)
+        plain(self)
         if len(steps) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(Stepper, "device_step", second_fails)
+    monkeypatch.setattr(Stepper, "device_update", second_fails)
     walk = graphed.stepper.steps([torch.arange(14)])
-    monkeypatch.setattr(graphed.stepper.data.__class__, "rows", lambda *unused: pytest.fail("a step was made"))
+    monkeypatch.setattr(graphed.stepper.data.__class__, "batches", lambda *unused: pytest.fail("a step was made"))
     with pytest.raises(pytest.fail.Exception):
         # Falls back before it asks for its first own batch.
         next(walk)
@@ -514,7 +592,8 @@ def test_a_step_needs_nothing_of_the_host() -> None:
     stepper.optimiser.step = lambda: None  # type: ignore[method-assign, assignment]
     # Nor has its fused SGD, which moves the average.
     stepper.average.update_on_device = lambda n: None  # type: ignore[method-assign]
-    stepper.device_step(data.rows(torch.zeros(14, dtype=torch.int64, **device)))
+    rows = torch.zeros(14, dtype=torch.int64, **device)
+    stepper.device_step(data.rows(rows), rows)
     assert all(p.grad is not None for p in model.visual.parameters())
 
 

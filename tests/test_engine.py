@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from seda_fast.engine import Glance, Plan, Stepper, plan
 from seda_fast.files import DataError
 from seda_fast.loop import LOOK_STEPS, Keeping, Trainer, TrainingError, TrainingSet
 from seda_fast.ops import cpp_status, use_backend
+from seda_fast.ranks import ALONE, Ranks
 
 CONFIG = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=1, time_embedding=8, diffusion_steps=60)
 # 4 batches of 14 rows and one of 4 an epoch: 50 steps.
@@ -141,12 +143,11 @@ class FakeGraph:
     def __init__(self, stepper: Stepper) -> None:
         self.stepper = stepper
 
-    def order(self, rows: torch.Tensor) -> None:
-        self.rows = iter(rows.split(self.stepper.settings.batch_size))
-
-    def replay(self) -> None:
-        with NoReading():
-            self.stepper.device_step(self.stepper.data.rows(next(self.rows)))
+    def steps(self, parts: list[torch.Tensor]) -> Iterator[None]:
+        for rows in parts:
+            with NoReading():
+                self.stepper.device_step(self.stepper.data.rows(rows), rows)
+            yield
 
 
 @pytest.fixture
@@ -211,12 +212,25 @@ def test_graph_agrees_with_eager_over_fifty_steps_without_waiting() -> None:
     assert "engine graph" not in graphed.stepper.fallbacks
 
 
+class Alike(Ranks):
+    """The first of two ranks, whose twin says what it says."""
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        return list(values)
+
+    def spread(self, tensor: torch.Tensor) -> None:
+        pass
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["graph", "eager"])
-def test_losses_are_looked_at_within_an_epoch_without_waiting_for_the_newest_steps(name: Any) -> None:
+@pytest.mark.parametrize(("name", "ranks"), [("graph", ALONE), ("eager", ALONE), ("graph", Alike(0, 2))])
+def test_losses_are_looked_at_within_an_epoch_without_waiting_for_the_newest_steps(name: Any, ranks: Ranks) -> None:
     # Two epochs of 150 steps.
     settings = dataclasses.replace(SETTINGS, epochs=2, batch_size=2)
-    found = trainer("cuda", settings, rows=300, engine=name)
+    found = trainer("cuda", settings, rows=300, engine=name, ranks=ranks)
     assert found.steps_per_epoch == 3 * LOOK_STEPS
 
     def look(done: int, total: int) -> None:
@@ -307,9 +321,9 @@ class Shown:
         ("auto", "cuda", {}, "bf16", "graph", "device is CUDA"),
         ("graph", "cuda", {}, "tf32", "graph", "asked for"),
         ("graph", "cpu", {}, "fp32", "compile", "no graph: it needs a CUDA device"),
-        ("auto", "cuda", {"on_device": False}, "fp32", "compile", "no graph: the data are streamed from files"),
+        ("auto", "cuda", {"on_device": False}, "fp32", "graph", "device is CUDA"),
         ("auto", "cuda", {"rows": 9}, "fp32", "compile", "no graph: the batch is larger than the training part"),
-        ("graph", "cuda", {}, "fp16", "compile", "no graph: fp16 scales its losses on the host's word"),
+        ("graph", "cuda", {}, "fp16", "graph", "asked for"),
         ("eager", "cuda", {}, "fp16", "eager", "asked for"),
         ("compile", "cpu", {}, "bf16", "compile", "asked for"),
     ],
@@ -319,6 +333,13 @@ def test_the_rule_that_chooses(
 ) -> None:
     shown: Any = Shown(torch.device(device), **change)
     assert plan(asked, precision, shown, 10) == Plan(asked, used, reason)
+
+
+def test_ranks_have_graphs_where_each_has_a_row() -> None:
+    shown: Any = Shown(torch.device("cuda"))
+    assert plan("auto", "bf16", shown, 10, Ranks(3, 10)).used == "graph"
+    refused = "no graph: the batch has fewer rows than there are ranks"
+    assert plan("auto", "bf16", shown, 10, Ranks(3, 11)) == Plan("auto", "compile", refused)
 
 
 def test_tf32_needs_a_gpu() -> None:

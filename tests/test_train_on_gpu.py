@@ -15,6 +15,7 @@ from seda_fast import SeDA, SeDAConfig, TrainConfig, train
 from seda_fast.checkpoint import Checkpoints
 from seda_fast.loop import Keeping, Trainer, TrainingSet
 from seda_fast.ranks import ALONE, Ranks
+from seda_fast.streaming import RowReader, StreamedSet
 
 pytestmark = pytest.mark.gpu
 
@@ -45,6 +46,10 @@ def data(folder: Path, labels: np.ndarray[Any, Any]) -> Path:
         ("graph", "fp32", ()),
         ("graph", "tf32", ()),
         ("graph", "bf16", ("--profile",)),
+        ("graph", "fp16", ()),
+        ("graph", "bf16", ("--memory-share", "0")),
+        ("graph", "fp16", ("--memory-share", "0")),
+        ("compile", "fp32", ("--profile",)),
         ("eager", "fp16", ()),
         ("eager", "bf16", ("--memory-share", "0")),
     ],
@@ -59,6 +64,11 @@ def test_the_command_trains(tmp_path: Path, engine: str, precision: str, more: t
     told = json.loads((out / "metrics.json").read_text())["train"]
     assert told["engine"]["used"] == engine
     assert [fallback["what"] for fallback in told["engine"]["fallbacks"]] in ([], ["a batch of 26 rows"])
+    assert told["data"] == ("in its files" if "--memory-share" in more else "on the device")
+    if "--profile" in more:
+        # What a captured step asks for is in the trace by its kernels' names.
+        trace = json.loads((out / "trace.json").read_text())
+        assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
     here, there = (SeDA.from_pretrained(out, device) for device in ("cpu", "cuda"))
     visual = torch.from_numpy(np.load(tmp_path / "data" / "visual_test.npy"))
     with torch.no_grad():
@@ -78,11 +88,18 @@ class Stop(Exception):
     pass
 
 
-def test_a_resumed_graph_has_the_bits_of_one_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("where", ["device", "files"])
+def test_a_resumed_graph_has_the_bits_of_one_run(tmp_path: Path, where: str, precision: Any) -> None:
     config = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=2, time_embedding=8, diffusion_steps=60)
     generator = torch.Generator().manual_seed(9)
     fields = (torch.randn(60, 8, generator=generator), torch.randn(60, 5, generator=generator), torch.arange(60) % 3)
-    rows = TrainingSet(*(f.cuda() for f in (*fields, torch.ones(60, dtype=torch.bool), torch.arange(60))))
+    told = (torch.ones(60, dtype=torch.bool), torch.arange(60))
+    rows: Any = TrainingSet(*(f.cuda() for f in (*fields, *told)))
+    if where == "files":
+        statistics = (f(n).cuda() for n in (8, 5) for f in (torch.zeros, torch.ones))
+        readers = (RowReader(f.numpy()) for f in fields[:2])
+        rows = StreamedSet(*readers, *statistics, *(f.cuda() for f in (fields[2], *told)))
 
     def trainer(folder: str) -> Trainer:
         torch.manual_seed(0)
@@ -91,7 +108,7 @@ def test_a_resumed_graph_has_the_bits_of_one_run(tmp_path: Path) -> None:
         # 5 steps an epoch: a checkpoint after step 17, in the middle of one.
         keeping = Keeping(Checkpoints(tmp_path / folder, print), every=17 / 5)
         settings = TrainConfig(epochs=6, batch_size=14)
-        return Trainer(model.cuda(), rows, settings, engine="graph", precision="bf16", keeping=keeping)
+        return Trainer(model.cuda(), rows, settings, engine="graph", precision=precision, keeping=keeping)
 
     def stop_at_18(done: int, total: int) -> None:
         if done == 18:
@@ -131,7 +148,8 @@ def nccl() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("nccl")
-def test_a_rank_of_nccl_trains_as_one_that_is_alone() -> None:
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_a_rank_of_nccl_trains_as_one_that_is_alone(engine: Any) -> None:
     generator = torch.Generator().manual_seed(5)
     fields = (torch.randn(60, 8, generator=generator), torch.randn(60, 5, generator=generator), torch.arange(60) % 3)
     rows = TrainingSet(*(f.cuda() for f in (*fields, torch.ones(60, dtype=torch.bool), torch.arange(60))))
@@ -141,7 +159,8 @@ def test_a_rank_of_nccl_trains_as_one_that_is_alone() -> None:
         torch.manual_seed(0)
         model = SeDA(config)
         model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), fields[0], fields[2])
-        trainer = Trainer(model.cuda(), rows, TrainConfig(epochs=4, batch_size=14), engine="eager", ranks=ranks)
+        trainer = Trainer(model.cuda(), rows, TrainConfig(epochs=4, batch_size=14), engine=engine, ranks=ranks)
         trainer.run()
+        assert trainer.stepper.report()["used"] == engine
         curves.append([list(epoch.losses.values()) for epoch in trainer.history])
     torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-4, atol=1e-6)
