@@ -25,6 +25,8 @@ MEMORY_SHARE = 0.5
 # Elements standardised together where the features stay in their files: 16 MiB of float32, and three such buffers lie
 # ready (64 MiB each took 0.5 GB at the peak).
 _BLOCK = 2**22
+# Threads that read a batch's rows for a GPU.
+_READERS = 4
 
 
 def prepare(
@@ -61,7 +63,9 @@ def prepare(
     moments = (visual_mean, visual_scale, text_mean, text_scale)
     texts = None if data.text_classes is None else torch.from_numpy(data.text_classes)
     standardised = None if texts is None else (texts - text_mean) / text_scale
-    readers = (RowReader(data.visual_train), RowReader(data.text_train))
+    # On a CPU the training itself has all of them.
+    threads = 1 if device.type == "cpu" else min(_READERS, torch.get_num_threads())
+    readers = (RowReader(data.visual_train, threads), RowReader(data.text_train, threads))
     streamed = dataclasses.replace(StreamedSet(*readers, *moments, *about), text_classes=standardised)
     # Where one rank has too little memory, all of them stream.
     too_large = any(ranks.largest([_too_large(data, device, memory_share, ranks)]))

@@ -19,6 +19,7 @@ from torch import Tensor
 from .arrays import Features
 from .engine import Batch
 from .files import DataError
+from .ops import read_rows, reads_rows
 
 # Batches that lie ready or are being read while another one trains.
 _AHEAD = 2
@@ -40,10 +41,13 @@ class RowReader:
     """Rows of an (N, D) array, by number, into memory of one's own.
 
     Those of a memory-mapped file are read from the file: mapped pages would count as this process's memory.
+
+    Args:
+        threads: that read at a time, where the C++ half is here; without it, Python reads row after row.
     """
 
-    def __init__(self, array: Features) -> None:
-        self._array = array
+    def __init__(self, array: Features, threads: int = 1) -> None:
+        self._array, self._threads = array, threads
         self._file: int | None = None
         base: Any = array.base
         # Only a whole map: a part of one starts elsewhere in the file than it says.
@@ -71,13 +75,24 @@ class RowReader:
         array = self._array
         same = array.dtype == np.float32
         raw = target if same else np.empty(target.shape, array.dtype)
-        row_bytes, start = array.shape[1] * array.dtype.itemsize, int(array.offset)  # type: ignore[attr-defined]
-        for place, row in zip(raw, index.tolist(), strict=True):
-            if os.preadv(self._file, [place.view(np.uint8)], start + row * row_bytes) != row_bytes:
-                raise DataError(f"{array.filename} became shorter while it was read")  # type: ignore[attr-defined]
+        try:
+            self._read(self._file, raw, index)
+        except EOFError:
+            raise DataError(f"{array.filename} became shorter while it was read") from None  # type: ignore[attr-defined]
         if not same:
             with np.errstate(over="ignore", invalid="ignore"):
                 target[:] = raw
+
+    def _read(self, file: int, raw: NDArray[Any], index: NDArray[np.int64]) -> None:
+        """The bytes of rows, as they lie in the file. EOFError where it ends before."""
+        row_bytes, start = raw.shape[1] * raw.dtype.itemsize, int(self._array.offset)  # type: ignore[attr-defined]
+        if row_bytes and reads_rows():
+            places = torch.from_numpy(raw.view(np.uint8))
+            read_rows(file, start, torch.from_numpy(index), places, self._threads)
+            return
+        for place, row in zip(raw, index.tolist(), strict=True):
+            if os.preadv(file, [place.view(np.uint8)], start + row * row_bytes) != row_bytes:
+                raise EOFError
 
 
 class _Slot:

@@ -35,13 +35,16 @@ class Library(NamedTuple):
 # Runs under the sanitizers: any report of theirs ends the process. A refusal must be a Python error that names one of
 # the operator's arguments; a call that is not refused must return tensors.
 FUZZ = r'''
-import json, random, re, sys, torch
+import json, random, re, sys, tempfile, torch
 torch.ops.load_library(sys.argv[1])
 rng = random.Random(int(sys.argv[3]))
 torch.manual_seed(0)
 half = sys.argv[4]
 ops = getattr(torch.ops, "seda_fast_" + half)
 SIZES = (0, 1, 2, 3, 5, 16, 17, 33, 40)
+FILE = tempfile.TemporaryFile()
+FILE.write(bytes(2000))
+FILE.flush()
 
 
 def odd(t):
@@ -64,6 +67,8 @@ def odd(t):
     if kind == 7 and t.numel():
         raw = torch.zeros(t.numel() * t.element_size() + 1, dtype=torch.uint8).numpy().data
         return torch.frombuffer(raw, dtype=t.dtype, offset=1, count=t.numel()).view(t.shape)
+    if kind == 8 and t.dtype == torch.uint8:
+        return t.int()
     if kind == 8:
         return t.to(torch.bfloat16) if t.is_floating_point() else t + rng.choice((-7, 10**6, 2**40))
     if kind == 9 and t.is_floating_point():
@@ -81,7 +86,8 @@ def value(name, kind):
         return rng.random() < 0.5
     if kind == "int":
         usual = {"stream": (6, 6, 6, 6, 0, 255, 256, -1), "first_class": (0, 0, 0, 0, 0, 1, -1, 2**62),
-                 "classes": (K, K, K, K, K, 0, -5, 2**62),
+                 "classes": (K, K, K, K, K, 0, -5, 2**62), "threads": (1, 1, 2, 3, 7, 0, 65, -1),
+                 "file": (FILE.fileno(),) * 8 + (-1, 10**6, 2**40), "start": (0, 0, 0, 128, 1999, -1, 2**63 - 1),
                  # Of chain_fits.
                  **dict.fromkeys(("dim", "condition_dim", "width", "hidden", "blocks", "steps"), (64, 1, 0, -1, 2**62))}
         return rng.choice(usual.get(name, (0, 2, -100, 2**63 - 1)))
@@ -98,6 +104,10 @@ def value(name, kind):
         return optimised(name) if UPDATE else many(name)
     if name in ("seed", "step"):
         return odd(torch.tensor(rng.choice((0, 3, -(2**63), 2**63 - 1))))
+    if name == "rows":
+        return odd(torch.randint(0, 50, (B,)))
+    if name == "target":
+        return odd(torch.zeros(B, D, dtype=torch.uint8))
     if name == "words":
         return odd(torch.randint(0, 2**24, (B, 2), dtype=torch.int32))
     if name in ("timesteps", "labels", "sample_ids"):
@@ -184,7 +194,7 @@ for _ in range(int(sys.argv[2])):
         assert any(re.search(rf"\b{re.escape(word)}\b", str(error)) for word in known), f"{op}: {error}"
     else:
         for result in results if isinstance(results, tuple) else [results]:
-            assert result is None or isinstance(result, (torch.Tensor, bool))
+            assert result is None or isinstance(result, (torch.Tensor, bool, int))
 print(json.dumps([served, refused]))
 '''
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seda_fast import DataError, FeatureSet, SeDAConfig, prepare, train
+from seda_fast import DataError, FeatureSet, SeDAConfig, prepare, streaming, train
 from seda_fast.arrays import check_visual, mean_and_scale, release
+from seda_fast.ops import read_rows, reads_rows
 from seda_fast.ranks import Ranks
 from seda_fast.streaming import RowReader, StreamedSet, free_memory
 
@@ -80,6 +81,44 @@ def test_batches_are_the_rows_asked_for_though_buffers_are_used_again(tmp_path: 
         np.testing.assert_array_equal(v.numpy(), visual[part])
         np.testing.assert_array_equal(t.numpy(), text[part])
         assert torch.equal(ids, part)
+
+
+needs_cpp = pytest.mark.skipif(not reads_rows(), reason="the C++ half was not built")
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", ["float16", "float32", ">f8"])
+def test_rows_are_read_alike_in_cpp_and_in_python(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.npy"
+    np.save(file, np.random.default_rng(1).normal(size=(50, 7)).astype(dtype))
+    array = np.lib.format.open_memmap(file, mode="r")
+    index = np.array([3, 3, 49, 0, 17, 20, 1])
+    found = {}
+    for threads in (1, 3, 16, 0):
+        if threads == 0:
+            monkeypatch.setattr(streaming, "reads_rows", lambda: False)
+        found[threads] = np.full((7, 7), np.nan, np.float32)
+        RowReader(array, max(1, threads)).into(found[threads], index)
+        np.testing.assert_array_equal(found[threads], array[index].astype(np.float32))
+    empty = np.zeros((0, 7), np.float32)
+    RowReader(array).into(empty, index[:0])
+
+
+@needs_cpp
+def test_a_read_that_fails_says_why(tmp_path: Path) -> None:
+    file = tmp_path / "rows"
+    file.write_bytes(bytes(range(40)))
+    with file.open("rb") as opened:
+        target = torch.zeros(2, 8, dtype=torch.uint8)
+        read_rows(opened.fileno(), 8, torch.tensor([3, 0]), target, threads=2)
+        assert target.tolist() == [list(range(32, 40)), list(range(8, 16))]
+        with pytest.raises(EOFError, match="the file ends before a row does"):
+            read_rows(opened.fileno(), 8, torch.tensor([0, 4]), target)
+        with pytest.raises(RuntimeError, match=r"rows\[1\] is -1"):
+            read_rows(opened.fileno(), 8, torch.tensor([0, -1]), target)
+        number = opened.fileno()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        read_rows(number, 8, torch.tensor([0, 1]), target)
 
 
 def test_no_batch_waits_for_the_device(tmp_path: Path) -> None:

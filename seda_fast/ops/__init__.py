@@ -8,6 +8,7 @@ from . import cpp, cuda  # registers the C++ and the CUDA backend
 from ._cpp import status as cpp_status
 from ._cuda import status as cuda_status
 from ._dispatch import BACKENDS, choose, forced, operations, references, refusal, use_backend
+from .cpp.read_rows import read_rows, reads_rows
 from .interaction import chained_interaction_block, interaction_block
 from .interaction_network import interaction_network
 from .memory import AttentionChoice, attention_choice, memory_read
@@ -37,6 +38,8 @@ __all__ = [
     "memory_read",
     "operations",
     "q_sample",
+    "read_rows",
+    "reads_rows",
     "references",
     "refusal",
     "reverse_chain",

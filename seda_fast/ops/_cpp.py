@@ -38,6 +38,7 @@ _OPERATORS = (
     "projection_losses",
     "q_sample",
     "q_sample_backward",
+    "read_rows",
     "reverse_chain",
     "weight_update",
 )
