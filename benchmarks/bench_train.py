@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from seda_fast import SeDA, SeDAConfig, TrainConfig, reference
 from seda_fast.engine import Stepper
 from seda_fast.loop import TrainingSet
 from seda_fast.nn import PFIN
+from seda_fast.prepare import READERS
+from seda_fast.streaming import RowReader, StreamedSet
 
 ROWS = {"cuda": 4096, "cpu": 1024}
 BATCHES = 8
@@ -248,6 +251,58 @@ def bench_epoch(contest: Any, device: torch.device, quick: bool, workload: Any) 
         6 * batches * rows * products(model), dtype, host=True,
     )  # fmt: skip
     contest(work, {name: epoch(step) for name, step in steps.items()}, check)
+
+
+def streamed(data: TrainingSet, folder: Path) -> StreamedSet:
+    """The same rows, read from files of ``folder``."""
+    device, readers = data.device, []
+    for name, features in (("visual", data.visual), ("text", data.text)):
+        np.save(folder / f"{name}.npy", features.cpu().numpy())
+        array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="r")
+        readers.append(RowReader(array, READERS if device.type == "cuda" else 1))
+    moments = [f(x.shape[1], device=device) for x in (data.visual, data.text) for f in (torch.zeros, torch.ones)]
+    return StreamedSet(*readers, *moments, data.labels, data.paired, data.sample_ids)
+
+
+def bench_other_steps(contest: Any, device: torch.device, quick: bool, workload: Any, tmp_path: Path) -> None:
+    """Passes over rows that are read from files, and in fp16, against passes over rows on the device."""
+    rows, batches = (32, 2) if quick else (ROWS[device.type], BATCHES)
+    config = SeDAConfig(**{**SIZES, **(SMALL if quick else {})})
+    data = training_set(config, batches * rows, device)
+    settings = TrainConfig(**{**TrainConfig().for_rows(len(data)).__dict__, "batch_size": rows})
+    model = SeDA(config).to(device)
+    usual: Any = "bf16" if device.type == "cuda" else "fp32"
+    kinds: dict[str, tuple[Any, Any]] = {
+        "seda_fast": (data, usual),
+        "seda_fast, batches from files": (streamed(data, tmp_path), usual),
+        **({"seda_fast, fp16": (data, "fp16")} if device.type == "cuda" else {}),
+    }
+    parts = list(torch.arange(len(data)).split(rows))
+
+    def passing(read: Any, precision: Any) -> Callable[[], Tensor]:
+        own = copy.deepcopy(model)
+        stepper = Stepper(own, read, settings, 100_000, engine="auto", precision=precision)
+
+        def epoch() -> Tensor:
+            stepper.sums.zero_()
+            for _ in stepper.steps(parts):
+                pass
+            return stepper.sums[0] / len(data)
+
+        return epoch
+
+    passes = {name: passing(*kind) for name, kind in kinds.items()}
+
+    def check(name: str, result: Tensor) -> None:
+        # Of one model, the same rows and the same random numbers, a pass over all of them.
+        torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05, msg=name)
+
+    expected = passing(data, usual)()
+    parameters = sum(p.nbytes for p in model.parameters())
+    moved = batches * (10.0 * parameters + 4.0 * rows * (config.visual_dim + config.text_dim))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    title, flops = f"{batches} steps, B = {rows}", 6 * batches * rows * products(model)
+    contest(workload(title, "interaction_block", moved, flops, dtype, host=True), passes, check)
 
 
 BATCH_SIZES = (1, 16, 256, 1024, 4096, 16384, 65536)

@@ -26,7 +26,7 @@ MEMORY_SHARE = 0.5
 # ready (64 MiB each took 0.5 GB at the peak).
 _BLOCK = 2**22
 # Threads that read a batch's rows for a GPU.
-_READERS = 4
+READERS = 4
 
 
 def prepare(
@@ -64,7 +64,7 @@ def prepare(
     texts = None if data.text_classes is None else torch.from_numpy(data.text_classes)
     standardised = None if texts is None else (texts - text_mean) / text_scale
     # On a CPU the training itself has all of them.
-    threads = 1 if device.type == "cpu" else min(_READERS, torch.get_num_threads())
+    threads = 1 if device.type == "cpu" else min(READERS, torch.get_num_threads())
     readers = (RowReader(data.visual_train, threads), RowReader(data.text_train, threads))
     streamed = dataclasses.replace(StreamedSet(*readers, *moments, *about), text_classes=standardised)
     # Where one rank has too little memory, all of them stream.
