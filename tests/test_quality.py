@@ -267,7 +267,12 @@ def test_selection_tries_equally_many_settings_and_reads_no_test_part(folder: Pa
         "seda": 7, "linear on cub10": 1, "mlp on cub10": 7, "one_step on cub10": 7, "one_step_mse on cub10": 7,
         "bridge on cub10": 7,
     }  # fmt: skip
-    mlp = [j for j in made if j.method == "mlp"]
+    # Last of all, with few labels alone, the chosen setting with the passes that SeDA's time allows there.
+    few = [j for j in made if j.method == "mlp"][-4:]
+    assert {(j.regime, json.dumps(dict(j.settings), sort_keys=True)) for j in few} == {
+        ("labels-8", json.dumps(dict(few[0].settings), sort_keys=True))
+    }
+    mlp = [j for j in made if j.method == "mlp"][:-4]
     longer = mlp[-1].settings
     first = [j for j in mlp if j.part == "cv 0/2" and j.settings != longer]
     assert len({json.dumps(dict(j.settings), sort_keys=True) for j in first}) == 7
@@ -288,6 +293,19 @@ def test_selection_tries_equally_many_settings_and_reads_no_test_part(folder: Pa
         "factor": 8, "top1": pytest.approx(offered), "seconds": 1.0,
         "shorter_top1": pytest.approx(max(shorter.values())),
     }  # fmt: skip
+    tuned = found["mlp on cub10"]["settings"]
+    assert few[0].settings == {**tuned, "epochs": 8 * tuned.get("epochs", 40)}
+
+    def with_few(settings: Any) -> float:
+        same = [Job("cub10", "labels-8", "mlp", f"cv {k}/2", k, settings) for k in range(4)]
+        return float(np.mean([runs.records[j.key].metrics["top1"] for j in same]))
+
+    more, fewer = with_few(few[0].settings), with_few(tuned)
+    assert found["mlp on cub10"]["few_labels"] == {
+        "factor": 8, "top1": pytest.approx(more), "seconds": 1.0, "shorter_top1": pytest.approx(fewer),
+        "settings": few[0].settings if more > fewer else tuned,
+    }  # fmt: skip
+    assert "few_labels" not in found["one_step on cub10"]
     assert found["seda"]["seconds"] == {"cub10": 9.0}
     assert not {"longer"} & {*found["one_step on cub10"], *found["linear on cub10"], *found["seda"]}
     best = max(totals, key=lambda n: np.mean(totals[n]))
@@ -315,6 +333,16 @@ def test_repeated_folds_are_different_partitions(folder: Path) -> None:
     parts = [selection.task_of(Job("cub10", "full", "mlp", f"cv {k}/2", k), data).test.visual for k in range(4)]
     assert not np.array_equal(parts[0], parts[2])
     assert len(parts[0]) + len(parts[1]) == len(parts[2]) + len(parts[3]) == len(data.task.train.labels)
+
+
+def test_more_passes_with_few_labels_are_of_those_regimes_alone() -> None:
+    selected = {"mlp on cub10": {"settings": {"epochs": 3}, "few_labels": {"settings": {"epochs": 24}}}}
+    regimes = ("full", "samples-8", "labels-4", "labels-16")
+    found = [selection.settings_of(selected, "mlp", "cub10", regime)["epochs"] for regime in regimes]
+    assert found == [3, 3, 24, 24]
+    # It learns from all rows, with the text classifier's labels.
+    assert selection.settings_of(selected, "mlp_pseudo", "cub10", "labels-4") == {"epochs": 3}
+    assert selection.settings_of(selected, "linear", "cub10", "labels-4") == {}
 
 
 def test_selected_settings_are_used_by_baselines_and_not_by_seda(folder: Path) -> None:

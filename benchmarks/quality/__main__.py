@@ -92,7 +92,7 @@ def jobs(chosen: argparse.Namespace, selected: Selected) -> list[Job]:
                         continue
                     if method == MLP_PSEUDO and not regime.startswith("labels"):
                         continue  # nothing is unlabelled, so it is the MLP itself
-                    settings = {} if method.startswith(SEDA) else selection.settings_of(selected, method, name)
+                    settings = {} if method.startswith(SEDA) else selection.settings_of(selected, method, name, regime)
                     found.append(Job(name, regime, method, TEST, seed, settings))
     return found
 

@@ -61,7 +61,8 @@ SPACES[BRIDGE] = {
     "probe_c": (0.01, 0.1, 1.0),
 }
 SELECTED = (SEDA, MLP, ONE_STEP, ONE_STEP_MSE, BRIDGE, LINEAR)
-REGIMES = ("full", "labels-8")
+FEW_LABELS = "labels-8"
+REGIMES = ("full", FEW_LABELS)
 # Passes of a network among the baselines where no setting says how many.
 DEFAULT_EPOCHS: int = inspect.signature(fit_baseline).parameters["epochs"].default
 
@@ -106,10 +107,12 @@ def group(method: str, name: str) -> str:
     return method if method == SEDA else f"{method} on {name}"
 
 
-def settings_of(selected: Selected, method: str, name: str) -> dict[str, Any]:
-    """The settings chosen for a method on a set; its defaults where none were. The MLP that learns from a text
-    classifier's labels is the MLP, with its settings."""
+def settings_of(selected: Selected, method: str, name: str, regime: str = "full") -> dict[str, Any]:
+    """The settings chosen for a method on a set; its defaults where none were. With few labels a baseline may have
+    more passes. The MLP that learns from a text classifier's labels is the MLP that learns from all rows."""
     found: Mapping[str, Any] = selected.get(group(MLP if method == MLP_PSEUDO else method, name), {})
+    if regime.startswith("labels") and method != MLP_PSEUDO:
+        found = found.get("few_labels", found)
     return dict(found.get("settings", {}))
 
 
@@ -146,15 +149,16 @@ def select(
 
     All ``count`` settings are tried on one fold; the default and the best quarter then on all folds of ``repeats``
     partitions. Last, each network among the baselines is offered the time that SeDA takes (see `lengthened`), on the
-    same folds. ``ready`` makes the records of jobs; SeDA is trained in ``precision``, and its defaults once more in
-    float32, which the others have and which their time is held against.
+    same folds: once with all labels, and then, for the regimes of few labels alone, with few. ``ready`` makes the
+    records of jobs; SeDA is trained in ``precision``, and its defaults once more in float32, which the others have and
+    which their time is held against.
 
     Returns:
         By group: ``settings`` chosen, their mean ``top1`` in percent over all folds, sets and regimes, the same of the
         default settings, the ``standard_error`` of the difference over folds, and how many settings were ``tried``; of
         SeDA also `visual_weights`, ``float32`` (see `_float32`) and by set its ``seconds`` in float32; where there
         was time for more passes, ``longer``: the factor, the mean top-1 and ``seconds`` with them, and the best mean
-        top-1 without.
+        top-1 without; the same with few labels, ``few_labels``, and the better ``settings`` there.
     """
     tried = {group(m, name): candidates(m, count) for name in sets for m in SELECTED}
     first = jobs(sets, tried, [0], folds, precision)
@@ -166,8 +170,9 @@ def select(
     second = jobs(sets, kept, range(folds * repeats), folds, precision)
     own = jobs(sets, {SEDA: [{}]}, range(folds), folds)
     runs = ready([*second, *own])
-    factors = lengthened(runs, second, own)
-    longer = {name: _more_passes(ranked(runs, second)[name][0][1], factor) for name, factor in factors.items()}
+    best_settings = {name: found[0][1] for name, found in ranked(runs, second).items()}
+    factors = lengthened(runs, second, best_settings, own, "full")
+    longer = {name: _more_passes(best_settings[name], factor) for name, factor in factors.items()}
     third = jobs(sets, {name: [settings] for name, settings in longer.items()}, range(folds * repeats), folds)
     runs = ready(third)
     selected: dict[str, dict[str, Any]] = {}
@@ -187,6 +192,9 @@ def select(
             selected[name]["longer"] = {
                 "factor": factors[name], "top1": score, "seconds": seconds, "shorter_top1": shorter,
             }  # fmt: skip
+    chosen = {name: found["settings"] for name, found in selected.items()}
+    for name, found in _with_few_labels(ready, sets, chosen, [*second, *third], own, folds * repeats, folds).items():
+        selected[name]["few_labels"] = found
     selected[SEDA].update(
         precision=precision,
         visual_weights=visual_weights(runs, second),
@@ -196,31 +204,64 @@ def select(
     return selected
 
 
-def lengthened(runs: Runs, wanted: Sequence[Job], own: Sequence[Job]) -> dict[str, int]:
-    """By group, how many times the passes of the best setting fit into the time of a training of SeDA's.
+def _with_few_labels(
+    ready: Callable[[Sequence[Job]], Runs],
+    sets: Sequence[str],
+    chosen: Mapping[str, Mapping[str, Any]],
+    known: Sequence[Job],
+    own: Sequence[Job],
+    parts: int,
+    folds: int,
+) -> dict[str, dict[str, Any]]:
+    """By group, what more passes of its ``chosen`` setting give with few labels, where there was time for them.
 
-    That is the largest power of two by which its seconds with all labels, multiplied, are at most SeDA's on the same
-    set (``own``); only groups where it is 2 or more. ``wanted`` are the jobs that chose the setting.
+    ``known`` are the jobs that chose, ``own`` SeDA's. Top-1 and seconds are of few labels alone.
+    """
+    factors = lengthened(ready([]), known, chosen, own, FEW_LABELS)
+    longer = {name: _more_passes(chosen[name], factor) for name, factor in factors.items()}
+    offered = jobs(sets, {name: [settings] for name, settings in longer.items()}, range(parts), folds)
+    few = [job for job in [*known, *offered] if job.regime == FEW_LABELS]
+    runs = ready([job for job in offered if job.regime == FEW_LABELS])
+    found = {}
+    for name, settings in longer.items():
+        by_settings = {json.dumps(dict(tried), sort_keys=True): top1 for top1, tried in ranked(runs, few)[name]}
+        more, fewer = (by_settings[json.dumps(dict(x), sort_keys=True)] for x in (settings, chosen[name]))
+        found[name] = {
+            "factor": factors[name], "top1": more, "seconds": seconds_of(runs, few, name, settings, FEW_LABELS),
+            "shorter_top1": fewer, "settings": dict(settings if more > fewer else chosen[name]),
+        }  # fmt: skip
+    return found
+
+
+def lengthened(
+    runs: Runs, wanted: Sequence[Job], best: Mapping[str, Mapping[str, Any]], own: Sequence[Job], regime: str
+) -> dict[str, int]:
+    """By group, how many times the passes of its ``best`` setting fit into the time of a training of SeDA's.
+
+    That is the largest power of two by which its seconds in ``regime``, multiplied, are at most SeDA's on the same set
+    (``own``); only groups where it is 2 or more. ``wanted`` are jobs of the setting.
     """
     factors = {}
-    for name, found in ranked(runs, wanted).items():
+    for name, settings in best.items():
         method, _, of_set = name.partition(" on ")
         if method in (MLP, ONE_STEP, ONE_STEP_MSE):
-            allowed, taken = _seconds(runs, own, of_set), seconds_of(runs, wanted, name, found[0][1])
+            allowed, taken = _seconds(runs, own, of_set, regime), seconds_of(runs, wanted, name, settings, regime)
             if taken > 0 and allowed >= 2 * taken:
                 factors[name] = 2 ** int(np.log2(allowed / taken))
     return factors
 
 
-def seconds_of(runs: Runs, wanted: Sequence[Job], name: str, settings: Mapping[str, Any]) -> float:
-    """Of a training of a group's ``settings`` with all labels."""
+def seconds_of(
+    runs: Runs, wanted: Sequence[Job], name: str, settings: Mapping[str, Any], regime: str = "full"
+) -> float:
+    """Of a training of a group's ``settings``."""
     same = [j for j in wanted if group(j.method, j.set) == name and j.settings == settings]
-    return _seconds(runs, same, same[0].set)
+    return _seconds(runs, same, same[0].set, regime)
 
 
-def _seconds(runs: Runs, wanted: Sequence[Job], name: str) -> float:
-    """The least over those of ``wanted`` on the set ``name`` with all labels: what other work has held up least."""
-    return min(runs.records[j.key].seconds for j in wanted if (j.set, j.regime) == (name, "full"))
+def _seconds(runs: Runs, wanted: Sequence[Job], name: str, regime: str = "full") -> float:
+    """The least over those of ``wanted`` on the set ``name`` in ``regime``: what other work has held up least."""
+    return min(runs.records[j.key].seconds for j in wanted if (j.set, j.regime) == (name, regime))
 
 
 def _more_passes(settings: Mapping[str, Any], factor: int) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def summarise(records: Sequence[Record], selected: Selected) -> list[dict[str, A
 
 def _counts(record: Record, selected: Selected) -> bool:
     job = record.job
-    wanted = {} if job.method.startswith(SEDA) else settings_of(selected, job.method, job.set)
+    wanted = {} if job.method.startswith(SEDA) else settings_of(selected, job.method, job.set, job.regime)
     return dict(job.settings) == wanted
 
 

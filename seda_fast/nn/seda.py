@@ -37,8 +37,9 @@ UNLABELLED = -1
 _DRAW_SHIFT = 16
 # Rows of one prediction block. A sample's result must not depend on its neighbours, and a matrix product's rounding
 # depends on its shape: every block has this many rows, the last one padded. On a CPU core 64 rows reach the matrix
-# rate of 256 (71 against 63 GFLOP/s seen, 32 rows 57); a GPU needs many more to be filled.
-BLOCK_ROWS = {"cpu": 64, "cuda": 2048}
+# rate of 256 (71 against 63 GFLOP/s seen, 32 rows 57). A GPU needs many more to be filled: on an H200 65 536 rows took
+# 168, 119 and 101 ms in blocks of 2048, 4096 and 8192, and a single row, which takes a block too, 8.1, 7.8 and 13.3 ms.
+BLOCK_ROWS = {"cpu": 64, "cuda": 4096}
 
 WEIGHTS_FILE = "model.safetensors"
 # One metadata key only: safetensors writes several in an arbitrary order, and files must be bit-identical.
