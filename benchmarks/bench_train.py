@@ -24,6 +24,7 @@ from seda_fast.streaming import RowReader, StreamedSet
 
 ROWS = {"cuda": 4096, "cpu": 1024}
 BATCHES = 8
+TOTAL_STEPS = 10_000
 SIZES = {"visual_dim": 768, "text_dim": 384, "n_classes": 100}
 SMALL = {"visual_dim": 24, "text_dim": 16, "n_classes": 5, "width": 32, "visual_width": 32, "diffusion_steps": 50}
 QUIET = TrainConfig(
@@ -150,10 +151,12 @@ def ours(
     """A step of the library's own loop, by default with the engine that it chooses."""
     precision: Any = "bf16" if data.device.type == "cuda" else "fp32"
     settings = TrainConfig(**{**settings.__dict__, "batch_size": rows})
-    stepper = Stepper(model, data, settings, 10_000, engine=engine, precision=precision)
+    stepper = Stepper(model, data, settings, TOTAL_STEPS, engine=engine, precision=precision)
     walk = endless(stepper, rows)
 
     def step() -> Tensor:
+        if stepper.done % TOTAL_STEPS == 0:
+            stepper.step.zero_()  # a run has no more learning rates than that
         stepper.sums.zero_()
         next(walk)
         return stepper.sums[0] / rows
@@ -281,7 +284,7 @@ def bench_other_steps(contest: Any, device: torch.device, quick: bool, workload:
 
     def passing(read: Any, precision: Any) -> Callable[[], Tensor]:
         own = copy.deepcopy(model)
-        stepper = Stepper(own, read, settings, 100_000, engine="auto", precision=precision)
+        stepper = Stepper(own, read, settings, TOTAL_STEPS, engine="auto", precision=precision)
 
         def epoch() -> Tensor:
             stepper.sums.zero_()

@@ -146,8 +146,6 @@ class StreamedSet:
     def batches(self, parts: Iterable[Tensor]) -> Iterator[Batch]:
         """`rows` of each of ``parts``, which lie on the host; a thread reads ahead into buffers that are used again.
 
-        A GPU copies a batch while it still trains on the one before.
-
         Raises:
             DataError: the files cannot be read any more.
         """
@@ -161,15 +159,14 @@ class StreamedSet:
             free.put(_Slot(max(map(len, todo)), widths, pinned))
         reader = threading.Thread(target=self._read, args=(todo, free, ready), daemon=True)
         reader.start()
-        side = torch.cuda.Stream(self.device) if pinned else None
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream(self.device))
         try:
             for part in todo:
                 slot = ready.get()
                 if isinstance(slot, Exception):
                     raise slot
-                batch = self._standardised(slot, len(part)) if side is None else self._copied(slot, len(part), side)
+                batch = self._standardised(slot, len(part))
+                if slot.copied is not None:
+                    slot.copied.record()
                 free.put(slot)
                 yield batch
         finally:
@@ -198,18 +195,6 @@ class StreamedSet:
             ready.put(DataError(f"the training part cannot be read: {error.strerror or error}"))
         except Exception as error:  # noqa: BLE001 - raised where the batch is waited for
             ready.put(error)
-
-    def _copied(self, slot: _Slot, rows: int, side: torch.cuda.Stream) -> Batch:
-        """`_standardised` on the stream ``side``, for the current one, which waits for it."""
-        assert slot.copied is not None
-        with torch.cuda.stream(side):
-            batch = self._standardised(slot, rows)
-            slot.copied.record()
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(side)
-        for field in batch:
-            field.record_stream(current)
-        return batch
 
     def _standardised(self, slot: _Slot, rows: int) -> Batch:
         index, visual, text = (
