@@ -100,11 +100,19 @@ def table_of(record: dict[str, Any]) -> list[str]:
 
 
 def not_compared(record: dict[str, Any]) -> list[str]:
-    """One line on the competitors that could not run, and why; none where all ran."""
+    """One line on the competitors that could not run, and why, and one on the benchmarks that failed whole; none where
+    all ran."""
     reasons: dict[str, None] = {}
+    failed = []
     for place, said in record.get("left_out", {}).items():
-        reasons[f"{place.partition(': ')[2]} ({said})"] = None
-    return ["", f"Not compared: {'; '.join(reasons)}."] if reasons else []
+        _, _, competitor = place.partition(": ")
+        if competitor:
+            reasons[f"{competitor} ({said})"] = None
+        else:
+            failed.append(f"{place.rpartition('::')[2]} ({said})")
+    lines = [f"Not compared: {'; '.join(reasons)}."] if reasons else []
+    lines += [f"Without a result: {'; '.join(failed)}."] if failed else []
+    return [part for line in lines for part in ("", line)]
 
 
 def unmeasured(record: dict[str, Any]) -> list[str]:

@@ -156,8 +156,6 @@ def test_gpu_s_speed_is_that_of_the_record(readme: str, repository: Path) -> Non
         f"takes {rows[step, 'seda_fast']['median'] * 1e3:.2f} ms: eager PyTorch takes {compiled:.1f} times" in section
     )
     assert f'`torch.compile(mode="reduce-overhead")` {graph:.1f} times.' in section
-    engine = rows[step, "seda_fast, engine compile"]["ratio"]
-    assert f"to `compile`, which took {engine:.1f} times as long as the graph" in " ".join(readme.split())
     ratios = " and ".join(f"{rows[chain, who]['ratio']:.2f}" for who in ("eager", "compiled"))
     assert f"takes {rows[chain, 'seda_fast']['median'] * 1e3:.2f} ms, {ratios} times as long" in section
 
