@@ -363,16 +363,16 @@ class Stepper:
             self.sums.zero_()
         self.done = int(self.step)
 
-    def look(self, stop: int, pace: int, newest: bool = True) -> tuple[tuple[int, str] | None, int, int]:
+    def look(self, stop: int, pace: Callable[[], int], newest: bool) -> tuple[tuple[int, str] | None, int, int]:
         """Step (from 1) and term of the first loss on any rank that was not finite, and the ranks' largest numbers.
 
-        Waits for all ranks, where there are several, and for the device: for all that it was told, or, on a GPU and
-        without ``newest``, for what it was told when this was asked before.
+        Waits for the device, for all that it was told or, on a GPU and without ``newest``, for what it was told when
+        this was asked before; then asks for the ``pace``, and waits for all ranks, where there are several.
         """
         code = int(self._first_bad) if newest else self._glanced()
         # The first is the least, and -1 stands for none.
-        late, stop, pace = self.ranks.largest([-1 if code < 0 else _LATEST - code, stop, pace])
-        return _bad_loss(-1 if late < 0 else _LATEST - late), stop, pace
+        late, stop, slowest = self.ranks.largest([-1 if code < 0 else _LATEST - code, stop, pace()])
+        return _bad_loss(-1 if late < 0 else _LATEST - late), stop, slowest
 
     def glance(self) -> tuple[int, str] | None:
         """`look` at the losses of this rank on a GPU, as they were at the glance before; waits for that one alone."""
@@ -581,14 +581,7 @@ class Stepper:
         size = self.settings.batch_size
         whole = [part for part in parts if len(part) == size]
         if whole and self._graph is None and "engine graph" not in self._lasting:
-            scaling = self.scaler.state_dict()
-            try:
-                self._graph = Graph(self)
-            except RuntimeError as error:
-                self.scaler = self._scaler(scaling)  # the old one may be amid a step
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self._fall("engine graph", "eager", f"it failed: {reason}", lasting=True)
-                self.plan = self.plan._replace(used="eager")
+            self._capture()
         replayed = whole if self._graph is not None else []
         if self._graph is not None and replayed:
             for _ in self._graph.steps(replayed):
@@ -601,6 +594,19 @@ class Stepper:
             self.device_step(batch, sent(part, self.data.device))
             self._count()
             yield
+
+    def _capture(self) -> None:
+        """Make the graph; where that fails, on any rank, all go on without one."""
+        scaling, reason = self.scaler.state_dict(), ""
+        try:
+            self._graph = Graph(self)
+        except RuntimeError as error:
+            self.scaler = self._scaler(scaling)  # the old one may be amid a step
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if any(self.ranks.largest([bool(reason)])):
+            self._graph = None
+            self._fall("engine graph", "eager", f"it failed: {reason or 'on another rank'}", lasting=True)
+            self.plan = self.plan._replace(used="eager")
 
     def _fall(self, what: str, used: str, reason: str, lasting: bool = False) -> None:
         """Tell and count that ``what`` runs on another engine: in this step, or in all that come."""

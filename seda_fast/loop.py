@@ -171,6 +171,8 @@ class Trainer:
         self._last_checkpoint: Path | None = None
         # When several ranks look next, a step, and when they looked last, a step and a time.
         self._look_at, self._looked = 0, (0, time.perf_counter())
+        # Microseconds a step, on the slowest rank; not known yet.
+        self._pace = 10**9
         # The epoch's sums when losses were last told, what earlier epochs added since then, and the rows since then.
         self._told, self._carried = torch.zeros_like(self.stepper.sums), torch.zeros_like(self.stepper.sums)
         self._untold_rows = 0
@@ -247,15 +249,16 @@ class Trainer:
 
         Waits for all ranks, who settle together when they do so next, and as `Stepper.look` does for the device.
         """
-        step, then = self._looked
-        done, now = self.stepper.done, time.perf_counter()
+        done = self.stepper.done
         interrupts = self._keeping.interrupts if self._keeping is not None else None
         requested = (interrupts.requested or 0) if interrupts is not None else 0
-        # Microseconds a step.
-        pace = int(1e6 * (now - then) / max(1, done - step))
-        found, requested, pace = self.stepper.look(requested, pace, newest)
-        self._look_at = done + max(1, min(LOOK_STEPS, int(1e6 * LOOK_SECONDS / max(1, pace))))
-        self._looked = (done, now)
+
+        def pace() -> int:
+            (step, then), self._looked = self._looked, (done, time.perf_counter())
+            return int(1e6 * (self._looked[1] - then) / max(1, done - step))
+
+        found, requested, self._pace = self.stepper.look(requested, pace, newest)
+        self._look_at = done + max(1, min(LOOK_STEPS, int(1e6 * LOOK_SECONDS / max(1, self._pace))))
         self._refuse_bad_loss(found)
         return requested
 
@@ -300,8 +303,7 @@ class Trainer:
         told = keeping is not None and keeping.interrupts is not None and keeping.interrupts.requested is not None
         if not (due or (told and self._ranks.alone) or self._time_to_look()):
             return
-        # A GPU that has work waiting keeps it while ranks look.
-        newest = due or self._ranks.alone or self.data.device.type == "cpu"
+        newest = due or self._sees_newest()
         signum = self._refuse_non_finite(newest)
         if keeping is None or not (due or signum):
             return
@@ -327,6 +329,12 @@ class Trainer:
                 self._refuse_bad_loss(self.stepper.glance())
             return False
         return self.stepper.done >= self._look_at
+
+    def _sees_newest(self) -> bool:
+        """Whether a look waits for the newest step. Ranks with GPUs leave them the steps since the look before, unless
+        those are more than a signal may wait for."""
+        slow = self._pace * LOOK_STEPS > 1e6 * LOOK_SECONDS
+        return slow or self._ranks.alone or self.data.device.type == "cpu"
 
     def _finish_checkpoint(self) -> None:
         if self._keeping is not None and self._keeping.checkpoints is not None:
@@ -384,7 +392,8 @@ class Trainer:
         self.stepper.spread()
         self._ranks.spread(self._order_state)
         self._order.set_state(self._order_state)
-        self.stepper.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run began in another precision
+            self.stepper.scaler.load_state_dict(state["scaler"])
         self.stepper.add_fallbacks(state.get("fallbacks", {}))
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self._batch, self._seconds = int(state["batch"]), float(state["seconds"])

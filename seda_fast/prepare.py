@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,11 @@ MEMORY_SHARE = 0.5
 _BLOCK = 2**22
 # Threads that read a batch's rows for a GPU.
 READERS = 4
+
+
+def processors() -> int:
+    """How many this process may run on. PyTorch's number of threads is 1 in every rank that ``torchrun`` starts."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare(
@@ -64,7 +70,7 @@ def prepare(
     texts = None if data.text_classes is None else torch.from_numpy(data.text_classes)
     standardised = None if texts is None else (texts - text_mean) / text_scale
     # On a CPU the training itself has all of them.
-    threads = 1 if device.type == "cpu" else min(READERS, torch.get_num_threads())
+    threads = 1 if device.type == "cpu" else max(1, min(READERS, processors() // ranks.on_host))
     readers = (RowReader(data.visual_train, threads), RowReader(data.text_train, threads))
     streamed = dataclasses.replace(StreamedSet(*readers, *moments, *about), text_classes=standardised)
     # Where one rank has too little memory, all of them stream.

@@ -88,7 +88,8 @@ class RowReader:
         row_bytes, start = raw.shape[1] * raw.dtype.itemsize, int(self._array.offset)  # type: ignore[attr-defined]
         if row_bytes and reads_rows():
             places = torch.from_numpy(raw.view(np.uint8))
-            read_rows(file, start, torch.from_numpy(index), places, self._threads)
+            rows = torch.from_numpy(np.ascontiguousarray(index, np.int64))
+            read_rows(file, start, rows, places, self._threads)
             return
         for place, row in zip(raw, index.tolist(), strict=True):
             if os.preadv(file, [place.view(np.uint8)], start + row * row_bytes) != row_bytes:

@@ -436,7 +436,7 @@ class Twin(Ranks):
 
     def add(self, tensor: Tensor) -> Tensor:
         self.sent.append(tuple(tensor.shape))
-        return tensor
+        return tensor.mul_(0.5)  # in place: what is read afterwards must be what was added up
 
     def largest(self, values: Sequence[int]) -> list[int]:
         return list(values)

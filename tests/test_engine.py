@@ -17,7 +17,7 @@ from seda_fast.checkpoint import Checkpoints
 from seda_fast.config import ConfigError
 from seda_fast.engine import Glance, Plan, Stepper, plan
 from seda_fast.files import DataError
-from seda_fast.loop import LOOK_STEPS, Keeping, Trainer, TrainingError, TrainingSet
+from seda_fast.loop import LOOK_SECONDS, LOOK_STEPS, Keeping, Trainer, TrainingError, TrainingSet
 from seda_fast.ops import cpp_status, use_backend
 from seda_fast.ranks import ALONE, Ranks
 
@@ -192,6 +192,29 @@ def test_a_capture_that_fails_is_told_and_training_goes_on(graph_plan: pytest.Mo
     eager = trainer(engine="eager")
     eager.run()
     agree(eager, graphed, 1e-5)
+
+
+class Unlucky(Ranks):
+    """The first of two ranks, whose twin could not capture."""
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        return [max(value, 1) for value in values] if len(values) == 1 else list(values)
+
+    def spread(self, tensor: torch.Tensor) -> None:
+        pass
+
+
+def test_a_capture_that_fails_on_another_rank_is_told_too(graph_plan: pytest.MonkeyPatch) -> None:
+    graph_plan.setattr(engine, "Graph", FakeGraph)
+    said: list[str] = []
+    graphed = trainer(engine="graph", say=said.append, ranks=Unlucky(0, 2))
+    graphed.run()
+    assert said[0] == "engine graph runs on eager: it failed: on another rank"
+    assert graphed.stepper.report()["used"] == "eager"
+    assert graphed.stepper.done == 50
 
 
 @pytest.mark.gpu
@@ -538,6 +561,35 @@ def test_ranks_look_every_second_or_so(monkeypatch: pytest.MonkeyPatch, seconds:
     assert looking._look_at == 30 + steps
 
 
+def test_ranks_wait_for_the_newest_step_where_a_signal_could_not_wait_for_the_others() -> None:
+    looking = trainer()
+    looking.data, looking._ranks = Shown(torch.device("cuda")), Ranks(0, 2)
+    assert looking._sees_newest(), "nothing is known yet of how long a step takes"
+    microseconds = int(1e6 * LOOK_SECONDS / LOOK_STEPS)
+    for looking._pace, waits in ((microseconds // 20, False), (microseconds, False), (microseconds + 1, True)):
+        assert looking._sees_newest() == waits
+    looking._pace, looking._ranks = 1, ALONE
+    assert looking._sees_newest()
+
+
+def test_the_pace_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host tells a GPU of 50 steps in no time; the clock is read when the GPU was waited for."""
+    looking, clock = trainer(), [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    looking._looked = (0, 0.0)
+    plain = looking.stepper.look
+
+    def slow(stop: int, pace: Any, newest: bool) -> Any:
+        clock[0] += 5.0  # what 50 steps of 0.1 s take
+        return plain(stop, pace, newest)
+
+    monkeypatch.setattr(looking.stepper, "look", slow)
+    looking.stepper.done = 50
+    looking._refuse_non_finite()
+    assert looking._pace == 100_000
+    assert looking._look_at == 60
+
+
 def test_a_sum_that_overflows_is_named_too() -> None:
     settings = dataclasses.replace(SETTINGS, text_weight=3e38, centre_weight=3e38, semantic_weight=3e38)
     with pytest.raises(TrainingError, match="the weighted sum of the losses is no longer finite, first in step 1 "):
@@ -579,6 +631,16 @@ def test_a_run_goes_on_to_the_same_bits(options: dict[str, Any], tmp_path: Path)
         assert torch.equal(a, b), name
     assert [epoch.losses for epoch in whole.history] == [epoch.losses for epoch in resumed.history]
     assert resumed.stepper.report() == whole.stepper.report()
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
+    kept, said = Checkpoints(tmp_path, lambda sentence: None), list[str]()
+    trainer(settings=dataclasses.replace(SETTINGS, epochs=1), keeping=Keeping(kept)).run()
+    other = trainer(
+        settings=dataclasses.replace(SETTINGS, epochs=1), precision="fp16", keeping=Keeping(kept), say=said.append
+    )
+    assert other.resume()
+    assert "continuing with precision fp16 after fp32: close to, but not the same bits as, one run" in said
 
 
 def test_what_changes_the_bits_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

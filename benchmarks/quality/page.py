@@ -151,7 +151,7 @@ def _time_table(selected: Selected) -> list[str]:
         "times the passes, the most that fit into SeDA's seconds with all labels, in float32 on the",
         f"same folds ({seconds}; the least of a setting's trainings is taken, as other work held some up). What is",
         "better is chosen above.",
-        *_passes_table(longer, "longer"),
+        *_passes_table(longer, "longer", "that of the best with fewer"),
     ]
     few = {name: found for name, found in sorted(selected.items()) if "few_labels" in found}
     if few:
@@ -160,7 +160,7 @@ def _time_table(selected: Selected) -> list[str]:
             "With few labels what learns from the labelled rows alone is done sooner, so what is chosen above was",
             "offered SeDA's time with 8 labels a class once more, on those folds alone. What is better there is what",
             "the regimes of few labels are measured with; `mlp_pseudo`, which learns from all rows, stays as it is.",
-            *_passes_table(few, "few_labels"),
+            *_passes_table(few, "few_labels", "that of what is chosen above"),
         ]
     same = own["float32"]
     gain = f"{same['gain']:+.2f} ± {same['standard_error']:.2f}"
@@ -172,11 +172,11 @@ def _time_table(selected: Selected) -> list[str]:
     ]
 
 
-def _passes_table(found: Mapping[str, Mapping[str, Any]], part: str) -> list[str]:
-    """What more passes gave the methods and sets of ``found``, by its ``part``."""
+def _passes_table(found: Mapping[str, Mapping[str, Any]], part: str, fewer: str) -> list[str]:
+    """What more passes gave the methods and sets of ``found``, by its ``part``, beside ``fewer``."""
     lines = [
         "",
-        "| method and set | times the passes | seconds | mean top-1 | that of the best with fewer |",
+        f"| method and set | times the passes | seconds | mean top-1 | {fewer} |",
         "|---|---|---|---|---|",
     ]
     for name, method in found.items():

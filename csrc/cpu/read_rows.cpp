@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <limits>
+#include <system_error>
 #include <thread>
 
 #include "arguments.h"
@@ -40,15 +41,23 @@ int64_t read_rows(int64_t file, int64_t start, const Tensor& rows, const Tensor&
   for (int64_t i = 0; i < count && bytes > 0; ++i)
     if (from[i] < 0 || from[i] > last) refuse("rows[", i, "] is ", from[i], ", which no file has");
   char* const to = static_cast<char*>(target.mutable_data_ptr());
-  std::vector<int64_t> ends(static_cast<size_t>(threads), 0);
-  const auto share = [&](int64_t thread) {
-    int64_t& end = ends[static_cast<size_t>(thread)];
-    for (int64_t i = thread * count / threads; i < (thread + 1) * count / threads && end == 0; ++i)
+  const int64_t shares = std::max<int64_t>(1, std::min(threads, count));
+  std::vector<int64_t> ends(static_cast<size_t>(shares), 0);
+  const auto share = [&](int64_t part) {
+    int64_t& end = ends[static_cast<size_t>(part)];
+    for (int64_t i = part * count / shares; i < (part + 1) * count / shares && end == 0; ++i)
       end = read_whole(static_cast<int>(file), to + i * bytes, bytes, start + from[i] * bytes);
   };
   std::vector<std::thread> others;
-  for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(share, thread);
+  others.reserve(static_cast<size_t>(shares));
+  int64_t begun = 1;
+  try {
+    for (; begun < shares; ++begun) others.emplace_back(share, begun);
+  } catch (const std::system_error&) {
+    // The system has no more threads: this one does what is left.
+  }
   share(0);
+  for (; begun < shares; ++begun) share(begun);
   for (std::thread& other : others) other.join();
   const auto bad = std::find_if(ends.begin(), ends.end(), [](int64_t end) { return end != 0; });
   return bad == ends.end() ? 0 : *bad;
