@@ -22,8 +22,8 @@ from .interrupt import Interrupted, Interrupts
 from .nn import SeDA
 from .ranks import ALONE, Ranks
 
-# Ranks with GPUs wait for each other when they look for signals and losses gone bad: after so many seconds, as a signal
-# has to be heard within `interrupt.GRACE_SECONDS`, and after so many steps at most.
+# Looks for losses gone bad, and, of several ranks with GPUs, for signals: after so many seconds, as a signal has to be
+# heard, and what a GPU was told before be done, within `interrupt.GRACE_SECONDS`; and after so many steps at most.
 LOOK_SECONDS, LOOK_STEPS = 1.0, 50
 
 
@@ -169,8 +169,8 @@ class Trainer:
         self._batch, self._seconds = 0, 0.0
         self._order_state = self._order.get_state()
         self._last_checkpoint: Path | None = None
-        # When several ranks look next, a step, and when they looked last, a step and a time.
-        self._look_at, self._looked = 0, (0, time.perf_counter())
+        # The step of the next look, that and time of the last, and how many steps lay between the two before.
+        self._look_at, self._looked, self._interval = 0, (0, time.perf_counter()), 0
         # Microseconds a step, on the slowest rank; not known yet.
         self._pace = 10**9
         # The epoch's sums when losses were last told, what earlier epochs added since then, and the rows since then.
@@ -249,18 +249,25 @@ class Trainer:
 
         Waits for all ranks, who settle together when they do so next, and as `Stepper.look` does for the device.
         """
-        done = self.stepper.done
         interrupts = self._keeping.interrupts if self._keeping is not None else None
         requested = (interrupts.requested or 0) if interrupts is not None else 0
-
-        def pace() -> int:
-            (step, then), self._looked = self._looked, (done, time.perf_counter())
-            return int(1e6 * (self._looked[1] - then) / max(1, done - step))
-
-        found, requested, self._pace = self.stepper.look(requested, pace, newest)
-        self._look_at = done + max(1, min(LOOK_STEPS, int(1e6 * LOOK_SECONDS / max(1, self._pace))))
+        found, requested, pace = self.stepper.look(requested, lambda: self._measured_pace(newest), newest)
+        self._look_again(pace)
         self._refuse_bad_loss(found)
         return requested
+
+    def _measured_pace(self, newest: bool) -> int:
+        """Microseconds a step since the last look, or as known then; asked right after waiting for the device."""
+        (step, then), self._looked = self._looked, (self.stepper.done, time.perf_counter())
+        told, self._interval = self._interval, self.stepper.done - step
+        # A look that leaves the newest steps to the device has seen it do those that were told before the last one.
+        seen = self._interval if newest else min(told, self._interval)
+        return int(1e6 * (self._looked[1] - then) / seen) if seen else self._pace
+
+    def _look_again(self, pace: int) -> None:
+        """After as many steps as take `LOOK_SECONDS`, at the ``pace`` of the slowest rank, in microseconds a step."""
+        self._pace = pace
+        self._look_at = self.stepper.done + max(1, min(LOOK_STEPS, int(1e6 * LOOK_SECONDS / max(1, pace))))
 
     def _refuse_bad_loss(self, found: tuple[int, str] | None) -> None:
         if found is None:
@@ -324,11 +331,14 @@ class Trainer:
         which is told of the losses of the look before; together on several."""
         if self.data.device.type == "cpu":
             return True
-        if self._ranks.alone:
-            if self.stepper.done % LOOK_STEPS == 0:
-                self._refuse_bad_loss(self.stepper.glance())
+        if self.stepper.done < self._look_at:
             return False
-        return self.stepper.done >= self._look_at
+        if self._ranks.alone:
+            found = self.stepper.glance()
+            self._look_again(self._measured_pace(newest=False))
+            self._refuse_bad_loss(found)
+            return False
+        return True
 
     def _sees_newest(self) -> bool:
         """Whether a look waits for the newest step. Ranks with GPUs leave them the steps since the look before, unless

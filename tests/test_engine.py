@@ -590,6 +590,35 @@ def test_the_pace_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert looking._look_at == 60
 
 
+@pytest.mark.parametrize("seconds", [1e-4, 0.05, 0.3, 3.0])
+def test_a_gpu_never_has_more_steps_waiting_than_a_signal_may_wait_for(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU whose steps take ``seconds``, told by a host that takes a millisecond a step."""
+    looking = trainer()
+    looking.data = Shown(torch.device("cuda"))
+    # When the host and the device are done with what they were told, and when the device was with each look's steps.
+    host, device, seen = [0.0], [0.0], [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: host[0])
+    looking._looked = (0, 0.0)
+
+    def glance() -> None:
+        host[0] = max(host[0], seen[-1])
+        seen.append(device[0])
+
+    monkeypatch.setattr(looking.stepper, "glance", glance)
+    worst, looks = 0.0, 0
+    for looking.stepper.done in range(1, 2000):
+        host[0] += 1e-3
+        device[0] = max(device[0], host[0]) + seconds
+        looks += looking.stepper.done >= looking._look_at
+        assert not looking._time_to_look()
+        worst = max(worst, device[0] - host[0])
+    assert worst <= 2 * max(seconds, LOOK_SECONDS) + seconds
+    # And the host looks no more often than it must.
+    assert looks <= 4 + 2000 * max(1 / LOOK_STEPS, 2 * min(1.0, seconds / LOOK_SECONDS))
+
+
 def test_a_sum_that_overflows_is_named_too() -> None:
     settings = dataclasses.replace(SETTINGS, text_weight=3e38, centre_weight=3e38, semantic_weight=3e38)
     with pytest.raises(TrainingError, match="the weighted sum of the losses is no longer finite, first in step 1 "):
