@@ -55,6 +55,14 @@ inline bool is_strided(const Tensor& tensor) {
   return layout == aoti_torch_layout_strided();
 }
 
+// Refuses a tensor whose memory was freed, by `storage.resize_(0)` say, or that is misaligned for its dtype.
+inline void check_start(const Tensor& tensor, const std::string& name) {
+  if (tensor.numel() == 0) return;
+  const auto start = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  if (start == 0) refuse(name, " has no memory");
+  if (start % tensor.element_size() != 0) refuse(name, " does not start at a multiple of its element size");
+}
+
 // Refuses a tensor that is not strided, of another shape (-1: any size) or misaligned for its dtype.
 inline void check_form(const Tensor& tensor, const std::string& name, std::initializer_list<int64_t> shape) {
   if (!is_strided(tensor)) refuse(name, " must be a strided tensor");
@@ -64,8 +72,7 @@ inline void check_form(const Tensor& tensor, const std::string& name, std::initi
       wanted << (wanted.str().empty() ? "" : ", ") << (size < 0 ? "any" : std::to_string(size));
     refuse(name, " must have shape (", wanted.str(), "), not ", shape_text(tensor));
   }
-  if (tensor.numel() > 0 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() != 0)
-    refuse(name, " does not start at a multiple of its element size");
+  check_start(tensor, name);
 }
 
 inline void check_dtype(const Tensor& tensor, const std::string& name, ScalarType want) {

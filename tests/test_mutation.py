@@ -231,6 +231,40 @@ FAULTS = [
         "coefficients_ptr + _STATE",
         "coefficients_ptr + _SOURCE",
     ),
+    Fault(
+        "32-bit offsets of a network's passes",
+        "interaction_network",
+        "tl.program_id(0).to(tl.int64) * BLOCK_M",
+        "tl.program_id(0) * BLOCK_M",
+        4,
+    ),
+    Fault(
+        "32-bit offsets of a network's sums",
+        "interaction_network",
+        "tl.program_id(0).to(tl.int64) * ROWS + start",
+        "tl.program_id(0) * ROWS + start",
+        3,
+    ),
+    Fault(
+        "rows of the gradient taken as dense",
+        "interaction_network",
+        "column, columns, stride)",
+        "column, columns, columns)",
+    ),
+    Fault("a modulation taken as dense", "interaction_network", "self.whole.stride(0)", "self.whole[0].numel()"),
+    Fault("32-bit offsets of the sampler", "reverse_chain", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+    Fault(
+        "rows of the chain's state taken as dense",
+        "reverse_chain",
+        "column, features, x_stride",
+        "column, features, features",
+    ),
+    Fault(
+        "rows of the chain's source taken as dense",
+        "reverse_chain",
+        "column, features, source_stride",
+        "column, features, features",
+    ),
     Fault("temperature left out of the gradient", "projection", "/ count * tl.cast(inverse, tl.float32)", "/ count"),
 ]
 # Which tests see a kernel's faults.

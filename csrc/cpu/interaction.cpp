@@ -146,7 +146,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seda_fast_cpp, m) {
       "-> (Tensor residual, Tensor alpha, Tensor bias)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("modulated_norm", TORCH_BOX(&modulated_norm));
   m.impl("modulated_norm_backward", TORCH_BOX(&modulated_norm_backward));
   m.impl("gated_silu", TORCH_BOX(&gated_silu));

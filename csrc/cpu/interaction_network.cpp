@@ -405,7 +405,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seda_fast_cpp, m) {
       "Tensor(a!)[] grads) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("interaction_network", TORCH_BOX(&interaction_network));
   m.impl("interaction_network_backward", TORCH_BOX(&interaction_network_backward));
 }

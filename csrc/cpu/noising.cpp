@@ -63,7 +63,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seda_fast_cpp, m) {
   m.def("q_sample_backward(Tensor grad, Tensor timesteps, Tensor signal) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("q_sample", TORCH_BOX(&q_sample));
   m.impl("box_muller", TORCH_BOX(&box_muller));
   m.impl("q_sample_backward", TORCH_BOX(&q_sample_backward));

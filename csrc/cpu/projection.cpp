@@ -14,6 +14,7 @@ LogitsArguments logits_arguments(const Tensor& logits, int64_t first_class, int6
   a.storage = storage_of(logits, "logits");
   a.logits = matrix(logits, "logits", -1, -1, a.storage);
   a.columns = logits.size(1);
+  if (classes < 0) refuse("classes must not be negative, not ", classes);
   if (first_class < 0 || first_class > classes - a.columns)
     refuse("first_class ", first_class, " and ", a.columns, " columns do not fit ", classes, " classes");
   a.first_class = first_class;
@@ -67,6 +68,7 @@ CentreArguments centre_arguments(const Tensor& features, const Tensor& centres, 
 std::tuple<Tensor, Tensor, Tensor> projection_losses(const Tensor& state, const Tensor& features,
                                                      const Tensor& labels, const std::optional<Tensor>& centres,
                                                      int64_t classes, double label_smoothing, int64_t ignore_index) {
+  if (classes < 0) refuse("classes must not be negative, not ", classes);
   check(features, "features", {-1, -1});
   const int64_t rows = features.size(0);
   const std::vector<int64_t> known = indices(labels, "labels", rows, classes, &ignore_index);
@@ -135,7 +137,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seda_fast_cpp, m) {
       "bool centre_gradient, Tensor(a!) grad_features) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("logits_block", TORCH_BOX(&logits_block));
   m.impl("logits_block_backward", TORCH_BOX(&logits_block_backward));
   m.impl("projection_losses", TORCH_BOX(&projection_losses));

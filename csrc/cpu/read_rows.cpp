@@ -53,8 +53,8 @@ int64_t read_rows(int64_t file, int64_t start, const Tensor& rows, const Tensor&
   int64_t begun = 1;
   try {
     for (; begun < shares; ++begun) others.emplace_back(share, begun);
-  } catch (const std::system_error&) {
-    // The system has no more threads: this one does what is left.
+  } catch (const std::exception&) {
+    // The system has no more threads, or no memory for one: this one does what is left.
   }
   share(0);
   for (; begun < shares; ++begun) share(begun);
@@ -69,6 +69,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seda_fast_cpp, m) {
   m.def("read_rows(int file, int start, Tensor rows, Tensor(a!) target, int threads) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CPU, m) { m.impl("read_rows", TORCH_BOX(&read_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CompositeExplicitAutograd, m) { m.impl("read_rows", TORCH_BOX(&read_rows)); }
 
 }  // namespace seda

@@ -278,6 +278,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seda_fast_cpp, m) {
       "bool noisy) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CPU, m) { m.impl("reverse_chain", TORCH_BOX(&reverse_chain)); }
+STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CompositeExplicitAutograd, m) { m.impl("reverse_chain", TORCH_BOX(&reverse_chain)); }
 
 }  // namespace seda

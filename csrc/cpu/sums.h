@@ -89,7 +89,7 @@ struct Sums {
     });
   }
 
-  // Adds what the chunks left: the bias over chunks, and the keys whose rows span several of them.
+  // Adds what the chunks left of the keys whose rows span several of them.
   void finish(const std::vector<int64_t>& keys) {
     const int64_t rows = static_cast<int64_t>(order.size());
     for (int64_t begin = kChunk; begin < rows; begin += kChunk) {

@@ -27,11 +27,11 @@ void check_vector(const Tensor& tensor, const std::string& name, const Tensor* l
   check_contiguous(tensor, name);
   if (like != nullptr && tensor.numel() != like->numel())
     refuse(name, " must have ", like->numel(), " elements, not ", tensor.numel());
-  if (tensor.numel() > 0 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % sizeof(float) != 0)
-    refuse(name, " does not start at a multiple of its element size");
+  check_start(tensor, name);
 }
 
 void check_list(const TensorList& list, const char* name, const TensorList* like) {
+  if (list.empty()) refuse(name, " must hold at least one tensor");
   if (like != nullptr && list.size() != like->size())
     refuse(name, " must hold ", like->size(), " tensors, not ", list.size());
   for (size_t i = 0; i < list.size(); ++i) check_vector(list[i], element(name, i), like ? &(*like)[i] : nullptr);
@@ -128,8 +128,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seda_fast_cpp, m) {
       "float beta2, float epsilon, float weight_decay, float moved) -> ()");
 }
 
-// An empty list has no tensor to be dispatched by.
-STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(seda_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("gradient_norm", TORCH_BOX(&gradient_norm));
   m.impl("weight_update", TORCH_BOX(&weight_update));
 }

@@ -87,6 +87,9 @@ Tensor reverse_chain(const Tensor& initial, const Tensor& source, const Tensor& 
   launch.condition = prepared.rows(condition, "condition", launch.rows, s.condition_dim, launch.condition_stride);
   launch.coefficients = given.floats(coefficients, "coefficients", {s.steps, 5});
   launch.modulation = given.floats(modulation, "modulation", {s.steps, s.blocks, 3, s.width});
+  // The kernel for a few rows reads four numbers at a time.
+  if (reinterpret_cast<uintptr_t>(launch.modulation) % 16 != 0)
+    refuse("modulation must start at a multiple of 16 bytes");
   prepared.weight(kInputWeight, w_x, "w_x", s.width, s.dim);
   prepared.weight(kConditionWeight, w_c, "w_c", s.width, s.condition_dim);
   prepared.weight(kGateWeight, w_g, "w_g", int64_t{s.blocks} * s.hidden, s.width);

@@ -1,7 +1,7 @@
 """The CUDA C++ backend: whether the operators of csrc/cuda are here, why not, and what they serve.
 
-An operation's default on CUDA is what was measured fastest there, by at least a tenth. That is the reverse chain in
-bfloat16 on compute capability 9.0 (see ops/cuda/reverse_chain.py); ``use_backend("cuda")`` reaches the others.
+The reverse chain in bfloat16 is all that they serve: by default few rows on compute capability 9.0, where they were
+measured fastest by at least a tenth (see ops/cuda/reverse_chain.py), and all that they can under ``use_backend("cuda")``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import torch
 from . import _cpp
 from ._dispatch import implement
 
-DTYPES = (torch.float32, torch.bfloat16)
 # What each operation's kernel serves; a call outside goes to another backend or the reference.
-RULES = {"q_sample": "float32 and bfloat16, any shape and row stride"}
+RULES: dict[str, str] = {}
 
 _LIBRARY = "libseda_fast_cuda.so"
-_OPERATORS = ("chain_fits", "q_sample", "q_sample_backward", "reverse_chain")
+_OPERATORS = ("chain_fits", "reverse_chain")
 
 
 def _absence() -> str | None:
@@ -111,11 +110,10 @@ def _without_code(architectures: tuple[str, ...]) -> str | None:
     return None
 
 
-def implement_with_cuda(
-    op: str, function: Callable[..., Any], *, default: bool = False, dtypes: tuple[torch.dtype, ...] = DTYPES
-) -> None:
-    """Register ``function`` for ``op``; unless it is the ``default`` on CUDA, it serves where it is forced."""
-    implement(op, "cuda", function, devices=("cuda",) * default, unavailable=unavailable, dtypes=dtypes)
+def implement_with_cuda(op: str, function: Callable[..., Any], rule: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Register ``function`` for ``op`` in ``dtypes``; ``rule`` says which calls it serves."""
+    RULES[op] = rule
+    implement(op, "cuda", function, devices=("cuda",), unavailable=unavailable, dtypes=dtypes)
 
 
 def status() -> dict[str, Any]:

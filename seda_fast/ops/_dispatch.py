@@ -175,7 +175,11 @@ def define(
 
     def kernel(device_type: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+            first = args[0]
+            if isinstance(first, (list, tuple)):
+                if not first:
+                    raise ValueError(f"{op._schema.arguments[0].name} must hold at least one tensor")
+                first = first[0]
             return choose(name, device_type, first.dtype)[1].function(*args, **kwargs)
 
         return run

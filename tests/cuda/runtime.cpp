@@ -9,7 +9,6 @@
 #include <sstream>
 #include <string>
 
-#include "noising.h"
 #include "reverse_chain_launch.h"
 
 namespace {
@@ -42,7 +41,7 @@ cudaError_t load(const void* kernel) {
 }
 
 std::string name_of(const void* kernel) {
-  for (const char* name : {"noising_kernel", "hopper_chain_kernel", "SplitThread"})
+  for (const char* name : {"hopper_chain_kernel", "SplitThread"})
     if (names()[kernel].find(name) != std::string::npos) return name;
   return names()[kernel].find("Li64E") != std::string::npos ? "TallChain" : "WideChain";
 }
@@ -209,12 +208,6 @@ const char* start_chain(const int64_t* sizes) {
     weight(kBlockWeights + 2 * l + 1, s.width, s.hidden);
   }
   return launch_chain(a, plan, 1, reinterpret_cast<void*>(uintptr_t{77}));
-}
-
-const char* start_noising(int64_t rows, int64_t columns, bool bfloat16) {
-  seda::NoisingLaunch a{};
-  a.rows = rows, a.columns = a.stride = columns, a.bfloat16 = bfloat16;
-  return seda::launch_noising(a, 1, reinterpret_cast<void*>(uintptr_t{77}));
 }
 
 }  // extern "C"

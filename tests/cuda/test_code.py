@@ -14,13 +14,6 @@ ARCHITECTURES = ("80", "90a", "100")
 TILES = {"HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"}
 # The kernels of each file by a part of their names, and what each must hold.
 EXPECTED = {
-    "noising": {
-        # Four features in one access, where all rows begin at a multiple of that; else one by one.
-        "noising_kernelIfLb1E": {"LDG.E.128", "STG.E.128"},
-        "noising_kernelIfLb0E": {"LDG.E", "STG.E"},
-        "noising_kernelI13__nv_bfloat16Lb1E": {"LDG.E.64", "STG.E.64"},
-        "noising_kernelI13__nv_bfloat16Lb0E": {"LDG.E.U16", "STG.E.U16"},
-    },
     "reverse_chain": {
         # Tiles of 32 rows of up to eight panels, and of 64 of up to four.
         "RingEngineILi32ELi8ELi3E": TILES,

@@ -37,7 +37,7 @@ def runtime(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> ctype
     objects = [str(folder / f"{source.name}.o") for source in sources]
     subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    for name in ("start_chain", "start_noising", "heard"):
+    for name in ("start_chain", "heard"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.begin(False, 0)
     return loaded
@@ -46,11 +46,6 @@ def runtime(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> ctype
 def start(runtime: ctypes.CDLL, *sizes: int) -> tuple[str | None, list[str]]:
     """What a launch says went wrong, and what it asked of CUDA."""
     error = runtime.start_chain((ctypes.c_int64 * 7)(*sizes))
-    return error and error.decode(), runtime.heard().decode().splitlines()
-
-
-def noise(runtime: ctypes.CDLL, rows: int, columns: int) -> tuple[str | None, list[str]]:
-    error = runtime.start_noising(ctypes.c_int64(rows), ctypes.c_int64(columns), True)
     return error and error.decode(), runtime.heard().decode().splitlines()
 
 
@@ -97,18 +92,12 @@ def test_a_first_launch_inside_a_capture_may_load_its_code(runtime: ctypes.CDLL,
     error, asked = start(runtime, *sizes)
     assert error is None
     assert "left changed" not in asked[-1]
-    runtime.begin(True, 0)
-    error, asked = noise(runtime, 5, 12)
-    assert (error, asked) == (None, ["device 1", "noising_kernel grid 1 block 256 shared 0 stream 77"])
 
 
 @pytest.mark.parametrize("sizes", [FEW_ROWS, SOME_ROWS, MANY_ROWS], ids=["few", "some", "many"])
 def test_a_failed_launch_is_told_at_once_and_blames_no_later_one(runtime: ctypes.CDLL, sizes: tuple[int, ...]) -> None:
     runtime.begin(False, FAILURE)
     assert start(runtime, *sizes)[0] == f"error {FAILURE}"
-    assert noise(runtime, 5, 12)[0] is None
-    runtime.begin(False, FAILURE)
-    assert noise(runtime, 5, 12)[0] == f"error {FAILURE}"
     assert start(runtime, *sizes)[0] is None
 
 

@@ -13,19 +13,17 @@ from seda_fast.ops import cuda_status
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 # A call of each kernel: few rows, split over columns; low tiles, rows of one panel and of eight; with more rows than
-# low tiles share out (32 a processor), clusters where the GPU has them and tall tiles elsewhere; noising in two dtypes,
-# each with rows of whole vectors and without. tests/cuda/test_chain.py holds the rule for sizes against these.
+# low tiles share out (32 a processor), clusters where the GPU has them and tall tiles elsewhere.
+# tests/cuda/test_chain.py holds the rule for sizes against these.
 CALLS = {
     "split": "chain(3, 72, 64, 64, 1, 2)",
     "wide": "chain(140, 72, 64, 192, 1, 2)",
     "wide, eight panels": "chain(140, 72, 1024, 64, 1, 1)",
     "tall or hopper": "chain(32 * processors + 40, 72, 64, 64, 1, 2)",
-    "noising float32": "noising(torch.float32)",
-    "noising bfloat16": "noising(torch.bfloat16)",
 }
 SCRIPT = """
 import runpy, sys, torch
-from seda_fast.ops import q_sample, reverse_chain, use_backend
+from seda_fast.ops import reverse_chain, use_backend
 chain_arguments = runpy.run_path(sys.argv[1])["chain_arguments"]
 processors = torch.cuda.get_device_properties(0).multi_processor_count
 
@@ -34,19 +32,10 @@ def chain(*sizes):
     return reverse_chain(**chain_arguments(*sizes))
 
 
-def noising(dtype):
-    rows, table, found = torch.arange(7, device="cuda"), torch.rand(7, device="cuda"), []
-    for columns in (100, 102):
-        x0 = torch.randn(7, columns, device="cuda", dtype=dtype, requires_grad=True)
-        noised = q_sample(x0, rows, table, table, seed=1, step=2, sample_ids=rows)
-        found += [noised.detach(), *torch.autograd.grad(noised, x0, torch.ones_like(noised))]
-    return found
-
-
 with use_backend("cuda"):
     found = eval(sys.argv[2])
 torch.cuda.synchronize()
-assert all(torch.isfinite(t).all() for t in (found if isinstance(found, list) else [found]))
+assert torch.isfinite(found).all()
 """
 
 

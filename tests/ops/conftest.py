@@ -7,6 +7,7 @@ and device.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,6 +96,21 @@ def far_apart() -> Callable[[Tensor], Tensor]:
         return view
 
     return spread
+
+
+@pytest.fixture
+def run_as_program(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes Triton's interpreter run a grid of one program as if it stood at the given place along the first axis."""
+
+    def move(place: int) -> None:
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+        def set_grid_idx(builder: Any, x: int, y: int, z: int) -> None:
+            builder.grid_idx = (x + place, y, z)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", set_grid_idx)
+
+    return move
 
 
 @pytest.fixture

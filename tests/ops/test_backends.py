@@ -30,8 +30,16 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
 
 
 def test_an_unavailable_backend_says_why() -> None:
-    with use_backend("cuda"), pytest.raises(RuntimeError, match=r"^backend 'cuda' .*q_sample"):
+    with use_backend("cuda"), pytest.raises(RuntimeError, match=r"^backend 'cuda' has no implementation of q_sample"):
         noise()
+    with use_backend("cuda"), pytest.raises(RuntimeError, match=r"^backend 'cuda' cannot run reverse_chain on cpu: \w"):
+        _dispatch.choose("reverse_chain", "cpu")
+
+
+def test_an_empty_list_of_operands_is_refused_by_name() -> None:
+    norm = torch.ones(())
+    with pytest.raises(ValueError, match=r"^weights must hold at least one tensor$"):
+        torch.ops.seda_fast.weight_update([], [], [], [], [], [], norm, 1.0, 1e-3, 0.9, 0.99, 1e-8, 0.0, 0.1)
 
 
 @pytest.mark.parametrize(

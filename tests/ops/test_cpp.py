@@ -307,6 +307,25 @@ def test_status_says_what_was_built() -> None:
         assert status["build"][key], key
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_pytorch_s_default_dtype_changes_nothing(gradient: bool) -> None:
+    features, weight = torch.randn(9, 12), torch.randn(5, 12)
+    given = (features, torch.arange(9) % 5, torch.randn(5, 12), weight, torch.randn(5))
+
+    def losses() -> tuple[Tensor, ...]:
+        found = semantic_projection(given[0].clone().requires_grad_(gradient), *given[1:])
+        return tuple(t.detach() for t in found)
+
+    usual = losses()
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = losses()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip(usual, other, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_float64_and_mixed_dtypes_go_to_the_reference() -> None:
     assert _dispatch.choose("q_sample", "cpu", torch.float64)[0] == "reference"
     assert _dispatch.choose("q_sample", "cpu", torch.float32)[0] == "cpp"

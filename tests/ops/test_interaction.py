@@ -247,19 +247,7 @@ def check_layout(layout: str, dtype: torch.dtype, device: str, check: Callable[.
         check(result, eager[name], exact[name], f"{name} in {dtype}")
 
 
-class LastProgram:
-    """Makes Triton's interpreter run a grid of one program as its last: at ``place`` along the first axis."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-        interpreter = pytest.importorskip("triton.runtime.interpreter")
-
-        def set_grid_idx(builder: Any, x: int, y: int, z: int) -> None:
-            builder.grid_idx = (x + place, y, z)
-
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", set_grid_idx)
-
-
-def test_passes_reach_beyond_2_to_the_31_elements(lane: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_reach_beyond_2_to_the_31_elements(lane: Any, run_as_program: Callable[[int], None]) -> None:
     """The last rows of a tall operand: address space is reserved for all of it, and only their pages are touched."""
     if lane.backend != "triton" or lane.device != "cpu":
         pytest.skip(f"{lane}: Triton's interpreter runs one program of many")
@@ -269,7 +257,7 @@ def test_passes_reach_beyond_2_to_the_31_elements(lane: Any, monkeypatch: pytest
     pre[-32:] = torch.randn(32, hidden)
     gate = torch.randn(hidden, dtype=torch.float16)
     key, ids = torch.tensor(0), torch.zeros(1, dtype=torch.int64)
-    LastProgram(monkeypatch, rows // 32 - 1)
+    run_as_program(rows // 32 - 1)
     # The gate is one row for all.
     kernels.gate_kernel[(1,)](
         pre, gate, out, key, key, ids, 0, 0, 1.0, rows, hidden, 0, DROPOUT=False, BLOCK_M=32, BLOCK_N=64

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -187,14 +188,50 @@ def test_the_number_of_threads_changes_no_bit_beside_the_products(lane: Any) -> 
             assert all(torch.equal(one, other[i]) for other in others), i
 
 
-def test_strided_operands(lane: Any) -> None:
-    case = CASES[3]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.mT.contiguous().mT if t.ndim == 2 else torch.stack((t, t), -1)[..., 0],
+    "misaligned": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
+    "rows of a wider matrix": lambda t: torch.cat((t, t), dim=-1)[..., : t.shape[-1]] if t.ndim > 1 else t,
+    "permuted modulation": lambda t: t.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) if t.ndim == 4 else t,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_operands(lane: Any, layout: str) -> None:
+    case, change = CASES[3], LAYOUTS[layout]
     flat, tau = operands(case, torch.float32, lane.device)
     weight = torch.randn(case.batch, case.dim, device=lane.device)
-    spread = [t.mT.contiguous().mT if t.ndim == 2 else torch.stack((t, t), -1)[..., 0] for t in flat]
-    dense, strided = run(by_op, case, flat, tau, weight), run(by_op, case, spread, tau, weight)
+    dense = run(by_op, case, flat, tau, weight)
+    strided = run(by_op, case, [change(t) for t in flat], tau, change(weight))
     for a, b in zip(dense, strided, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_more_than_2_to_the_31_elements(lane: Any, far_apart: Callable[[Tensor], Tensor]) -> None:
+    if lane.device == "cuda":
+        pytest.skip("the CPU lane checks the index arithmetic; 8 GiB of GPU memory for it would be waste")
+    case = Case(3, 16, (8,), 16, 32, 2, 4, dropout=0.2)
+    flat, tau = operands(case, torch.float32, lane.device)
+    weight = torch.randn(3, 16)
+    near = run(by_op, case, flat, tau, weight)
+    cases = {"x": ([far_apart(flat[0]), *flat[1:]], weight), "gradient": (flat, far_apart(weight))}
+    for name, (given, cotangent) in cases.items():
+        for a, b in zip(near, run(by_op, case, given, tau, cotangent), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_passes_reach_beyond_2_to_the_31_elements(lane: Any, run_as_program: Callable[[int], None]) -> None:
+    """The last rows of a tall operand: address space is reserved for all of it, and only their pages are touched."""
+    if lane.backend != "triton" or lane.device != "cpu":
+        pytest.skip(f"{lane}: Triton's interpreter runs one program of many")
+    kernels: Any = pytest.importorskip("seda_fast.kernels.interaction_network")
+    width, rows = 4096, 2**19 + 8
+    h, out = (torch.from_numpy(np.empty((rows, width), dtype=np.float16)) for _ in range(2))
+    h[-8:] = torch.randn(8, width)
+    run_as_program(rows // 8 - 1)
+    kernels.norm_kernel[(1,)](h, out, rows, width, BLOCK_M=8, BLOCK_N=width)
+    expected = torch.nn.functional.layer_norm(h[-8:].double(), (width,))
+    torch.testing.assert_close(out[-8:].double(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -183,15 +183,27 @@ def test_a_row_depends_on_its_sample_id_alone(lane: Any) -> None:
     torch.testing.assert_close(part, whole[rows], rtol=bound, atol=bound)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "misaligned"])
+@pytest.mark.parametrize("layout", ["transposed", "misaligned", "rows of a wider matrix", "permuted modulation"])
 def test_any_memory_layout(lane: Any, layout: str, no_worse_than_eager: Callable[..., None]) -> None:
     given = arguments(Case(5, 12, 8, 16, 32, 2, 2), dtypes(lane)[0], lane.device)
     change: dict[str, Callable[[Tensor], Tensor]] = {
         "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
         "misaligned": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
+        "rows of a wider matrix": lambda t: torch.cat((t, t), dim=-1)[..., : t.shape[-1]] if t.dim() > 1 else t,
+        "permuted modulation": lambda t: t.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) if t.dim() == 4 else t,
     }
     exact = plain(**convert(given, Tensor.double))
     no_worse_than_eager(reverse_chain(**convert(given, change[layout])), plain(**given), exact)
+
+
+def test_more_than_2_to_the_31_elements(lane: Any, far_apart: Callable[[Tensor], Tensor]) -> None:
+    if lane.device == "cuda":
+        pytest.skip("the CPU lane checks the index arithmetic; 8 GiB of GPU memory for it would be waste")
+    given = arguments(Case(3, 16, 8, 16, 32, 1, 2), dtypes(lane)[0], lane.device)
+    near = reverse_chain(**given)
+    for name in ("initial", "source"):
+        far = reverse_chain(**{**given, name: far_apart(given[name])})
+        assert torch.equal(far, near), name
 
 
 def test_opcheck(lane: Any) -> None:

@@ -46,7 +46,7 @@ def semantic_projection(
     """
     cpp = torch.ops.seda_fast_cpp
     (batch, _), classes = features.shape, weight.shape[0]
-    state = torch.tensor([-torch.inf, 0.0, 0.0, 0.0]).repeat(batch, 1)
+    state = torch.tensor([-torch.inf, 0.0, 0.0, 0.0], dtype=torch.float32).repeat(batch, 1)
     found: tuple[Tensor, ...] = tuple(features.new_empty(0) for _ in range(3))
     if gradient:
         found = _losses_and_gradients(
@@ -88,8 +88,8 @@ def _losses_and_gradients(
     d_features = torch.empty(batch if feature_gradient else 0, dim, dtype=dtype)
     # The first block's product is not added, where the total has its dtype.
     assigned = batch > 0 and dtype == torch.float32
-    d_weight = torch.empty(weight.shape) if assigned else torch.zeros(weight.shape)
-    d_bias = torch.zeros(bias.shape)
+    d_weight = (torch.empty if assigned else torch.zeros)(weight.shape, dtype=torch.float32)
+    d_bias = torch.zeros(bias.shape, dtype=torch.float32)
     tall = max(_FEWEST_ROWS, _GRADIENT_LOGITS // max(1, classes))
     for row in range(0, batch, tall):
         rows = slice(row, min(row + tall, batch))
@@ -127,8 +127,9 @@ def semantic_projection_backward(
     cpp, (batch, dim), dtype = torch.ops.seda_fast_cpp, features.shape, features.dtype
     labelled = max(1, int((labels != ignore_index).sum()))
     scale = float(grad_entropy) / (labelled * temperature)
-    d_features = torch.zeros(batch, dim)
-    d_weight, d_bias = torch.zeros(weight.shape), torch.zeros(bias.shape)
+    d_features, d_weight, d_bias = (
+        torch.zeros(shape, dtype=torch.float32) for shape in ((batch, dim), weight.shape, bias.shape)
+    )
     for columns, rows in _blocks(batch, weight.shape[0]):
         logits = torch.addmm(bias[columns], features[rows], weight[columns].t())
         d_bias[columns] += cpp.logits_block_backward(

@@ -1,5 +1,5 @@
 """The operations on the kernels of csrc/cuda, a file an operation; importing this registers them."""
 
-from . import noising, reverse_chain
+from . import reverse_chain
 
-__all__ = ["noising", "reverse_chain"]
+__all__ = ["reverse_chain"]

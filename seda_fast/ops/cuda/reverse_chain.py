@@ -11,15 +11,16 @@ from torch import Tensor
 
 from .. import _cpp
 from .._cpp import rows, table
-from .._cuda import RULES, implement_with_cuda
+from .._cuda import implement_with_cuda
 from .._dispatch import fallback, forced
 
-RULES["reverse_chain"] = (
-    "bfloat16; width and hidden multiples of 64, width to 1024 (640 below 137 KiB of shared memory); features and "
-    "condition multiples of 8; to 32 blocks; by itself on compute capability 9.0, to 128 rows; else Triton or PyTorch"
+_RULE = (
+    "bfloat16; width and hidden multiples of 64, width to 1024 (640 below 122 KiB of shared memory); features and "
+    "condition multiples of 8; to 32 blocks; by itself on compute capability 9.0, to 128 rows (16 in a CUDA graph); "
+    "else Triton or PyTorch"
 )
-# Most rows that go to a kernel by themselves.
-_FEW_ROWS = 128
+# Most rows that go to a kernel by themselves, as called and in a CUDA graph.
+_FEW_ROWS, _FEW_CAPTURED_ROWS = 128, 16
 
 
 @functools.cache
@@ -35,14 +36,17 @@ def _measured(device: int) -> bool:
 
 
 def _faster(initial: Tensor) -> bool:
-    """Whether the kernels were measured to be at least a tenth faster than any other code of ours for such a call.
+    """Whether the kernels are taken by themselves: where they were measured to be at least a tenth faster than any
+    other code of ours, on any host.
 
     One stage of five steps on an H200 (width 512, three blocks, 768 features) as called, in ms, beside Triton's passes
     between cuBLAS's products: 0.46 and 3.0 for one row, 0.91 and 5.4 for 128, and for more, which other kernels take,
     20.8 (on an H100) and 8.6 for 65 536. Between them the host's launches are waited for, and 3.5 stands against 4.3
-    to 5.7 until some 8000 rows; but in a CUDA graph 3.0 against 0.3 to 1.1, and a quicker host is nearer to that.
+    to 5.7 until some 8000 rows; but a quicker host is nearer to a CUDA graph, where it is 3.0 against 0.3 to 1.1. In a
+    graph few rows are fewer: 0.15 and 0.28 for one (0.13 on an H100, 0.22 for 16), 0.34 and 0.28 for 64.
     """
-    return _measured(initial.get_device()) and initial.shape[0] <= _FEW_ROWS
+    few = _FEW_CAPTURED_ROWS if torch.cuda.is_current_stream_capturing() else _FEW_ROWS
+    return _measured(initial.get_device()) and initial.shape[0] <= few
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
@@ -51,7 +55,7 @@ def _flat(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The tensor without gaps and from a multiple of 16 bytes on, as the copies to shared memory need it."""
+    """The tensor without gaps and from a multiple of 16 bytes on, as 16-byte reads need it."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -99,7 +103,7 @@ def reverse_chain(
     return torch.ops.seda_fast_cuda.reverse_chain(  # type: ignore[no-any-return]
         *map(_pairs, operands[:3]),
         table(coefficients).contiguous(),
-        table(modulation).contiguous(),
+        _whole(table(modulation)),
         *([_whole(t) for t in w] if isinstance(w, (list, tuple)) else _whole(w) for w in weights),
         seed,
         step,
@@ -109,4 +113,4 @@ def reverse_chain(
     )
 
 
-implement_with_cuda("reverse_chain", reverse_chain, default=True, dtypes=(torch.bfloat16,))
+implement_with_cuda("reverse_chain", reverse_chain, _RULE, (torch.bfloat16,))
