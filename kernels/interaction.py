@@ -377,7 +377,7 @@ def tf32_products() -> bool:
 
 
 def by_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if its features are contiguous and its rows do not overlap in one, else a contiguous copy."""
+    """The tensor itself if each row's features are contiguous, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 

@@ -49,6 +49,8 @@ class Checkpoints:
         self.folder, self._report = folder, report
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
+        # Steps whose checkpoints were found damaged: they do not count as kept.
+        self._damaged: set[int] = set()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Copy the tensors and begin to write the checkpoint of ``step``; returns the path that it will have.
@@ -66,6 +68,11 @@ class Checkpoints:
         self._writer = threading.Thread(target=self._write, args=(path, step, still, dict(state)), daemon=True)
         self._writer.start()
         return path
+
+    def raise_failure(self) -> None:
+        """Raise what `finish` would, if it is known already; does not wait."""
+        if self._failure is not None:
+            self.finish()
 
     def finish(self) -> None:
         """Wait until the checkpoint that was begun last is there.
@@ -117,6 +124,7 @@ class Checkpoints:
                 found = _read(path, step)
             except DataError as error:
                 self._report(f"the checkpoint {path} is damaged ({error}); looking for the one before it")
+                self._damaged.add(step)
                 continue
             return found
         if steps:
@@ -145,8 +153,9 @@ class Checkpoints:
         return self.folder / f"step-{step:09d}{_TENSORS}"
 
     def _prune(self, newest: int) -> None:
-        """Keep ``newest`` and those before it, `KEPT` in all; a later one is of a run that took another way."""
-        keep = [step for step in self.steps() if step <= newest][-KEPT:]
+        """Keep ``newest`` and the whole ones before it, `KEPT` in all; a later one is of another way."""
+        self._damaged.discard(newest)  # it was written anew
+        keep = [step for step in self.steps() if step <= newest and step not in self._damaged][-KEPT:]
         kept = {self._path(step).with_suffix(suffix) for step in keep for suffix in (_TENSORS, _STATE)}
         # The JSON goes first: tensors alone are no checkpoint. Temporary files are of writes that were killed.
         found = [*self.folder.glob(f"step-*{_STATE}"), *self.folder.glob(f"step-*{_TENSORS}")]

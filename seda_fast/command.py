@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import sys
 import tomllib
@@ -32,7 +33,11 @@ _FOR_MEMORY = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one sentence and exits with 2."""
+    """An argument parser that says what is wrong in one sentence and exits with 2; it takes no shortened options, which
+    a new option could make ambiguous."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {message} (--help shows the options)\n")
@@ -135,6 +140,7 @@ def run(command: Callable[[], None], program: str) -> int:
     """Run a command's body; expected failures become one sentence on stderr and exit code 2."""
     try:
         command()
+        sys.stdout.flush()
     except (DataError, ConfigError, TrainingError, RankLost) as error:
         report(program, str(error))
         return BAD_INPUT
@@ -151,6 +157,13 @@ def run(command: Callable[[], None], program: str) -> int:
         # The reader of our output (head, less) has closed it; nothing is wrong and nobody is left to tell.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        report(program, f"the output cannot be written: {error.strerror}")
+        # What is left of it would fail once more when the process ends.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return BAD_INPUT
     return 0
 
 
@@ -177,17 +190,17 @@ def progress(total: int, label: str) -> tqdm[NoReturn]:
     return tqdm(total=total, desc=label, disable=silent, leave=False, dynamic_ncols=True)
 
 
-def split_settings(model_folder: Path) -> tuple[float, int]:
+def split_settings(model_folder: Path) -> tuple[float, int] | None:
     """Share and seed of the split that a model was trained with, so that its test part is found again.
 
-    From the folder's ``config.toml``; without one, what training would use by default.
+    From the folder's ``config.toml``; None without one.
 
     Raises:
         ConfigError: the file is there but cannot be used.
     """
     path = model_folder / "config.toml"
     if not path.exists():
-        return 0.2, 0
+        return None
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         return float(content["run"]["test_fraction"]), int(content["train"]["seed"])

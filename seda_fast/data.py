@@ -12,6 +12,7 @@ are refused even when they hold whole numbers, since that is where a wrong colum
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +62,8 @@ KEYS = (
 
 # Names of the rows (images, say) of visual, visual_train and visual_test: optional, shown beside what is said of a row.
 ROW_NAMES = ("names", "names_train", "names_test")
+# Rows of a source whose features tell it from others.
+_TOLD_BY = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +72,8 @@ class EvaluationRows:
 
     visual (M, Dv); labels (M,) int64, -1 = unlabelled, or (M, K) int8; text (M, Dt) or None, a row all NaN
     where text is missing; class_names or None where the source names none; ids (M,) int64. Where the source has
-    class texts and no text of rows, text is each row's class's, and text_classes (K, Dt) are they.
+    class texts and no text of rows, text is each row's class's, and text_classes (K, Dt) are they. ``split`` tells the
+    rows that the part was cut from, None where the source has it as it is.
     """
 
     visual: Features
@@ -79,6 +83,7 @@ class EvaluationRows:
     ids: Labels
     source: str
     text_classes: Features | None = None
+    split: str | None = None
 
     @property
     def labelled(self) -> Mask:
@@ -117,7 +122,8 @@ class FeatureSet:
     text_test (M, Dt) or None; the text of the test part is there to measure alignment. ids_train (N,) and
     ids_test (M,) int64: the row number within the part, or within the whole set where it was split here.
     text_classes (K, Dt): one text a class instead of one a row; text_train is then (N, 0), and every labelled
-    row has its class's text. names_test (M,): names of the test rows, where the source has any.
+    row has its class's text. names_test (M,): names of the test rows, where the source has any. split: as in
+    `EvaluationRows`.
     """
 
     visual_train: Features
@@ -132,6 +138,7 @@ class FeatureSet:
     source: str
     text_classes: Features | None = None
     names_test: tuple[str, ...] | None = None
+    split: str | None = None
 
     @property
     def n_classes(self) -> int:
@@ -165,7 +172,7 @@ class FeatureSet:
         """The test part as `load_test` gives it."""
         return EvaluationRows(
             self.visual_test, self.label_test, self.text_test, self.class_names, self.ids_test, self.source,
-            self.text_classes,
+            self.text_classes, self.split,
         )  # fmt: skip
 
     @classmethod
@@ -231,7 +238,7 @@ class FeatureSet:
         text_classes: Features | None = None,
         multi_label: bool | None = None,
         unpaired: Unpaired = "refuse",
-        test_fraction: float = 0.2,
+        test_fraction: float | None = 0.2,
         seed: int = 0,
     ) -> EvaluationRows:
         """Reads the test part alone: `visual_test` and `label_test`, and `text_test` or `text_classes` where there.
@@ -239,10 +246,11 @@ class FeatureSet:
         visual_dim, text_dim, class_names, text_classes, multi_label: the model's, where known; what does not fit is
             refused.
         A source with a training part only is split as `load` splits it, so the same fraction and seed give
-        the rows that training did not see. At least one row must be labelled. Raises DataError.
+        the rows that training did not see; with test_fraction None, where they are not known, it is refused. At least
+        one row must be labelled. Raises DataError.
         """
         if str(path) == "digits":
-            part = _load_digits(test_fraction, seed).test_part
+            part = _load_digits(_known_fraction(test_fraction, path), seed).test_part
         else:
             part = _load_test_file(path, unpaired, test_fraction, seed)
         with naming(path):
@@ -395,13 +403,20 @@ def _build(
             class_text_rows(classes, labels[held_out]) if classes is not None
             else rows(text, held_out) if text.shape[1] else None,
             names, train, held_out, source, classes,
-            None if row_names is None else tuple(row_names[i] for i in held_out.tolist()),
+            None if row_names is None else tuple(row_names[i] for i in held_out.tolist()), _told_rows(visual, labels),
         )  # fmt: skip
         paired = paired[train]
         if need_text and not paired.any():
             raise DataError("no row with text is left in the training part of the split")
     vars(made)["paired_train"] = paired  # known already: saves a pass over a memory map
     return made
+
+
+def _told_rows(visual: Features, labels: Labels) -> str:
+    """What tells these rows in their order from others: their labels, and the features of some."""
+    some = rows(visual, np.linspace(0, len(visual) - 1, min(_TOLD_BY, len(visual))).astype(np.int64))
+    told = hashlib.sha256(np.ascontiguousarray(labels).tobytes() + np.ascontiguousarray(some).tobytes())
+    return told.hexdigest()
 
 
 def _evaluation_rows(
@@ -487,7 +502,16 @@ def _check_known_classes(train: Labels, test: Labels) -> None:
         raise DataError(f"'label_test' holds class {test[row]} in row {row}, which 'label_train' lacks")
 
 
-def _load_test_file(path: str | Path, unpaired: Unpaired, test_fraction: float, seed: int) -> EvaluationRows:
+def _known_fraction(test_fraction: float | None, path: str | Path) -> float:
+    if test_fraction is None:
+        raise DataError(
+            f"{path} has no test part of its own, and the model's folder has no config.toml that tells the rows it was "
+            "trained on; give data with visual_test and label_test"
+        )
+    return test_fraction
+
+
+def _load_test_file(path: str | Path, unpaired: Unpaired, test_fraction: float | None, seed: int) -> EvaluationRows:
     wanted = ("visual_test", "label_test", "text_test", "class_names", "text_classes")
     known = (*KEYS, *ROW_NAMES[1:])
     arrays = read_arrays(Path(path), wanted=wanted, known=known, layout=check_layout)
@@ -496,9 +520,10 @@ def _load_test_file(path: str | Path, unpaired: Unpaired, test_fraction: float, 
         with naming(path):
             if "visual_train" not in whole:
                 _require(arrays, "visual_test", "label_test")
-            return _build(whole, str(path), unpaired, test_fraction, seed, need_text=False).test_part
+            fraction = _known_fraction(test_fraction, path)
+            return _build(whole, str(path), unpaired, fraction, seed, need_text=False).test_part
     with naming(path):
-        _check_options(unpaired, test_fraction, seed)
+        _check_options(unpaired, 0.5 if test_fraction is None else test_fraction, seed)
         names = check_class_names(arrays["class_names"]) if "class_names" in arrays else None
         return _evaluation_rows(arrays, str(path), unpaired, names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -32,6 +33,8 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Steps run on a stream of their own before a capture: libraries set themselves up, kernels are tuned.
 _WARM_UP_STEPS = 3
 _LATEST = 2**62
+# Between two questions whether the device has come to a step.
+_POLL_SECONDS = 2e-4
 
 
 class Rows(Protocol):
@@ -384,9 +387,13 @@ class Stepper:
         return self._glance.newest()
 
     def first_non_finite(self) -> str | None:
-        """Name of the first weight with an element that is not finite. Waits for the device."""
-        named = list(self.model.named_parameters())
-        finite = torch.stack([weight.isfinite().all() for _, weight in named]).tolist()
+        """What first has an element that is not finite, a weight or a moment of the optimiser's. Waits for the
+        device."""
+        named = [(f"the weight {name}", weight) for name, weight in self.model.named_parameters()]
+        for name, weight in self.model.named_parameters():
+            moments = ((key, self.optimiser.state[weight][key]) for key in ("exp_avg", "exp_avg_sq"))
+            named += [(f"the optimiser's {key} of {name}", moment) for key, moment in moments]
+        finite = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist()
         return next((name for (name, _), whole in zip(named, finite, strict=True) if not whole), None)
 
     def backends(self) -> str:
@@ -630,7 +637,7 @@ def _bad_loss(code: int) -> tuple[int, str] | None:
 
 
 class Glance:
-    """A number on a GPU as it was at the glance before, which the host waits for.
+    """A number on a GPU as it was at the glance before, until which the host goes no further; nothing synchronises.
 
     The steps told since then keep the device busy meanwhile, and the host is never further ahead of it than the steps
     of two glances. Without a bound a graph, which is told in less time than it runs, has a whole epoch waiting when
@@ -646,10 +653,12 @@ class Glance:
     def newest(self) -> int:
         """The value of the last glance, -1 at the first; asks for the one of now."""
         if self._arrived is None:
-            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived = torch.cuda.Event()
             seen = -1
         else:
-            self._arrived.synchronize()
+            # Asked again and again: a wait in the driver would keep a signal from Python.
+            while not self._arrived.query():
+                time.sleep(_POLL_SECONDS)
             seen = int(self._copy)
         self._copy.copy_(self._number, non_blocking=True)
         self._arrived.record(torch.cuda.current_stream(self._number.device))

@@ -12,11 +12,13 @@ from typing import Any, Literal
 from . import _eval_extra  # noqa: F401 - checks first that what measuring needs is installed
 from .command import choose_device, progress, run, settings_of, split_settings
 from .config import check_given, check_range, check_types, setting
-from .data import FeatureSet
+from .data import EvaluationRows, FeatureSet
+from .files import DataError
 from .measure import outputs_metrics, raw_class_texts, table
 from .nn import SeDA
 from .outputs import PREDICTION_SEED
 from .ranks import Ranks, joined
+from .results import METRICS_FILE
 from .sharded import sharded_outputs
 
 PROGRAM = "seda_fast.evaluate"
@@ -42,7 +44,7 @@ def measure(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any] | None:
     """The metrics of a saved model on a test part, whose rows the ranks share; None on all but the first."""
     folder = Path(config.model)
     model = SeDA.from_pretrained(folder, choose_device(config.device))
-    fraction, split_seed = split_settings(folder)
+    fraction, split_seed = split_settings(folder) or (None, 0)
     part = FeatureSet.load_test(
         config.data,
         visual_dim=model.config.visual_dim,
@@ -54,11 +56,29 @@ def measure(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any] | None:
         test_fraction=fraction,
         seed=split_seed,
     )
+    _check_split(folder, part)
     with progress(len(part.visual), "predicting") as bar:
         outputs = sharded_outputs(model, part, ranks, seed=config.seed, on_rows=bar.update)
     if not ranks.first:
         return None
     return {**outputs_metrics(outputs, model, part), "data": part.source}
+
+
+def _check_split(folder: Path, part: EvaluationRows) -> None:
+    """Raises DataError where ``part`` was cut from other rows than those that the model's own test part was: some of it
+    would be rows that the model was trained on."""
+    path = folder / METRICS_FILE
+    if part.split is None or not path.exists():
+        return
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8")).get("split")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise DataError(f"{path}: not the metrics of a training run ({error})") from error
+    if recorded not in (None, part.split):
+        raise DataError(
+            f"{part.source}: its rows are not those of the model's training, so the test part cannot be found again; "
+            "give data with visual_test and label_test"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -174,7 +175,10 @@ def about(model: SeDA, seed: int, features: bool) -> str:
 
 
 def write_program(path: Path, program: ExportedProgram, text: str) -> None:
-    torch.export.save(program, path, extra_files={ABOUT: text})
+    # Its own writer ends the process where the disk is full.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={ABOUT: text})
+    path.write_bytes(content.getbuffer())
 
 
 def run_program(path: Path, inputs: Arrays) -> list[NDArray[Any]]:

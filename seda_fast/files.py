@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 Layout = Callable[[str, tuple[int, ...], "np.dtype[Any]"], None]
 
@@ -240,6 +240,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         flush(target.parent)  # a rename lasts only when its folder is on disk
     except OSError as error:
         raise DataError(f"{target} cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:  # what its writer makes of a full disk
+        raise DataError(f"{target} cannot be written: {error}") from error
     finally:
         with suppress(OSError):  # gone after the rename; a second error here would hide the first
             draft.unlink()

@@ -236,13 +236,18 @@ class Trainer:
         done = self.stepper.done
         if done % self._telling.every and done != self.total_steps:
             return
-        # Ranks may have handed their sums to the first since then; what all of them added stays the same.
-        added = self._ranks.add(self._carried + self.stepper.sums - self._told)
-        means = dict(zip(TERMS, (added / self._untold_rows).tolist(), strict=True))
+        means = dict(zip(TERMS, (self._untold() / self._untold_rows).tolist(), strict=True))
         self._carried.zero_()
         self._told.copy_(self.stepper.sums)
         self._untold_rows = 0
         self._telling.write(done, means, rate)
+
+    def _untold(self) -> Tensor:
+        """What all ranks added to the losses since they were told last; each must ask.
+
+        Ranks may have handed their sums to the first since then, which changes nothing of it.
+        """
+        return self._ranks.add(self._carried + self.stepper.sums - self._told)
 
     def _refuse_non_finite(self, newest: bool = True) -> int:
         """Raises TrainingError where a loss on any rank is not finite; returns the signal that any rank got, or 0.
@@ -284,11 +289,13 @@ class Trainer:
         if name is not None:
             done = self.stepper.done
             epoch = -(-done // self.steps_per_epoch)
-            what = f"the weight {name} is no longer finite after step {done}"
+            what = f"{name} is no longer finite after step {done}"
             raise TrainingError(f"{what} (epoch {epoch}); {self._kept()}")
 
     def _kept(self) -> str:
         """The checkpoint to go on from; where the newest, which may still be written, fails, the one before it."""
+        if not self._ranks.first and self._keeping is not None:
+            return "the first rank names the last good checkpoint"
         failed = ""
         try:
             self._finish_checkpoint()
@@ -304,13 +311,16 @@ class Trainer:
     def _keep(self) -> None:
         """Look whether all is well, write a checkpoint where one is due, and stop where a signal asked for it."""
         keeping, done = self._keeping, self.stepper.done
+        if keeping is not None and keeping.checkpoints is not None:
+            keeping.checkpoints.raise_failure()  # no use to train on to the next one
         due = keeping is not None and (
             done % max(1, round(keeping.every * self.steps_per_epoch)) == 0 or done == self.total_steps
         )
         told = keeping is not None and keeping.interrupts is not None and keeping.interrupts.requested is not None
         if not (due or (told and self._ranks.alone) or self._time_to_look()):
             return
-        newest = due or self._sees_newest()
+        # Of several GPUs those steps that were told since the look before are left to the devices.
+        newest = due or self._ranks.alone or self.data.device.type == "cpu"
         signum = self._refuse_non_finite(newest)
         if keeping is None or not (due or signum):
             return
@@ -318,6 +328,7 @@ class Trainer:
             self._refuse_non_finite()
         self._refuse_bad_state()
         tensors, state = {**self.stepper.tensors(), "order": self._order_state}, self._state()
+        tensors["untold"] = self._untold()
         tensors["sums"] = self.stepper.gather_sums()
         if keeping.checkpoints is not None:
             self._last_checkpoint = keeping.checkpoints.save(done, tensors, state)
@@ -340,12 +351,6 @@ class Trainer:
             return False
         return True
 
-    def _sees_newest(self) -> bool:
-        """Whether a look waits for the newest step. Ranks with GPUs leave them the steps since the look before, unless
-        those are more than a signal may wait for."""
-        slow = self._pace * LOOK_STEPS > 1e6 * LOOK_SECONDS
-        return slow or self._ranks.alone or self.data.device.type == "cpu"
-
     def _finish_checkpoint(self) -> None:
         if self._keeping is not None and self._keeping.checkpoints is not None:
             self._keeping.checkpoints.finish()
@@ -354,6 +359,7 @@ class Trainer:
         return {
             "batch": self._batch,
             "seconds": self._seconds,
+            "untold_rows": self._untold_rows,
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
             "scaler": self.stepper.scaler.state_dict(),
             "fallbacks": self.stepper.fallbacks,
@@ -393,6 +399,7 @@ class Trainer:
             try:
                 self.stepper.load(found.tensors)
                 self._order_state = found.tensors["order"].clone()
+                self._carried.copy_(found.tensors["untold"])
             except (KeyError, ValueError) as error:
                 raise DataError(f"the checkpoint {found.path} is not of this version ({error})") from error
             self._last_checkpoint = found.path
@@ -407,6 +414,7 @@ class Trainer:
         self.stepper.add_fallbacks(state.get("fallbacks", {}))
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self._batch, self._seconds = int(state["batch"]), float(state["seconds"])
+        self._untold_rows = int(state["untold_rows"])
         self._told.copy_(self.stepper.sums)
         self._looked = (self.stepper.done, time.perf_counter())
         self._say(f"continuing after step {self.stepper.done} of {self.total_steps}, from {self._last_checkpoint}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .arrays import rows as float_rows
 from .data import EvaluationRows, VisualRows
+from .files import DataError
 from .nn import SeDA
 from .nn.seda import BLOCK_ROWS
 
@@ -64,5 +65,14 @@ def model_outputs(
             semantic, aligned = model.align(visual, ids, seed=seed)
             _, point = model.align(visual, ids, steps=model.config.classification_steps, seed=seed)
             parts.append(tuple(part.cpu() for part in (*log_proba, semantic, aligned, point)))
+            _refuse_nan(rows, index, parts[-1])
             on_rows(len(index))
     return Outputs(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
+
+
+def _refuse_nan(rows: EvaluationRows | VisualRows, index: NDArray[np.int64], outputs: Sequence[torch.Tensor]) -> None:
+    """Raises DataError for the first row of ``index`` (m,) whose ``outputs`` (m, ..) are NaN; -inf is a probability."""
+    bad = torch.stack([output.isnan().any(dim=1) for output in outputs]).any(dim=0)
+    if bad.any():
+        row = int(rows.ids[index[int(bad.to(torch.int8).argmax())]])
+        raise DataError(f"{rows.source}: row {row} has features so large that its prediction is not a number")

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from .command import choose_device, progress, run, settings_of, split_settings
 from .config import ConfigError, check_given, check_range, check_types, setting
 from .data import VisualRows, load_visual
-from .files import atomic_path, output_file
-from .nn import SeDA
+from .files import DataError, atomic_path, output_file
+from .nn import WEIGHTS_FILE, SeDA
 from .nn.multi_label import THRESHOLD
 from .outputs import PREDICTION_SEED, Outputs
 from .ranks import Ranks, joined
@@ -96,10 +96,14 @@ def write(config: PredictConfig, ranks: Ranks) -> None:
     out = output_file(config.out, "--out", (".csv",)) if config.out else None
     features = output_file(config.features, "--features", (".npz", ".safetensors")) if config.features else None
     folder = Path(config.model)
+    for option, path in (("--out", out), ("--features", features)):
+        for read in (folder / WEIGHTS_FILE, Path(config.data)):
+            if path is not None and path.exists() and read.exists() and path.samefile(read):
+                raise DataError(f"{option} {path} is what is read")
     model = SeDA.from_pretrained(folder, choose_device(config.device))
     if config.threshold != THRESHOLD and not model.config.multi_label:
         raise ConfigError("threshold is for multi-label models; this one gives each row one class")
-    fraction, split_seed = split_settings(folder)
+    fraction, split_seed = split_settings(folder) or (0.2, 0)
     rows = load_visual(config.data, visual_dim=model.config.visual_dim, test_fraction=fraction, seed=split_seed)
     with progress(len(rows.visual), "predicting") as bar:
         outputs = sharded_outputs(model, rows, ranks, seed=config.seed, on_rows=bar.update)

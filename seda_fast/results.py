@@ -26,6 +26,10 @@ from .nn import WEIGHTS_FILE
 
 CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.toml", "metrics.json", "history.csv"
 OUTPUTS_FILE = "outputs.safetensors"
+TRACE_FILE, REPORT_FOLDER = "trace.json", "report"
+# What a run may write to its folder, and what the other commands and the estimator make of its model there.
+_RESULTS = (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, HISTORY_FILE, OUTPUTS_FILE, TRACE_FILE, REPORT_FOLDER)
+_DERIVED = ("model.pt2", "model.onnx", "report.html", "estimator.json")
 _LOCK_FILE, _DRAFT_FOLDER = "lock", "draft"
 
 
@@ -56,10 +60,13 @@ def results_folder(
     with _locked(place, out, report):
         checkpoints = Checkpoints(place, report)
         unfinished = bool(checkpoints.steps())
-        finished = any((out / name).exists() for name in (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE))
+        finished = [name for name in _RESULTS if (out / name).exists()]
         # A run that was killed while its results moved has both.
         if finished and not overwrite and not (resume and unfinished):
-            raise DataError(f"the folder {out} holds the results of an earlier run; give another --out or --overwrite")
+            raise DataError(
+                f"the folder {out} holds the results of an earlier run ({', '.join(finished)}); "
+                "give another --out or --overwrite"
+            )
         if unfinished and not overwrite and not resume:
             raise DataError(f"an unfinished run to {out} is there; --resume continues it, --overwrite drops it")
         draft = place / _DRAFT_FOLDER
@@ -69,12 +76,22 @@ def results_folder(
                 checkpoints.clear()
             draft.mkdir()
             yield draft, checkpoints
+            _remove_stale(draft, out)
             _move(draft, out)
             checkpoints.clear()
         except OSError as error:
             raise DataError(f"the folder {out} cannot be written: {error.strerror or error}") from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def _remove_stale(draft: Path, out: Path) -> None:
+    """What an earlier run left in ``out`` and the new one in ``draft`` does not replace: it is of another model."""
+    for name in (*_RESULTS, *_DERIVED):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        elif not (draft / name).exists():
+            (out / name).unlink(missing_ok=True)
 
 
 def _move(draft: Path, out: Path) -> None:

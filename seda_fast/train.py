@@ -27,7 +27,7 @@ from . import _eval_extra  # noqa: F401 - checks first that what measuring needs
 from .arrays import rows as float_rows
 from .baselines import BASELINES, Baseline, fit_baseline
 from .command import choose_device, progress, report, run, settings_of
-from .config import ConfigError, SeDAConfig, TrainConfig, check_range, check_types, setting
+from .config import ConfigError, SeDAConfig, TrainConfig, check_given, check_range, check_types, setting
 from .data import EvaluationRows, FeatureSet
 from .engine import EngineName, PrecisionName, Rows
 from .events import EventLog, event_log, require_tensorboard
@@ -46,6 +46,8 @@ from .results import (
     HISTORY_FILE,
     METRICS_FILE,
     OUTPUTS_FILE,
+    REPORT_FOLDER,
+    TRACE_FILE,
     results_folder,
     write_history,
     write_settings,
@@ -53,7 +55,8 @@ from .results import (
 from .sharded import sharded_outputs
 
 PROGRAM = "seda_fast.train"
-TRACE_FILE = "trace.json"
+# Between two lines on how far a training is, where there is no terminal for a progress bar.
+_SECONDS_BETWEEN_LINES = 30.0
 # Samples whose way through the steps is drawn.
 _PATH_SAMPLES = 12
 _FROM_DATA = ("visual_dim", "text_dim", "n_classes", "class_text", "multi_label")
@@ -83,6 +86,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_given(self, "data", "out")
         check_range(self, "test_fraction", 0 < self.test_fraction < 1, "between 0 and 1")
         check_range(self, "memory_share", 0 <= self.memory_share <= 1, "in 0 .. 1")
         check_range(self, "log_every", self.log_every >= 1, "at least 1")
@@ -121,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> Settings:
 
 
 def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) -> dict[str, Baseline]:
-    """All baselines on the same standardised rows, with the settings they were tuned for."""
+    """All baselines that these standardised rows can train, with the settings they were tuned for."""
     visual, text, labels, paired, _ = rows.rows(torch.arange(len(rows), device=rows.device))
     text = text.masked_fill(~paired[:, None], float("nan"))
     arrays = (visual.cpu().numpy(), text.cpu().numpy(), labels.cpu().numpy())
@@ -129,13 +133,16 @@ def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) 
     with progress(len(BASELINES), "baselines") as bar:
         for name in BASELINES:
             bar.set_postfix_str(name)
-            found[name] = fit_baseline(
-                name,
-                *arrays,
-                n_classes=config.n_classes,
-                seed=settings.seed,
-                device=str(rows.visual.device),
-            )
+            options: dict[str, Any] = {
+                "n_classes": config.n_classes,
+                "seed": settings.seed,
+                "device": str(rows.visual.device),
+            }
+            try:
+                found[name] = fit_baseline(name, *arrays, **options)
+            except ValueError as error:
+                # SeDA needs less of the rows: its training, which is done, is not lost for that.
+                report(PROGRAM, f"the baseline {name} cannot be trained on these rows and is left out: {error}")
             bar.update()
     return found
 
@@ -232,9 +239,17 @@ def fit(
     ):
         bar.update(resumed_after)
 
+        told = time.perf_counter()
+
         def on_step(done: int, total: int) -> None:
+            nonlocal told
             recorder.step()
             bar.update()
+            # Where no bar is shown, a log file say.
+            if bar.disable and time.perf_counter() - told > _SECONDS_BETWEEN_LINES:
+                told, past = time.perf_counter(), trainer.history[-1:]
+                loss = f", loss {past[0].losses['total']:.4f} in epoch {past[0].epoch}" if past else ""
+                say(f"step {done} of {total}{loss}")
 
         model, history = trainer.run(on_step)
     seconds = before + time.perf_counter() - started
@@ -292,10 +307,13 @@ def train_and_evaluate(
         arrays.update(more)
     if events is not None:
         events.metrics(metrics)
-    metrics.update(data=data.source, seed=settings.train.seed, device=str(device), versions=versions())
+    metrics.update(
+        data=data.source, split=data.split, seed=settings.train.seed, device=str(device), versions=versions()
+    )
     model.save_pretrained(draft)
     sections = {
-        "run": {**dataclasses.asdict(settings.run), "resume": False},
+        # What a repetition of the run must not do unasked is left out.
+        "run": {**dataclasses.asdict(settings.run), "resume": False, "overwrite": False},
         "model": dataclasses.asdict(config),
         "train": dataclasses.asdict(settings.train),
     }
@@ -304,7 +322,7 @@ def train_and_evaluate(
     (draft / METRICS_FILE).write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with atomic_path(draft / OUTPUTS_FILE) as file:
         save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, file)
-    write_report(draft / "report", model, part, outputs, history)
+    write_report(draft / REPORT_FOLDER, model, part, outputs, history)
     shown = {"SeDA": metrics, **{f"  {name} head": values for name, values in metrics["heads"].items()}}
     shown["SeDA, point estimate"] = {**metrics, "alignment": metrics["alignment_point"]}
     results = table({**shown, **metrics["baselines"]})

@@ -228,3 +228,16 @@ def test_a_file_that_may_not_grow_is_one_sentence_too(tmp_path: Path) -> None:
 def test_the_json_is_plain(kept: Checkpoints) -> None:
     about = json.loads(save(kept, 4).with_suffix(".json").read_text())
     assert set(about) == {"format", "step", "sha256", "bytes", "state", "about_sha256"}
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_good_one(kept: Checkpoints, said: list[str]) -> None:
+    save(kept, 6)
+    path = save(kept, 12)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    found = kept.newest()
+    assert found is not None
+    assert found.step == 6
+    save(kept, 18)
+    assert kept.steps() == [6, 18]
+    save(kept, 24)
+    assert kept.steps() == [18, 24]

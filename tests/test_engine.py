@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seda_fast import SeDA, SeDAConfig, TrainConfig, engine, loop, train
 from seda_fast.checkpoint import Checkpoints
 from seda_fast.config import ConfigError
-from seda_fast.engine import Glance, Plan, Stepper, plan
+from seda_fast.engine import Glance, Plan, PrecisionName, Stepper, plan
 from seda_fast.files import DataError
-from seda_fast.loop import LOOK_SECONDS, LOOK_STEPS, Keeping, Trainer, TrainingError, TrainingSet
+from seda_fast.loop import LOOK_SECONDS, LOOK_STEPS, Keeping, Telling, Trainer, TrainingError, TrainingSet
 from seda_fast.ops import cpp_status, use_backend
 from seda_fast.ranks import ALONE, Ranks
 
@@ -482,11 +483,68 @@ def test_a_bad_loss_names_no_checkpoint_that_could_not_be_written(
                 broken.model.translator.head.weight[0, 0] = float("inf")
 
     monkeypatch.setattr(kept, "_write_files", full_disk)
+    # As if it were still being written.
+    monkeypatch.setattr(kept, "raise_failure", lambda: None)
     with pytest.raises(TrainingError) as caught:
         broken.run(on_step=spoil)
     said = str(caught.value)
     assert f"the last good checkpoint is {tmp_path / 'step-000000005.safetensors'} (the checkpoint" in said
     assert "no space is left" in said
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_before_the_next_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Checkpoints(tmp_path, lambda sentence: None)
+    running = trainer(keeping=Keeping(kept))
+
+    def full_disk(path: Path, *rest: Any) -> None:
+        raise DataError(f"the checkpoint {path} cannot be written: no space is left")
+
+    def wait(done: int, total: int) -> None:
+        if done == 6 and kept._writer is not None:
+            kept._writer.join()
+
+    monkeypatch.setattr(kept, "_write_files", full_disk)
+    with pytest.raises(DataError, match="no space is left"):
+        running.run(on_step=wait)
+    assert running.stepper.done == 6
+
+
+def test_a_rank_without_checkpoints_leaves_them_to_the_first() -> None:
+    broken = trainer(keeping=Keeping(None))
+    broken._ranks = Ranks(1, 2)
+    assert broken._kept() == "the first rank names the last good checkpoint"
+
+
+def test_a_moment_gone_bad_is_found_too() -> None:
+    broken = trainer()
+    weight = broken.model.translator.head.weight
+    broken.stepper.optimiser.state[weight]["exp_avg_sq"][0, 0] = float("inf")
+    assert broken.stepper.first_non_finite() == "the optimiser's exp_avg_sq of translator.head.weight"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_tells_the_losses_that_an_undisturbed_one_tells(precision: PrecisionName, tmp_path: Path) -> None:
+    def told(keeping: Keeping | None, stop: int = 0, resume: bool = False) -> dict[int, float]:
+        found: dict[int, float] = {}
+        telling = Telling(10, lambda step, means, rate: found.update({step: means["total"]}))
+        running = trainer(keeping=keeping, telling=telling, precision=precision)
+        if resume:
+            assert running.resume()
+
+        def halt(done: int, total: int) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        with suppress(KeyboardInterrupt):
+            running.run(on_step=halt)
+        return found
+
+    whole = told(None)
+    kept = Checkpoints(tmp_path, lambda sentence: None)
+    halves = told(Keeping(kept), stop=17) | told(Keeping(kept), resume=True)
+    assert halves == pytest.approx(whole, rel=1e-12)
 
 
 def overflow_in(step: int, broken: Trainer) -> None:
@@ -528,14 +586,16 @@ def test_a_number_of_the_device_is_that_of_the_glance_before(monkeypatch: pytest
     waits: list[str] = []
 
     class Event:
-        def __init__(self, blocking: bool) -> None:
-            assert blocking  # the host's core is free meanwhile
-
         def record(self, stream: Any) -> None:
             waits.append("recorded")
 
+        def query(self) -> bool:
+            """The device comes to it between the first question and the second."""
+            waits.append("asked")
+            return waits[-2] == "asked"
+
         def synchronize(self) -> None:
-            waits.append("waited")
+            raise AssertionError("a wait in the driver, where no signal is heard")
 
     full = torch.full
     monkeypatch.setattr(torch, "full", lambda *args, pin_memory, **options: full(*args, **options))
@@ -548,7 +608,7 @@ def test_a_number_of_the_device_is_that_of_the_glance_before(monkeypatch: pytest
     number.fill_(7)
     assert glance.newest() == -1  # it was made before the number changed
     assert glance.newest() == 7
-    assert waits == ["recorded", "waited", "recorded", "waited", "recorded"]
+    assert waits == ["recorded", *("asked", "asked", "recorded") * 2]
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(1e-4, LOOK_STEPS), (0.1, 10), (20.0, 1)])
@@ -559,17 +619,6 @@ def test_ranks_look_every_second_or_so(monkeypatch: pytest.MonkeyPatch, seconds:
     looking.stepper.done = 30
     assert looking._refuse_non_finite() == 0
     assert looking._look_at == 30 + steps
-
-
-def test_ranks_wait_for_the_newest_step_where_a_signal_could_not_wait_for_the_others() -> None:
-    looking = trainer()
-    looking.data, looking._ranks = Shown(torch.device("cuda")), Ranks(0, 2)
-    assert looking._sees_newest(), "nothing is known yet of how long a step takes"
-    microseconds = int(1e6 * LOOK_SECONDS / LOOK_STEPS)
-    for looking._pace, waits in ((microseconds // 20, False), (microseconds, False), (microseconds + 1, True)):
-        assert looking._sees_newest() == waits
-    looking._pace, looking._ranks = 1, ALONE
-    assert looking._sees_newest()
 
 
 def test_the_pace_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,33 +639,34 @@ def test_the_pace_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert looking._look_at == 60
 
 
+@pytest.mark.parametrize("ranks", [ALONE, Ranks(0, 2)], ids=["one GPU", "two"])
 @pytest.mark.parametrize("seconds", [1e-4, 0.05, 0.3, 3.0])
 def test_a_gpu_never_has_more_steps_waiting_than_a_signal_may_wait_for(
-    seconds: float, monkeypatch: pytest.MonkeyPatch
+    seconds: float, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU whose steps take ``seconds``, told by a host that takes a millisecond a step."""
     looking = trainer()
-    looking.data = Shown(torch.device("cuda"))
+    looking.data, looking._ranks = Shown(torch.device("cuda")), ranks
     # When the host and the device are done with what they were told, and when the device was with each look's steps.
     host, device, seen = [0.0], [0.0], [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: host[0])
     looking._looked = (0, 0.0)
 
-    def glance() -> None:
+    def glanced() -> int:
         host[0] = max(host[0], seen[-1])
         seen.append(device[0])
+        return -1
 
-    monkeypatch.setattr(looking.stepper, "glance", glance)
-    worst, looks = 0.0, 0
+    monkeypatch.setattr(looking.stepper, "_glanced", glanced)
+    worst = 0.0
     for looking.stepper.done in range(1, 2000):
         host[0] += 1e-3
         device[0] = max(device[0], host[0]) + seconds
-        looks += looking.stepper.done >= looking._look_at
-        assert not looking._time_to_look()
+        looking._keep()
         worst = max(worst, device[0] - host[0])
     assert worst <= 2 * max(seconds, LOOK_SECONDS) + seconds
     # And the host looks no more often than it must.
-    assert looks <= 4 + 2000 * max(1 / LOOK_STEPS, 2 * min(1.0, seconds / LOOK_SECONDS))
+    assert len(seen) <= 5 + 2000 * max(1 / LOOK_STEPS, 2 * min(1.0, seconds / LOOK_SECONDS))
 
 
 def test_a_sum_that_overflows_is_named_too() -> None:

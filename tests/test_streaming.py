@@ -183,6 +183,13 @@ def test_a_part_of_a_map_is_read_from_where_it_lies(tmp_path: Path) -> None:
     np.testing.assert_array_equal(target, np.load(data / "visual_train.npy")[[10, 13]])
 
 
+def test_columns_in_a_file_are_refused_with_what_helps(tmp_path: Path) -> None:
+    """Each row lies in as many places as it has features: all of the file would be read for every batch, or held."""
+    np.save(tmp_path / "turned.npy", np.asfortranarray(np.ones((30, 8), np.float32)))
+    with pytest.raises(DataError, match=r"turned.npy is in Fortran order .* numpy.ascontiguousarray"):
+        RowReader(np.lib.format.open_memmap(tmp_path / "turned.npy", mode="r"))
+
+
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

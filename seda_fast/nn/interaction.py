@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..ops import (
     ChainWeights,
-    chained_interaction_block,
     embed_condition,
     interaction_block,
     interaction_network,
@@ -59,20 +58,13 @@ class InteractionBlock(nn.Module):
         modulation: Tensor,
         dropout: Dropout | None,
         layer: int,
-        statistics: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``h`` (B, d), ``gate`` (B, m*d), ``timesteps`` (B,), ``modulation`` (3, T, d) -> (B, d).
-
-        Beside it, on a GPU only, the row statistics of the result, for kernels that read the next block's state tile by
-        tile; none of today's does.
-        """
+    ) -> Tensor:
+        """``h`` (B, d), ``gate`` (B, m*d), ``timesteps`` (B,), ``modulation`` (3, T, d) -> (B, d)."""
         shift, scale, alpha = modulation.unbind(0)
         operands = (h, gate, timesteps, shift, scale, alpha)
         weights = (self.hidden.weight, self.hidden.bias, self.output.weight, self.output.bias)
         keys = {} if dropout is None else dropout.keys(layer)
-        if h.device.type != "cpu":
-            return chained_interaction_block(*operands, *weights, statistics=statistics, **keys)
-        return interaction_block(*operands, *weights, **keys), None
+        return interaction_block(*operands, *weights, **keys)
 
 
 class TimestepModulation(nn.Module):
@@ -217,13 +209,12 @@ class PFIN(nn.Module):
     ) -> Tensor:
         """The prediction from an embedded condition ``normed`` (B, d), its ``gates`` and the (L, 3, T, d) tables."""
         h = self.input(x) + normed
-        statistics = None
         # unbind, not an index a layer: the gradient of an index is the whole table again, in zeros.
         parts = zip(self.blocks, gates.chunk(len(self.blocks), dim=1), modulation.unbind(0), strict=True)
         for layer, (block, gate, tables) in enumerate(parts):
             if self.memory is not None and layer == self.read_before:
-                h, statistics = self.memory(h, projected), None
-            h, statistics = block(h, gate, timesteps, tables, dropout, layer, statistics)
+                h = self.memory(h, projected)
+            h = block(h, gate, timesteps, tables, dropout, layer)
         prediction: Tensor = self.output(layer_norm(h))
         return prediction
 

@@ -104,4 +104,6 @@ class NoiseSchedule:
             initial_signal, initial_noise = abar[:1], (gain * noise_rate)[:1]
         else:
             raise ValueError(f"sampler must be 'ddim' or 'renoise', not {name!r}")
-        return Sampler(tau, table.float(), initial_signal.float(), initial_noise.float(), bool((e != 0).any()))
+        return Sampler(
+            tau, table.float(), initial_signal.float(), initial_noise.float(), name == "renoise" and sampling_steps > 1
+        )

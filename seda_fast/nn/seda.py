@@ -595,12 +595,21 @@ class SeDA(nn.Module):
             raise DataError(f"{path}: there is no such file; a trained model's folder holds {WEIGHTS_FILE}")
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})[_METADATA_KEY])
+                metadata = file.metadata() or {}
+            if _METADATA_KEY not in metadata:
+                raise DataError(f"{path}: not a model of this library (its metadata has no {_METADATA_KEY!r})")
+            about = json.loads(metadata[_METADATA_KEY])
             model = cls(SeDAConfig(**about["config"]), about["class_names"])
             model.load_state_dict(load_file(path))
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path}: not a readable safetensors file ({error})") from error
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"{path}: not a model of this library ({first_line})") from error
+            if isinstance(error, DataError):
+                raise
+            # PyTorch names the tensors below its first line.
+            reason = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+            raise DataError(f"{path}: not a model of this library ({reason[:300]})") from error
+        bad = next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None)
+        if bad is not None:
+            raise DataError(f"{path}: {bad} holds NaN or infinity")
         return model.to(device).eval()

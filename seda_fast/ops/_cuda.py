@@ -1,7 +1,8 @@
 """The CUDA C++ backend: whether the operators of csrc/cuda are here, why not, and what they serve.
 
 The reverse chain in bfloat16 is all that they serve: by default few rows on compute capability 9.0, where they were
-measured fastest by at least a tenth (see ops/cuda/reverse_chain.py), and all that they can under ``use_backend("cuda")``.
+measured fastest by at least a tenth (see ops/cuda/reverse_chain.py), and all that they can under
+``use_backend("cuda")``.
 """
 
 from __future__ import annotations

@@ -241,8 +241,9 @@ def chained_interaction_block(
     """`interaction_block` for a block that another one follows: the row statistics of its result come with
     it.
 
-    The next block's norm then need not read the state once more to find them. Gradients are those of
-    `interaction_block`; none flows through the statistics, which are a function of the state.
+    They are for kernels that read the next state in tiles of columns, which then need not read it once more to find
+    them; today's read whole rows and do without. Gradients are those of `interaction_block`; none flows through the
+    statistics, which are a function of the state.
 
     Args:
         statistics: of ``h``, as the block before left them, (B, ceil(d/128), 2) float32; None for the first

@@ -229,6 +229,8 @@ def semantic_projection(
     check_tensor(labels, "labels", (batch,), device, "integer")
     check_tensor(weight, "weight", (None, dim), device, "floating")
     check_tensor(bias, "bias", (weight.shape[0],), device, "floating")
+    if dim == 0 or weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one class and one feature, not shape {tuple(weight.shape)}")
     if centres is not None:
         check_tensor(centres, "centres", (weight.shape[0], dim), device, "floating")
     if not temperature > 0:
@@ -253,8 +255,11 @@ def _wants_gradient(features: Tensor, weight: Tensor, bias: Tensor) -> tuple[boo
     """Whether the forward should leave the entropy's gradients, and the features' among them.
 
     A CPU makes them from a block of logits while it is there, which spares the backward a product; a GPU's kernels make
-    the logits again.
+    the logits again. So does a CPU in float16, whose gradients need the loss's scale before they are rounded.
     """
     if features.is_cuda or forced() == "triton" or not torch.is_grad_enabled():
+        return False, False
+    half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else features.dtype
+    if half == torch.float16:
         return False, False
     return features.requires_grad or weight.requires_grad or bias.requires_grad, features.requires_grad

@@ -64,6 +64,10 @@ def stratified_timesteps(
     rows, device = sample_ids.shape[0], sample_ids.device
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    if batch is not None and not 0 <= first_row <= batch - rows:
+        raise ValueError(f"first_row {first_row} and {rows} rows do not fit a batch of {batch}")
+    if batch is None and first_row != 0:
+        raise ValueError(f"first_row is {first_row}, which needs the batch's size, batch")
     given = (as_counter(seed, "seed", device), as_counter(step, "step", device), sample_ids, steps, stream)
     place = (first_row, rows if batch is None else batch)
     # On a CPU it stays in the open, where a compiler makes one loop of it.

@@ -463,9 +463,35 @@ def test_compiles_without_a_graph_break(lane: Any) -> None:
         ({"temperature": 0.0}, "temperature must be positive, not 0.0"),
         ({"temperature": math.nan}, "temperature must be positive, not nan"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), not 1.0"),
+        ({"weight": torch.zeros(0, 6), "bias": torch.zeros(0), "centres": None}, "weight must have at least one class"),
+        ({"features": torch.zeros(4, 0), "weight": torch.zeros(3, 0), "centres": None}, "at least one class and one"),
     ],
 )
 def test_bad_arguments_get_one_sentence(change: dict[str, Any], sentence: str) -> None:
     given = operands(Case(4, 6, 3), torch.float32, "cpu")
     with pytest.raises(ValueError, match=sentence):
         semantic_projection(**{**given, **change})
+
+
+def test_gradients_in_float16_are_scaled_before_they_are_rounded() -> None:
+    """A loss of rows that are nearly all right has gradients below float16's least number, and GradScaler's factor is
+    what saves them; a factor of 65536 must not overflow either."""
+    torch.manual_seed(0)
+    features, weight, bias = 4 * torch.randn(512, 16), torch.randn(6, 16), torch.zeros(6)
+    labels = (features @ weight.T).argmax(1)
+    for scale in (1.0, 1024.0, 65536.0):
+        leaves = [t.clone().requires_grad_() for t in (features, weight, bias)]
+        with torch.autocast("cpu", torch.float16):
+            _, loss = semantic_projection(leaves[0], labels, None, *leaves[1:], temperature=0.5)
+        got = torch.autograd.grad(loss * scale, leaves)
+        with torch.autocast("cpu", torch.float16):
+            plain = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*leaves) / 0.5, labels)
+        eager = torch.autograd.grad(plain * scale, leaves)
+        double = [t.double().requires_grad_() for t in (features, weight, bias)]
+        exact = torch.autograd.grad(
+            torch.nn.functional.cross_entropy(torch.nn.functional.linear(*double) / 0.5, labels) * scale, double
+        )
+        for one, other, true in zip(got, eager, exact, strict=True):
+            largest = true.abs().max()
+            allowed = 2 * (other.double() - true).abs().max() + 1e-3 * largest
+            assert (one.double() - true).abs().max() <= allowed

@@ -55,6 +55,12 @@ def test_strided_sample_ids(lane: Any) -> None:
     assert torch.equal(got, stratified_timesteps(**given, steps=50, stream=2))
 
 
+@pytest.mark.parametrize(("first_row", "batch"), [(0, 3), (-1, 9), (6, 9), (2, None)])
+def test_rows_that_do_not_fit_the_batch_are_refused(first_row: int, batch: int | None) -> None:
+    with pytest.raises(ValueError, match=f"first_row (is )?{first_row}"):
+        stratified_timesteps(1, 2, torch.arange(4), 10, 2, first_row=first_row, batch=batch)
+
+
 def test_opcheck(lane: Any) -> None:
     given = keys(12, lane.device)
     torch.library.opcheck(torch.ops.seda_fast.stratified_timesteps.default, (*given.values(), 20, 2, 0, 12))

@@ -118,7 +118,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(gpu: Gpu) -> None:
 
 
 def test_another_set_of_tiles_or_another_variant_is_measured_by_itself(gpu: Gpu) -> None:
-    """The last block's product leaves no statistics and may take other tiles; TF32 and full precision differ."""
+    """Products of other sizes may take other tiles; TF32 and full precision differ."""
     tiles, wide = tuning.candidates(torch.bfloat16), tuning.candidates(torch.bfloat16, columns=128)
     assert wide != tiles
     for chosen, variant in ((tiles, ""), (wide, ""), (tiles, "PRECISION=tf32"), (tiles, "PRECISION=ieee")):
