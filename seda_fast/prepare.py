@@ -35,6 +35,11 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def reading_threads(device: torch.device, ranks: Ranks) -> int:
+    """How many read a batch's rows for ``device``; on a CPU the training itself has all others."""
+    return 1 if device.type == "cpu" else max(1, min(READERS, processors() // ranks.on_host))
+
+
 def prepare(
     data: FeatureSet,
     config: SeDAConfig,
@@ -69,8 +74,7 @@ def prepare(
     moments = (visual_mean, visual_scale, text_mean, text_scale)
     texts = None if data.text_classes is None else torch.from_numpy(data.text_classes)
     standardised = None if texts is None else (texts - text_mean) / text_scale
-    # On a CPU the training itself has all of them.
-    threads = 1 if device.type == "cpu" else max(1, min(READERS, processors() // ranks.on_host))
+    threads = reading_threads(device, ranks)
     readers = (RowReader(data.visual_train, threads), RowReader(data.text_train, threads))
     streamed = dataclasses.replace(StreamedSet(*readers, *moments, *about), text_classes=standardised)
     # Where one rank has too little memory, all of them stream.

@@ -44,20 +44,12 @@ class RowReader:
 
     Args:
         threads: that read at a time, where the C++ half is here; without it, Python reads row after row.
-
-    Raises:
-        DataError: the file holds columns, so that each row lies in as many places as it has features.
     """
 
     def __init__(self, array: Features, threads: int = 1) -> None:
         self._array, self._threads = array, threads
         self._file: int | None = None
         base: Any = array.base
-        if isinstance(array, np.memmap) and not array.flags.c_contiguous and array.flags.f_contiguous:
-            raise DataError(
-                f"{array.filename} is in Fortran order and too large to be held in memory; "
-                "save it once more with numpy.save(path, numpy.ascontiguousarray(array))"
-            )
         # Only a whole map: a part of one starts elsewhere in the file than it says.
         if isinstance(array, np.memmap) and isinstance(base, mmap.mmap) and array.flags.c_contiguous:
             self._file = os.open(str(array.filename), os.O_RDONLY)
@@ -74,8 +66,15 @@ class RowReader:
         """Read the rows ``index`` (n,) into ``target`` (n, D), cast to float32.
 
         Raises:
-            DataError: the file has become shorter.
+            DataError: the file has become shorter, or it holds columns, so that each row lies in as many places as it
+                has features.
         """
+        turned = not self._array.flags.c_contiguous and self._array.flags.f_contiguous
+        if isinstance(self._array, np.memmap) and turned:
+            raise DataError(
+                f"{self._array.filename} is in Fortran order and too large to be held in memory; "
+                "save it once more with numpy.save(path, numpy.ascontiguousarray(array))"
+            )
         if self._file is None:
             with np.errstate(over="ignore", invalid="ignore"):
                 target[:] = self._array[index]

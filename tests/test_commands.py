@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -709,3 +710,141 @@ def test_a_missing_extra_is_one_sentence(command: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "sklearn not installed; this command needs: pip install 'seda_fast[eval]'\n"
+
+
+# ---------------------------------------------------------------------------------------- what a user must not lose
+
+
+TINY = ["--epochs", "1", "--width", "16", "--blocks", "1", "--diffusion-steps", "50"]
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with ``data.npz``, which has no test part, and a model of it in ``run``."""
+    folder = tmp_path_factory.mktemp("split")
+    make_set(folder / "data.npz", visual_test=None, text_test=None, label_test=None)
+    options = ["--data", str(folder / "data.npz"), "--out", str(folder / "run"), "--no-baselines", "--seed", "7"]
+    assert train.main([*options, *TINY]) == 0
+    return folder
+
+
+def test_rows_that_a_model_was_trained_on_are_not_taken_for_a_test_part(
+    split: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main(["--model", str(split / "run"), "--data", str(split / "data.npz")]) == 0
+    SeDA.from_pretrained(split / "run").save_pretrained(tmp_path / "copy")
+    assert evaluate.main(["--model", str(tmp_path / "copy"), "--data", str(split / "data.npz")]) == 2
+    assert "no config.toml that tells the rows it was trained on" in capsys.readouterr().err
+    with np.load(split / "data.npz") as source:
+        arrays = dict(source)
+    turned = {name: value[::-1] if name.endswith("_train") else value for name, value in arrays.items()}
+    longer = {n: np.concatenate((v, v[:3])) if n.endswith("_train") else v for n, v in arrays.items()}
+    for changed in (turned, longer):
+        np.savez(tmp_path / "changed.npz", **changed)
+        assert evaluate.main(["--model", str(split / "run"), "--data", str(tmp_path / "changed.npz")]) == 2
+        assert "its rows are not those of the model's training" in capsys.readouterr().err
+
+
+def test_a_prediction_that_is_no_number_is_refused_with_its_row(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = np.ones((9, 8), np.float32)
+    rows[7, 2] = 3e30
+    np.save(tmp_path / "rows.npy", rows)
+    given = ["--model", str(trained / "run"), "--data", str(tmp_path / "rows.npy"), "--out", str(tmp_path / "p.csv")]
+    assert predict.main(given) == 2
+    assert "row 7 has features so large that its prediction is not a number" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_loaded(trained: Path, tmp_path: Path) -> None:
+    model = SeDA.from_pretrained(trained / "run")
+    with torch.no_grad():
+        model.learner.head.bias[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"model.safetensors: learner.head.bias holds NaN or infinity"):
+        SeDA.from_pretrained(tmp_path)
+
+
+def test_a_baseline_that_the_rows_cannot_train_is_left_out_and_the_run_is_not_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels and texts lie on different rows: the probe on texts has nothing to learn from."""
+    labels = np.arange(90) % 3
+    labels[:45] = -1
+    text = np.random.default_rng(1).normal(size=(90, 5)).astype(np.float32)
+    text[45:] = np.nan
+    make_set(tmp_path / "data.npz", label_train=labels, text_train=text)
+    given = ["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "run"), "--unpaired", "keep", *TINY]
+    assert train.main(given) == 0
+    assert "the baseline one_step_mse cannot be trained on these rows and is left out" in capsys.readouterr().err
+    assert set(metrics_of(tmp_path)["baselines"]) == {"linear", "mlp", "one_step"}
+
+
+def test_to_overwrite_is_not_repeated_unasked_and_leaves_nothing_of_the_old_model(split: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = ["--data", str(split / "data.npz"), "--out", str(out), "--no-baselines", *TINY]
+    assert train.main(given) == 0
+    derived = [out / name for name in ("model.pt2", "model.onnx", "report.html", "estimator.json", "trace.json")]
+    for path in derived:
+        path.write_text("of the old model")
+    (out / "notes.txt").write_text("the user's")
+    assert train.main([*given, "--overwrite"]) == 0
+    assert not any(path.exists() for path in derived)
+    assert (out / "notes.txt").read_text() == "the user's"
+    assert tomllib.loads((out / "config.toml").read_text())["run"]["overwrite"] is False
+
+
+def test_a_file_of_the_user_s_is_not_replaced_unasked(
+    split: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "history.csv").write_text("mine")
+    given = ["--data", str(split / "data.npz"), "--out", str(tmp_path), "--no-baselines", *TINY]
+    assert train.main(given) == 2
+    assert "(history.csv); give another --out or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "history.csv").read_text() == "mine"
+
+
+def test_an_output_does_not_replace_what_is_read(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained / "run"
+    for path in (run / "model.safetensors", trained / "data.npz"):
+        before = path.read_bytes()
+        given = ["--model", str(run), "--data", str(trained / "data.npz"), "--features", str(path)]
+        assert predict.main(given) == 2
+        assert f"--features {path} is what is read" in capsys.readouterr().err
+        assert path.read_bytes() == before
+
+
+def test_shortened_options_are_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--epoch", "1"])
+    assert "unrecognized arguments: --epoch" in capsys.readouterr().err
+
+
+def test_an_empty_name_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--data", "digits", "--out", ""]) == 2
+    assert "out" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a disk that is full")
+def test_a_table_that_cannot_be_printed_is_one_sentence(trained: Path) -> None:
+    command = [sys.executable, "-m", "seda_fast.predict", "--model", str(trained / "run")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, "--data", str(trained / "data.npz")], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr == "seda_fast.predict: the output cannot be written: No space left on device\n"
+
+
+def test_a_run_without_a_terminal_says_how_far_it_is(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "_SECONDS_BETWEEN_LINES", 0.0)
+    given = ["--data", str(split / "data.npz"), "--out", str(tmp_path / "run"), "--no-baselines", *TINY]
+    assert train.main([*given, "--epochs", "2"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": step " in line]
+    assert lines[0].startswith("seda_fast.train: step 1 of ")
+    assert re.search(r": step \d+ of \d+, loss \d+\.\d+ in epoch 1$", lines[-1])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seda_fast import DataError, FeatureSet, SeDAConfig, prepare, streaming, train
 from seda_fast.arrays import check_visual, mean_and_scale, release
 from seda_fast.ops import read_rows, reads_rows
+from seda_fast.prepare import reading_threads
 from seda_fast.ranks import Ranks
 from seda_fast.streaming import RowReader, StreamedSet, free_memory
 
@@ -186,8 +188,81 @@ def test_a_part_of_a_map_is_read_from_where_it_lies(tmp_path: Path) -> None:
 def test_columns_in_a_file_are_refused_with_what_helps(tmp_path: Path) -> None:
     """Each row lies in as many places as it has features: all of the file would be read for every batch, or held."""
     np.save(tmp_path / "turned.npy", np.asfortranarray(np.ones((30, 8), np.float32)))
+    reader = RowReader(np.lib.format.open_memmap(tmp_path / "turned.npy", mode="r"))
     with pytest.raises(DataError, match=r"turned.npy is in Fortran order .* numpy.ascontiguousarray"):
-        RowReader(np.lib.format.open_memmap(tmp_path / "turned.npy", mode="r"))
+        reader.into(np.empty((2, 8), np.float32), np.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "threads"),
+    [
+        ("cpu", Ranks(), 1),
+        ("cuda", Ranks(), 4),
+        ("cuda", Ranks(0, 2), 4),
+        ("cuda", Ranks(5, 6), 2),
+        ("cuda", Ranks(0, 32), 1),
+    ],
+)
+def test_the_ranks_of_a_host_share_its_processors_for_reading(
+    device: str, ranks: Ranks, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seda_fast.prepare.processors", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks.world))
+    assert reading_threads(torch.device(device), ranks) == threads
+
+
+def test_torchrun_s_one_thread_a_rank_is_not_taken_for_the_number_of_processors() -> None:
+    code = "import torch; from seda_fast.prepare import processors; print(torch.get_num_threads(), processors())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["1", str(len(os.sched_getaffinity(0)))]
+
+
+# pthread_create in the place of the system's: from `fail` on there are no more threads.
+NO_THREADS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+int fail = 0, refused = 0;
+int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*), void* argument) {
+  if (fail) return ++refused, EAGAIN;
+  int (*real)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*) = dlsym(RTLD_NEXT, "pthread_create");
+  return real(thread, attributes, start, argument);
+}
+"""
+READ_WITHOUT_THREADS = """
+import ctypes, sys, numpy as np
+from seda_fast.streaming import RowReader
+shim = ctypes.CDLL(sys.argv[1])
+array = np.load(sys.argv[2], mmap_mode="r")
+ctypes.c_int.in_dll(shim, "fail").value = 1
+found, index = np.empty((40, 8), np.float32), np.arange(40)[::-1].copy()
+RowReader(array, 7).into(found, index)
+assert ctypes.c_int.in_dll(shim, "refused").value == 1
+assert (found == array[index]).all()
+"""
+
+
+@needs_cpp
+def test_where_there_are_no_more_threads_one_reads_all(tmp_path: Path) -> None:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("this test needs a C compiler")
+    (tmp_path / "shim.c").write_text(NO_THREADS)
+    shim = str(tmp_path / "shim.so")
+    subprocess.run([compiler, "-shared", "-fPIC", str(tmp_path / "shim.c"), "-o", shim, "-ldl"], check=True)
+    np.save(tmp_path / "rows.npy", np.random.default_rng(2).normal(size=(40, 8)).astype(np.float32))
+    command = [sys.executable, "-c", READ_WITHOUT_THREADS, shim, str(tmp_path / "rows.npy")]
+    done = subprocess.run(
+        command, env={**os.environ, "LD_PRELOAD": shim}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def resident() -> int:
