@@ -12,7 +12,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -194,6 +194,20 @@ def write_report(folder: Path, model: SeDA, part: EvaluationRows, outputs: Outpu
     )
 
 
+def lines(trainer: Trainer, say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Says now and then how far a training is and what its last whole epoch's loss was; asked after each step."""
+    told = time.perf_counter()
+
+    def line(done: int, total: int) -> None:
+        nonlocal told
+        if time.perf_counter() - told > _SECONDS_BETWEEN_LINES:
+            told, past = time.perf_counter(), trainer.history[-1:]
+            loss = f", loss {past[0].losses['total']:.4f} in epoch {past[0].epoch}" if past else ""
+            say(f"step {done} of {total}{loss}")
+
+    return line
+
+
 def fit(
     model: SeDA,
     rows: Rows,
@@ -239,17 +253,13 @@ def fit(
     ):
         bar.update(resumed_after)
 
-        told = time.perf_counter()
+        # Where no bar is shown, a log file say.
+        line = lines(trainer, say) if bar.disable else lambda done, total: None
 
         def on_step(done: int, total: int) -> None:
-            nonlocal told
             recorder.step()
             bar.update()
-            # Where no bar is shown, a log file say.
-            if bar.disable and time.perf_counter() - told > _SECONDS_BETWEEN_LINES:
-                told, past = time.perf_counter(), trainer.history[-1:]
-                loss = f", loss {past[0].losses['total']:.4f} in epoch {past[0].epoch}" if past else ""
-                say(f"step {done} of {total}{loss}")
+            line(done, total)
 
         model, history = trainer.run(on_step)
     seconds = before + time.perf_counter() - started

@@ -563,7 +563,7 @@ def test_info_tells_what_the_cuda_kernels_serve_where_they_were_built(monkeypatc
     built = {"compiler": "release 13.0", "architectures": ["80", "90a"]}
     shown = {"available": False, "reason": "this PyTorch was built without CUDA", "build": built, "missing": None}
     rules = info.cuda_status()["rules"]
-    assert set(rules) == {"q_sample", "reverse_chain"}
+    assert set(rules) == {"reverse_chain"}
     for here, told in ((shown, True), (shown | {"build": {}}, False)):
         monkeypatch.setattr(info, "cuda_status", lambda here=here: here | {"rules": rules})
         text = " ".join(" ".join(info.extension_lines()).split())

@@ -334,3 +334,11 @@ def test_networks_are_told_noised_conditions_in_training_only() -> None:
     reaches = gradient_of(made, data, made.learner.network.output.weight, **only_text)
     assert reaches is not None
     assert reaches.abs().sum() > 0  # the translator's loss, through s
+
+
+def test_prediction_compiles_whole() -> None:
+    made = model().eval()
+    visual = torch.randn(5, DV)
+    with torch.no_grad():
+        compiled = torch.compile(made, fullgraph=True, backend="aot_eager")(visual)
+        torch.testing.assert_close(compiled, made(visual))
