@@ -102,7 +102,9 @@ def unavailable_lines() -> list[str]:
     return [
         line
         for text, ops in reasons.items()
-        for line in textwrap.wrap(f"{text} ({len(ops)} operations)", width=110, subsequent_indent="  ")
+        for line in textwrap.wrap(
+            f"{text} ({len(ops)} operation{'s' * (len(ops) != 1)})", width=110, subsequent_indent="  "
+        )
     ]
 
 
