@@ -144,12 +144,24 @@ def jobs() -> int:
     if named and not (named.isdecimal() and int(named) > 0):
         raise SystemExit(f"MAX_JOBS must be a whole number from 1 on, not {named!r}")
     asked = int(named or os.cpu_count() or 1)
+    free = free_memory()
+    return asked if free is None else max(1, min(asked, int(free / 2**30 / GIB_PER_COMPILER)))
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that are free on the machine, or in the container that this is, whichever are fewer; None if unknown."""
+    found = []
     try:
-        free = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+        told = re.search(r"^MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.M)
+        found += [int(told[1]) * 2**10] if told else []
     except OSError:
-        free = None
-    room = int(int(free[1]) / 2**20 / GIB_PER_COMPILER) if free else asked
-    return max(1, min(asked, room))
+        pass
+    try:
+        limit, used = ((root / f"sys/fs/cgroup/memory.{what}").read_text().strip() for what in ("max", "current"))
+        found += [int(limit) - int(used)] if limit != "max" else []
+    except (OSError, ValueError):
+        pass
+    return min(found) if found else None
 
 
 def instruction_sets() -> list[str]:

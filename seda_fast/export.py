@@ -89,11 +89,11 @@ class WholePrediction(SeDA):
         return function(visual, sample_ids)
 
     def _samplers(
-        self, semantic_steps: int | None, textual_steps: int | None, device: torch.device
+        self, semantic_steps: int | None, textual_steps: int | None, visual: Tensor
     ) -> tuple[Sampler, Sampler]:
         key = (semantic_steps, textual_steps)
         if key not in self._ready:
-            self._ready[key] = super()._samplers(semantic_steps, textual_steps, device)
+            self._ready[key] = super()._samplers(semantic_steps, textual_steps, visual)
         found: tuple[Sampler, Sampler] = self._ready[key]
         return found
 

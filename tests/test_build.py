@@ -628,9 +628,24 @@ def test_torch_is_found_without_importing_it_and_an_old_one_is_refused(
 
 def test_jobs_are_bounded_by_memory(build_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MAX_JOBS", "3")
-    available = tmp_path / "meminfo"
-    real = build_module.Path
-    monkeypatch.setattr(build_module, "Path", lambda name: available if name == "/proc/meminfo" else real(name))
-    for kib, expected in ((100 * 2**20, 3), (3 * 2**20, 2), (1000, 1)):
-        available.write_text(f"MemAvailable:   {kib} kB\n")
+    for free, expected in ((100 * 2**30, 3), (3 * 2**30, 2), (2**20, 1), (-5, 1), (None, 3)):
+        monkeypatch.setattr(build_module, "free_memory", lambda free=free: free)
         assert build_module.jobs() == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "free"), [("max\n", "5\n", 3 * 2**30), ("9000\n", "2000\n", 7000), (None, None, 3 * 2**30)]
+)
+def test_the_memory_of_a_container_counts(
+    build_module: ModuleType, tmp_path: Path, limit: str | None, used: str | None, free: int
+) -> None:
+    for name, text in (
+        ("proc/meminfo", f"MemAvailable:   {3 * 2**20} kB\n"),
+        ("sys/fs/cgroup/memory.max", limit),
+        ("sys/fs/cgroup/memory.current", used),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    assert build_module.free_memory(tmp_path) == free
+    assert build_module.free_memory(tmp_path / "nothing") is None

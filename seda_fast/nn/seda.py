@@ -410,9 +410,9 @@ class SeDA(nn.Module):
             ``(s, t_)``: (B, Dv) in the semantic space and (B, Dt) in the textual space, both standardised.
 
         Raises:
-            ValueError: ``visual`` or ``sample_ids`` has the wrong shape or dtype.
+            ValueError: ``visual`` or ``sample_ids`` has the wrong shape or dtype, or steps are out of range.
         """
-        samplers = self._samplers(semantic_steps, steps, visual.device)
+        samplers = self._samplers(semantic_steps, steps, visual)
 
         def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             return self._align_block(rows, ids, samplers, seed, draw)
@@ -424,7 +424,7 @@ class SeDA(nn.Module):
         self, visual: Tensor, sample_ids: Tensor | None = None, *, seed: int = 0
     ) -> tuple[Tensor, Tensor]:
         """The estimates of `align` after each step, for pictures: (S, B, Dv) and, from the final s, (S', B, Dt)."""
-        semantic, textual = self._samplers(None, None, visual.device)
+        semantic, textual = self._samplers(None, None, visual)
 
         def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             cuts = [(semantic.first(i + 1), textual.first(1)) for i in range(len(semantic.timesteps))]
@@ -457,7 +457,7 @@ class SeDA(nn.Module):
         draws = config.noise_draws if noise_draws is None else noise_draws
         if not 1 <= draws < 1 << _DRAW_SHIFT:
             raise ValueError(f"noise_draws must be in 1 .. {(1 << _DRAW_SHIFT) - 1}, not {draws}")
-        samplers = self._samplers(None, config.classification_steps, visual.device)
+        samplers = self._samplers(None, config.classification_steps, visual)
 
         def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             visual_logits = self.visual(self.standardise_visual(rows))
@@ -494,17 +494,20 @@ class SeDA(nn.Module):
         return result
 
     def _samplers(
-        self, semantic_steps: int | None, textual_steps: int | None, device: torch.device
+        self, semantic_steps: int | None, textual_steps: int | None, visual: Tensor
     ) -> tuple[Sampler, Sampler]:
+        """The two stages' samplers where ``visual`` lies."""
+        if not isinstance(visual, Tensor):
+            raise ValueError(f"visual must be a tensor, not {type(visual).__name__}")
         config = self.config
         chosen = (
-            (config.semantic_sampler, semantic_steps or config.semantic_steps),
-            (config.textual_sampler, textual_steps or config.textual_steps),
+            (config.semantic_sampler, config.semantic_steps if semantic_steps is None else semantic_steps),
+            (config.textual_sampler, config.textual_steps if textual_steps is None else textual_steps),
         )
         for _, steps in chosen:
             if not 1 <= steps <= config.diffusion_steps:
                 raise ValueError(f"steps must be in 1 .. {config.diffusion_steps}, not {steps}")
-        semantic, textual = (self.schedule.sampler(name, steps).to(device) for name, steps in chosen)
+        semantic, textual = (self.schedule.sampler(name, steps).to(visual.device) for name, steps in chosen)
         return semantic, textual
 
     def _align_block(

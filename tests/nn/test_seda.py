@@ -256,9 +256,12 @@ def test_it_is_a_module_like_any_other() -> None:
     torch.testing.assert_close(
         copy.deepcopy(made).double()(visual.double()).float(), made(visual), rtol=1e-4, atol=1e-4
     )
-    for bad in (visual[:, :-1], visual[0], visual.long()):
+    for bad in (visual[:, :-1], visual[0], visual.long(), visual.numpy()):
         with pytest.raises(ValueError, match="visual must"):
             made(bad)
+    for steps in (0, -1, 101):
+        with pytest.raises(ValueError, match=f"steps must be in 1 .. 100, not {steps}"):
+            made.align(visual, steps=steps)
 
 
 def test_path_ends_where_align_ends() -> None:
