@@ -399,7 +399,7 @@ class Trainer:
             try:
                 self.stepper.load(found.tensors)
                 self._order_state = found.tensors["order"].clone()
-                self._carried.copy_(found.tensors["untold"])
+                untold = found.tensors["untold"]
             except (KeyError, ValueError) as error:
                 raise DataError(f"the checkpoint {found.path} is not of this version ({error})") from error
             self._last_checkpoint = found.path
@@ -414,7 +414,10 @@ class Trainer:
         self.stepper.add_fallbacks(state.get("fallbacks", {}))
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self._batch, self._seconds = int(state["batch"]), float(state["seconds"])
-        self._untold_rows = int(state["untold_rows"])
+        # Nobody counted them in a run that told nobody.
+        self._untold_rows = int(state["untold_rows"]) if self._telling is not None else 0
+        if found is not None and self._untold_rows:
+            self._carried.copy_(untold)
         self._told.copy_(self.stepper.sums)
         self._looked = (self.stepper.done, time.perf_counter())
         self._say(f"continuing after step {self.stepper.done} of {self.total_steps}, from {self._last_checkpoint}")

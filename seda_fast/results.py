@@ -76,7 +76,8 @@ def results_folder(
                 checkpoints.clear()
             draft.mkdir()
             yield draft, checkpoints
-            _remove_stale(draft, out)
+            if finished:  # else what has the names of what is made of a model is the user's own
+                _remove_stale(draft, out)
             _move(draft, out)
             checkpoints.clear()
         except OSError as error:
@@ -88,7 +89,7 @@ def results_folder(
 def _remove_stale(draft: Path, out: Path) -> None:
     """What an earlier run left in ``out`` and the new one in ``draft`` does not replace: it is of another model."""
     for name in (*_RESULTS, *_DERIVED):
-        if (out / name).is_dir():
+        if (out / name).is_dir() and not (out / name).is_symlink():
             shutil.rmtree(out / name)
         elif not (draft / name).exists():
             (out / name).unlink(missing_ok=True)

@@ -805,6 +805,13 @@ def test_a_file_of_the_user_s_is_not_replaced_unasked(
     assert (tmp_path / "history.csv").read_text() == "mine"
 
 
+def test_what_has_the_name_of_an_export_is_the_user_s_where_no_run_was(split: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    given = ["--data", str(split / "data.npz"), "--out", str(tmp_path), "--no-baselines", *TINY]
+    assert train.main(given) == 0
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
 def test_an_output_does_not_replace_what_is_read(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

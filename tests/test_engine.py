@@ -547,6 +547,27 @@ def test_a_resumed_run_tells_the_losses_that_an_undisturbed_one_tells(precision:
     assert halves == pytest.approx(whole, rel=1e-12)
 
 
+def test_a_run_that_is_first_told_of_when_it_is_resumed_tells_of_what_it_does_then(tmp_path: Path) -> None:
+    whole: dict[int, float] = {}
+    later: dict[int, float] = {}
+
+    def telling(found: dict[int, float]) -> Telling:
+        return Telling(1, lambda step, means, rate: found.update({step: means["total"]}))
+
+    def halt(done: int, total: int) -> None:
+        if done == 17:
+            raise KeyboardInterrupt
+
+    trainer(telling=telling(whole)).run()
+    kept = Checkpoints(tmp_path, lambda sentence: None)
+    with suppress(KeyboardInterrupt):
+        trainer(keeping=Keeping(kept)).run(on_step=halt)
+    running = trainer(keeping=Keeping(kept), telling=telling(later))
+    assert running.resume()
+    running.run()
+    assert later == pytest.approx({step: loss for step, loss in whole.items() if step > 15}, rel=1e-12)
+
+
 def overflow_in(step: int, broken: Trainer) -> None:
     """The gradient of ``step`` (from 1) is infinite though its losses are not."""
 
