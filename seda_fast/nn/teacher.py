@@ -1,10 +1,11 @@
 """The teacher of unlabelled pairs: what a pair's image and text together say of its class.
 
 Where labels are few and pairs are many, a classifier of images and one of texts, each trained on the few labels, err on
-different pairs. Their product labels the unlabelled pairs, both are fitted again on those labels, and the product of
-the new two is the teacher (co-training, Blum & Mitchell 1998, with soft labels). Where the unlabelled pairs plainly
-have other class shares than the labelled ones, as where equally many rows of each class were labelled, the first
-product's labels are drawn towards those shares. Text is needed here only, in training.
+different pairs. Their product labels the unlabelled pairs, each is drawn towards the labels of its nearest pairs (one
+step of label propagation, Zhu & Ghahramani 2002), both are fitted again on those labels, and the product of the new
+two is the teacher (co-training, Blum & Mitchell 1998, with soft labels). Where the unlabelled pairs plainly have other
+class shares than the labelled ones, as where equally many rows of each class were labelled, the first product's labels
+are drawn towards those shares. Text is needed here only, in training.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ REFIT_L2 = 0.1
 # differ (wikipedia), 0.41 to 0.57 where one class has a fifth of the pairs (fashion_products).
 SHIFT_FLOOR = 0.2
 _SHIFT_STEPS = 50
+# Nearest pairs in each space that a pair's label is drawn to, and the least share that a class has among them.
+NEIGHBOURS = 10
+_LEAST_SHARE = 1e-3
+_ROWS_TOGETHER = 1024  # whose cosines to all others are in memory at once
 _EPS = 1e-6
 
 
@@ -101,6 +106,33 @@ def shifted(proba: Tensor, shares: Tensor) -> Tensor:
     return drawn / drawn.sum(1, keepdim=True)
 
 
+def nearest(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The `NEIGHBOURS` rows nearest to each by cosine, itself left out: int64 (N, k), and their shares, (N, k).
+
+    ``features`` (N, D). Shares are the cosines over their sum, negative ones and those of a row of zeros as 0.
+    """
+    unit, found = F.normalize(features, dim=1), []
+    for start in range(0, len(unit), _ROWS_TOGETHER):
+        cosines = unit[start : start + _ROWS_TOGETHER] @ unit.mT
+        cosines.diagonal(start).fill_(-2)
+        found.append(cosines.topk(min(NEIGHBOURS, len(unit) - 1), dim=1))
+    cosines = torch.cat([f.values for f in found]).clamp(min=0)
+    return torch.cat([f.indices for f in found]), cosines / cosines.sum(1, keepdim=True).clamp(min=_EPS)
+
+
+def propagated(proba: Tensor, graphs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Class probabilities (N, K), multiplied by the mean of each row's neighbours, (N, K), normalised.
+
+    ``graphs`` are the spaces' `nearest`; between spaces the mean is geometric.
+    """
+    logs = torch.log(proba + _EPS)
+    for index, share in graphs:
+        # One neighbour of all rows at a time: (N, k, K) would be gigabytes.
+        mean = sum(s[:, None] * proba[i] for i, s in zip(index.mT, share.mT, strict=True))
+        logs += torch.log(mean + _LEAST_SHARE) / len(graphs)
+    return torch.softmax(logs, dim=1)
+
+
 def teacher_rows(labels: Tensor, paired: Tensor, seed: int) -> Tensor:
     """Which rows to fit the teacher on: int64 (n,), ascending, bounded in number; empty where it has no use.
 
@@ -128,11 +160,10 @@ def fit_teacher(visual: Tensor, text: Tensor, labels: Tensor, n_classes: int, se
     hard = F.one_hot(y, n_classes).to(visual.dtype)
     first = [_fit(x[known], hard, l2) for x, l2 in zip(spaces, penalties, strict=True)]
     soft = combined([c.log_proba(x[~known]) for c, x in zip(first, spaces, strict=True)], trust)
+    ordered = [torch.cat((x[known], x[~known])) for x in spaces]
     targets = torch.cat((hard, shifted(soft, hard.mean(0))))
-    second = [
-        _fit(torch.cat((x[known], x[~known])), targets, REFIT_L2 * l2, start)
-        for x, l2, start in zip(spaces, penalties, first, strict=True)
-    ]
+    targets[len(y) :] = propagated(targets, [nearest(x) for x in ordered])[len(y) :]
+    second = [_fit(x, targets, REFIT_L2 * l2, start) for x, l2, start in zip(ordered, penalties, first, strict=True)]
     return PairTeacher(second[0], second[1], trust)
 
 

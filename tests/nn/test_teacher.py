@@ -113,6 +113,8 @@ def test_unlabelled_pairs_with_other_class_shares_are_labelled_by_theirs(monkeyp
     kept = (place < 128) | (y == 0) | (place // 8 % 20 == 0)
     v, t, y = v[kept], t[kept], y[kept]
     labels = few_labels(y, 16)
+    # Neighbours tell of the shares too: without them it is seen what the shares do alone.
+    monkeypatch.setattr(module, "propagated", lambda proba, graphs: proba)
 
     def right() -> float:
         return float((fit_teacher(v, t, labels, 8, seed=0)(v, t).argmax(1) == y)[labels < 0].float().mean())
@@ -120,6 +122,65 @@ def test_unlabelled_pairs_with_other_class_shares_are_labelled_by_theirs(monkeyp
     with_shares = right()
     monkeypatch.setattr(module, "SHIFT_FLOOR", float("inf"))
     assert with_shares > right() + 0.05
+
+
+def test_the_nearest_of_a_row_are_the_largest_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROWS_TOGETHER", 7)  # blocks that end unevenly
+    x = torch.randn(30, 5, generator=torch.Generator().manual_seed(5))
+    x[3] = 0
+    index, share = module.nearest(x)
+    unit = functional.normalize(x.double(), dim=1)
+    cosines = (unit @ unit.mT).fill_diagonal_(-2)
+    expected = cosines.topk(module.NEIGHBOURS, dim=1)
+    others = torch.arange(30) != 3
+    assert torch.equal(index[others], expected.indices[others])
+    weight = expected.values.clamp(min=0)
+    torch.testing.assert_close(share[others].double(), (weight / weight.sum(1, keepdim=True))[others])
+    assert not share[3].any()  # no direction, no neighbours
+
+
+def test_fewer_rows_than_neighbours_have_all_others() -> None:
+    index, share = module.nearest(torch.rand(4, 3) + 1)
+    assert sorted(index[2].tolist()) == [0, 1, 3]
+    torch.testing.assert_close(share.sum(1), torch.ones(4))
+
+
+def test_labels_are_multiplied_by_the_neighbours_mean() -> None:
+    proba = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]])
+    graphs = [
+        (torch.tensor([[1, 2], [0, 2], [0, 1]]), torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]])),
+        (torch.tensor([[1], [2], [0]]), torch.tensor([[1.0], [1.0], [1.0]])),
+    ]
+    least = module._LEAST_SHARE
+    means = [
+        [[0.55, 0.45], [0.5, 0.5], [0.0, 0.0]],
+        [[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]],
+    ]
+    expected = proba * ((torch.tensor(means[0]) + least) * (torch.tensor(means[1]) + least)).sqrt()
+    torch.testing.assert_close(
+        module.propagated(proba, graphs), expected / expected.sum(1, keepdim=True), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_neighbours_of_kinds_of_a_class_make_its_labels_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each class has three kinds of pairs, which four labelled ones hardly show."""
+    y, propagated = torch.arange(800) % 4, module.propagated
+    gains = []
+    for seed in (6, 7, 8):
+        generator = torch.Generator().manual_seed(seed)
+        kind = torch.randint(0, 3, (800,), generator=generator)
+        spaces = []
+        for d in (12, 8):
+            centres = 0.7 * (torch.randn(4, 3, d, generator=generator) + torch.randn(4, 1, d, generator=generator))
+            spaces.append(centres[y, kind] + torch.randn(800, d, generator=generator))
+        right = []
+        for labels in (propagated, lambda proba, graphs: proba):
+            monkeypatch.setattr(module, "propagated", labels)
+            found = fit_teacher(spaces[0], spaces[1], few_labels(y, 4), 4, seed=0)(*spaces)
+            right.append(float((found.argmax(1) == y)[16:].float().mean()))
+        gains.append(right[0] - right[1])
+    assert min(gains) > 0.005
+    assert sum(gains) > 0.06
 
 
 def test_equal_class_shares_leave_the_labels_as_they_are() -> None:
