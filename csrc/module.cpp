@@ -20,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
         return features;
       },
       "Instruction sets of the row kernels by name, and whether this CPU has each.");
+  m.def("own_products", &seda::own_products, "Whether products of float32 matrices are seda_fast's own, not PyTorch's.");
 }

@@ -113,6 +113,7 @@ def extension_lines() -> list[str]:
     cpu, cuda = cpp_status(), cuda_status()
     if "build" in cpu:
         lines = [f"C++ for the CPU: {cpu['build']['compiler']}; {', '.join(cpu['build']['instruction_sets'])}"]
+        lines += [f"matrix products on the CPU: {cpu['products']}"]
     else:
         found = importlib.util.find_spec("seda_fast._C") is not None
         lines = [f"seda_fast._C {'found, not used' if found else 'not built'}"]

@@ -108,6 +108,7 @@ def value(name, kind):
         "log_normaliser": (B,), "initial": (B, D), "source": (B, D), "condition": (B, C), "coefficients": (S, 5),
         "modulation": (S if CHAIN else T, L, 3, W), "x": (B, D), "prediction": (B, D),
         "norm": (), "w_x": (W, D), "b_x": (W,), "w_c": (W, C), "b_c": (W,), "w_g": (L * M, W),
+        "left": (B, C), "right": (C, D), "bias": (D,), "out": (B, D),
         "b_g": (L * M,), "w_y": (D, W), "b_y": (D,), "w_h": (M, W), "b_h": (M,), "w_o": (W, M), "b_o": (W,),
     }
     if kind == "Tensor[]":
@@ -181,6 +182,9 @@ for _ in range(int(sys.argv[2])):
     op = getattr(ops, rng.choice(names)).default
     arguments = op._schema.arguments
     UPDATE = op._schema.name.endswith(("gradient_norm", "weight_update"))
+    if op._schema.name.endswith("matrix_product"):
+        # Left operands of several panels, sums of more than a part, float32 alone.
+        C, STORAGE = rng.choice((*SIZES, 513)), torch.float32
     CHAIN, WIDTHS = "coefficients" in [a.name for a in arguments], (C // 2, C - C // 2)
     if CHAIN and half == "cuda":
         # The kernel's own sizes, mostly.

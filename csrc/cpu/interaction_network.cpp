@@ -135,19 +135,13 @@ class Network {
   SiluArguments dropout_{};
 };
 
-void add(const Tensor& m, const Tensor* other, const float* bias, Storage storage) {
-  const AddArguments a{storage, new_matrix(m), other ? new_matrix(*other) : Matrix{nullptr, 0}, m.size(1), bias, 0.0f};
-  parallel_rows(m.size(0), a.columns, [&a](int64_t begin, int64_t end) { kernels().add(a, begin, end); });
-}
-
 // condition = sum over the parts of part @ w_c[:, its columns].T + bias, normed = n(condition).
 void embed_condition(const Network& net, const float* bias) {
-  const Tensor more = net.conditions.size() > 1 ? net.matrix_of(net.width) : net.condition;
   int64_t column = 0;
   for (size_t i = 0; i < net.conditions.size(); ++i) {
     const int64_t columns = net.conditions[i].size(1);
-    multiply_into(net.conditions[i], turned(part_of(net.w_c, 1, column, columns)), i == 0 ? net.condition : more);
-    add(net.condition, i == 0 ? nullptr : &more, i == 0 ? bias : nullptr, net.storage);
+    const Addends addends{i == 0 ? bias : nullptr, i > 0};
+    multiply_into(net.conditions[i], turned(part_of(net.w_c, 1, column, columns)), net.condition, addends);
     column += columns;
   }
   const PlainNormArguments a{net.storage, new_matrix(net.condition), new_matrix(net.normed), net.width};
@@ -193,8 +187,7 @@ void interaction_network(const Tensor& x, TensorList conditions, const Tensor& t
     multiply_into(hidden, turned(net.w_o[n]), residual);
     next_state(net, i + 1, net.of_block(net.states, i), residual, net.b_o[n]);
   }
-  multiply_into(net.of_block(net.modulated, net.blocks), turned(net.w_y), prediction);
-  add(prediction, nullptr, output_bias, net.storage);
+  multiply_into(net.of_block(net.modulated, net.blocks), turned(net.w_y), prediction, {output_bias});
 }
 
 // The gradients' places, in the order of the operator's list.
@@ -357,9 +350,8 @@ class Backward {
   // n(c') goes into the gates and into the first state, whose gradient grad_h is by now.
   void conditions() {
     multiply_into(turned(grad_gates_), net_.normed, grads_.w_g());
-    multiply_into(grad_gates_, net_.w_g, narrow_);
-    add(narrow_, &grad_h_, nullptr, net_.storage);
-    norm(net_.condition, narrow_, grad_h_, &grads_.b_c());
+    multiply_into(grad_gates_, net_.w_g, grad_h_, {nullptr, true});
+    norm(net_.condition, grad_h_, grad_h_, &grads_.b_c());
     int64_t column = 0;
     for (size_t i = 0; i < net_.conditions.size(); ++i) {
       const int64_t columns = net_.conditions[i].size(1);

@@ -15,18 +15,25 @@ constexpr int64_t kBlockRows = 256, kFewRows = 4;
 
 using TensorList = std::vector<Tensor>;
 
+// x @ matrix.T, for blocks of rows and steps without number.
+struct Weight {
+  Tensor matrix;
+  RightFactor factor;
+};
+
 struct Network {
   Storage storage;
   ScalarType dtype;
-  int64_t dim, width, hidden, blocks, steps;
-  Tensor w_x, w_c, w_g, w_y;
-  TensorList w_h, w_o;
+  int64_t rows, dim, width, hidden, blocks, steps;
+  Weight w_x, w_c, w_g, w_y;
+  std::vector<Weight> w_h, w_o;
   const float *b_x, *b_c, *b_g, *b_y;
   std::vector<const float*> b_h, b_o;
   const float *coefficients, *modulation;
   bool uses_source;
 
   Tensor matrix_of(int64_t rows, int64_t columns) const { return empty({rows, columns}, dtype); }
+  Weight weight_of(const Tensor& matrix) const { return {matrix, RightFactor(turned(matrix), std::min(rows, kBlockRows))}; }
   // (5,): a, b, c, e, w.
   const float* step_coefficients(int64_t step) const { return coefficients + 5 * step; }
   const float* step_modulation(int64_t step) const { return modulation + 3 * step * blocks * width; }
@@ -43,23 +50,25 @@ struct Counters {
 };
 
 // out = x @ weight.T, all of one storage.
-void multiply(const Network& net, const Tensor& x, const Tensor& weight, const Tensor& out) {
+void multiply(const Network& net, const Tensor& x, const Weight& weight, const Tensor& out) {
   if (x.size(0) > kFewRows) {
-    multiply_into(x, turned(weight), out);
+    weight.factor.multiply(x, out);
     return;
   }
-  const ProductArguments a{net.storage, new_matrix(x), new_matrix(weight), new_matrix(out), x.size(0), x.size(1)};
-  parallel_rows(weight.size(0), x.size(1), [&a](int64_t begin, int64_t end) { kernels().product(a, begin, end); });
+  const Tensor& w = weight.matrix;
+  const ProductArguments a{net.storage, new_matrix(x), new_matrix(w), new_matrix(out), x.size(0), x.size(1)};
+  parallel_rows(w.size(0), x.size(1), [&a](int64_t begin, int64_t end) { kernels().product(a, begin, end); });
 }
 
 // w_x @ w_y, with which a step without noise stays in the network's space.
 struct Folding {
-  Tensor weight;
+  Weight weight;
   std::vector<float> bias;  // w_x @ b_y
 
   explicit Folding(const Network& net) : bias(static_cast<size_t>(net.width)) {
-    weight = net.matrix_of(net.width, net.width);
-    multiply(net, net.w_x, torch::stable::contiguous(torch::stable::transpose(net.w_y, 0, 1)), weight);
+    const Tensor product = net.matrix_of(net.width, net.width);
+    multiply_into(net.w_x.matrix, net.w_y.matrix, product);
+    weight = net.weight_of(product);
     Tensor b_y = empty({1, net.dim}, ScalarType::Float), moved = net.matrix_of(1, net.width);
     std::copy(net.b_y, net.b_y + net.dim, data(b_y));
     multiply(net, torch::stable::to(b_y, net.dtype), net.w_x, moved);
@@ -194,10 +203,10 @@ class Block {
   Tensor condition_, gates_, h_, z_, wide_, residual_;
 };
 
-Tensor weight(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, const Network& net) {
+Weight weight(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, const Network& net) {
   matrix(tensor, name, rows, columns, net.storage);
   if (!tensor.is_contiguous()) refuse(name, " must be contiguous");
-  return tensor;
+  return net.weight_of(tensor);
 }
 
 void check_blocks(Network& net, const TensorList& w_h, const TensorList& b_h, const TensorList& w_o,
@@ -232,7 +241,7 @@ Tensor reverse_chain(const Tensor& initial, const Tensor& source, const Tensor& 
   net.storage = storage_of(initial, "initial");
   net.dtype = initial.scalar_type();
   matrix(initial, "initial", -1, -1, net.storage);
-  const int64_t rows = initial.size(0);
+  const int64_t rows = net.rows = initial.size(0);
   net.dim = initial.size(1);
   matrix(source, "source", rows, net.dim, net.storage);
   matrix(condition, "condition", rows, -1, net.storage);

@@ -19,6 +19,7 @@ from ._dispatch import implement
 
 # The operators read float32 and bfloat16 and calculate in float32.
 DTYPES = (torch.float32, torch.bfloat16)
+PRODUCTS_RULE = "float32: seda_fast's own on AMD CPUs from AVX2 on, for 64 rows or more; else PyTorch's"
 RULE = "float32 and bfloat16, the same for all operands of a call; the rest goes to the reference"
 
 _OPERATORS = (
@@ -33,6 +34,7 @@ _OPERATORS = (
     "interaction_network_backward",
     "logits_block",
     "logits_block_backward",
+    "matrix_product",
     "modulated_norm",
     "modulated_norm_backward",
     "projection_losses",
@@ -188,15 +190,33 @@ def table(tensor: Tensor) -> Tensor:
     return rows(tensor if tensor.dtype is torch.float32 else tensor.to(torch.float32))
 
 
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, adds: bool = False) -> Tensor:
+    """``a @ b`` (+ bias) of one dtype, in ``out`` or new memory; with ``adds`` on top of what ``out`` has.
+
+    float32 by the extension, which knows the faster code for this CPU (``products`` of `status`), bfloat16 by PyTorch.
+    """
+    if a.dtype is torch.float32:
+        a, b = (m if 1 in m.stride() else m.contiguous() for m in (a, b))
+        out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+        if a.shape[1] > 0:
+            torch.ops.seda_fast_cpp.matrix_product(a, b, bias, adds, False, out)
+            return out
+    if adds and out is not None:
+        return out.add_(torch.mm(a, b))
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
 def status() -> dict[str, Any]:
     """What `seda_fast.info` shows of the C++ half.
 
     Returns:
         ``available``: bool; ``reason``: why not, or None; ``rule``: the dtypes it serves; and where it is built
         ``build``: compiler, flags, architectures, instruction sets, PyTorch headers and ABI version, as a dict;
-        ``cpu_features``: instruction set to whether this CPU has it.
+        ``cpu_features``: instruction set to whether this CPU has it; ``products``: whose products of float32 matrices
+        are used, and by which rule.
     """
     shown: dict[str, Any] = {"available": _reason is None, "reason": _reason, "rule": RULE}
     if _module is not None:
         shown |= {"build": _module.build_report(), "cpu_features": _module.cpu_features()}
+        shown["products"] = f"{'seda_fast' if _module.own_products() else 'PyTorch'}'s ({PRODUCTS_RULE})"
     return shown

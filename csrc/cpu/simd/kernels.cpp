@@ -1,5 +1,6 @@
 // Compiled once per instruction set, with -DSEDA_ISA=baseline, avx2 or avx512 and the matching target flags.
 #include "interaction.h"
+#include "matrix_product.h"
 #include "noising.h"
 #include "projection.h"
 #include "reverse_chain.h"
@@ -31,6 +32,11 @@ const RowKernels& SEDA_JOIN(SEDA_ISA, _kernels)() {
       .chain_step = SEDA_ISA::chain_step,
       .folded_step = SEDA_ISA::folded_step,
       .product = SEDA_ISA::product,
+      .tile_rows = SEDA_ISA::kTileRows,
+      .tile_columns = SEDA_ISA::kTileColumns,
+      .block_size = SEDA_ISA::kBlockPanels * SEDA_ISA::kTileRows * SEDA_ISA::kDepth,
+      .pack = SEDA_ISA::pack,
+      .product_tiles = SEDA_ISA::product_tiles,
       .logits = SEDA_ISA::logits,
       .logits_backward = SEDA_ISA::logits_backward,
       .centre = SEDA_ISA::centre,

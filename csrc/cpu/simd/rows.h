@@ -75,6 +75,23 @@ struct ProductArguments {
   int64_t rows, columns;
 };
 
+// Element e of line l at data[l * line + e * element]; line or element is 1. The lines of a product's first factor are
+// its rows, those of the second its columns.
+struct Factor {
+  const float* data;
+  int64_t line, element;
+};
+
+// out (+)= a @ b (+ bias, where it is not null) for a (rows, depth), b (depth, columns) as `pack` leaves it.
+struct TilesArguments {
+  Factor a;
+  const float *b, *bias;
+  bool adds;
+  float* out;  // rows `stride` apart
+  int64_t stride, rows, columns, depth;
+  float* block;  // room for RowKernels::block_size values, the thread's own
+};
+
 // z = n(h) * (1 + scale[tau]) + shift[tau]; backward: z is the gradient of z, grad that of h that comes past the norm.
 // Backward, no data in grad or scale stand for zeros, and grad_h may be grad itself.
 struct NormArguments {
@@ -188,6 +205,12 @@ struct RowKernels {
   void (*chain_step)(const ChainStepArguments&, int64_t begin, int64_t end);
   void (*folded_step)(const FoldedStepArguments&, int64_t begin, int64_t end);
   void (*product)(const ProductArguments&, int64_t begin, int64_t end);
+  // Products of any size: panels have tile_rows rows of the first factor or tile_columns columns of the second, which
+  // lie in panels of (depth, tile_columns). `pack` takes panels begin .. end - 1 of `lines` columns.
+  int64_t tile_rows, tile_columns, block_size;
+  void (*pack)(const Factor&, int64_t lines, int64_t depth, float* to, int64_t begin, int64_t end);
+  void (*product_tiles)(const TilesArguments&, int64_t begin, int64_t end, int64_t first_column_panel,
+                        int64_t last_column_panel);
   void (*logits)(const LogitsArguments&, int64_t begin, int64_t end);
   void (*logits_backward)(const LogitsArguments&, const SegmentedSums&, int64_t chunk, int64_t begin, int64_t end);
   void (*centre)(const CentreArguments&, int64_t begin, int64_t end);

@@ -1,4 +1,4 @@
-"""Interaction on the CPU: element-wise parts in C++ (csrc/cpu/interaction.cpp), products by the vendor's GEMM."""
+"""Interaction on the CPU: element-wise parts in C++ (csrc/cpu/interaction.cpp), products by `_cpp.product`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from .._cpp import contiguous, implement_with_cpp, rows, table
+from .._cpp import contiguous, implement_with_cpp, product, rows, table
 from ..interaction import _reference, _reference_backward
 
 
@@ -30,9 +30,9 @@ def interaction_block(
     cpp = torch.ops.seda_fast_cpp
     h, gate = rows(h), rows(gate)
     z = cpp.modulated_norm(h, timesteps, table(shift), table(scale))
-    pre = torch.addmm(b_h, z, w_h.t())
+    pre = product(z, w_h.t(), b_h)
     hidden = cpp.gated_silu(pre, gate, *contiguous(dropout))
-    residual = torch.addmm(b_o, hidden, w_o.t())
+    residual = product(hidden, w_o.t(), b_o)
     h_next = cpp.gated_residual(h, residual, timesteps, table(alpha))
     # Statistics save a pass only where a norm reads its rows tile by tile; here they are made for who asks.
     left = reference.row_statistics(h_next) if leave_statistics else h.new_empty((0,), dtype=torch.float32)
@@ -60,11 +60,11 @@ def interaction_block_backward(
     grad, h, gate, residual, pre = (rows(t) for t in (grad, h, gate, residual, pre))
     shift, scale, alpha = table(shift), table(scale), table(alpha)
     d_residual, d_alpha, d_b_o = cpp.gated_residual_backward(grad, residual, timesteps, alpha)
-    d_pre = torch.mm(d_residual, w_o)
+    d_pre = product(d_residual, w_o)
     d_gate, d_b_h = cpp.gated_silu_backward(d_pre, pre, gate, *contiguous(dropout))
-    d_h, d_shift, d_scale = cpp.modulated_norm_backward(grad, torch.mm(d_pre, w_h), h, timesteps, scale)
-    d_w_h = torch.mm(d_pre.t(), cpp.modulated_norm(h, timesteps, shift, scale))
-    d_w_o = torch.mm(d_residual.t(), hidden)
+    d_h, d_shift, d_scale = cpp.modulated_norm_backward(grad, product(d_pre, w_h), h, timesteps, scale)
+    d_w_h = product(d_pre.t(), cpp.modulated_norm(h, timesteps, shift, scale))
+    d_w_o = product(d_residual.t(), hidden)
     sums = (t.to(dtype) for t in (d_shift, d_scale, d_alpha))
     return d_h, d_gate, *sums, d_w_h, d_b_h.to(dtype), d_w_o, d_b_o.to(dtype)
 

@@ -1,4 +1,4 @@
-"""Projection on the CPU: blocks of logits by the vendor's GEMM, the rest in C++ (csrc/cpu/projection.cpp)."""
+"""Projection on the CPU: blocks of logits by products, the rest in C++ (csrc/cpu/projection.cpp)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._cpp import implement_with_cpp
+from .._cpp import implement_with_cpp, product
 from .._cpp import rows as as_rows
 from ..projection import _reference, _reference_backward
 
@@ -54,7 +54,7 @@ def semantic_projection(
         )
     else:
         for columns, rows in _blocks(batch, classes):
-            logits = torch.addmm(bias[columns], features[rows], weight[columns].t())
+            logits = product(features[rows], weight[columns].t(), bias[columns])
             cpp.logits_block(logits, labels[rows], columns.start, classes, temperature, ignore_index, state[rows])
     losses = cpp.projection_losses(
         state,
@@ -93,16 +93,16 @@ def _losses_and_gradients(
     tall = max(_FEWEST_ROWS, _GRADIENT_LOGITS // max(1, classes))
     for row in range(0, batch, tall):
         rows = slice(row, min(row + tall, batch))
-        logits = torch.addmm(bias, features[rows], weight.t())
+        logits = product(features[rows], weight.t(), bias)
         cpp.logits_block(logits, labels[rows], 0, classes, temperature, ignore_index, state[rows])
         normaliser = state[rows, 0] + state[rows, 1].log()
         d_bias += cpp.logits_block_backward(
             logits, labels[rows], 0, classes, temperature, ignore_index, normaliser, scale, label_smoothing
         )
         if feature_gradient:
-            torch.mm(logits, weight, out=d_features[rows])
+            product(logits, weight, out=d_features[rows])
         if row == 0 and assigned:
-            torch.mm(logits.t(), features[rows], out=d_weight)
+            product(logits.t(), features[rows], out=d_weight)
         else:
             _add_product(d_weight, logits.t(), features[rows])
     empty = features.new_empty(0)
@@ -131,7 +131,7 @@ def semantic_projection_backward(
         torch.zeros(shape, dtype=torch.float32) for shape in ((batch, dim), weight.shape, bias.shape)
     )
     for columns, rows in _blocks(batch, weight.shape[0]):
-        logits = torch.addmm(bias[columns], features[rows], weight[columns].t())
+        logits = product(features[rows], weight[columns].t(), bias[columns])
         d_bias[columns] += cpp.logits_block_backward(
             logits,
             labels[rows],
@@ -157,7 +157,7 @@ def semantic_projection_backward(
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b`` in place; the total is float32 even where the factors are bfloat16."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        product(a, b, out=total, adds=True)
     else:
         total.add_(torch.mm(a, b))
 
