@@ -1,5 +1,5 @@
 // A whole PFIN in training, forward and backward: argument checks, the order of the parts, and memory. The rows'
-// arithmetic is in simd/interaction.h, the products are the vendor's GEMM. Formulas: reference.interaction_network_forward
+// arithmetic is in simd/interaction.h, the products are product.h's. Formulas: reference.interaction_network_forward
 // and _backward. Gates and gradients of tables are read and written where they lie in the whole, without copies.
 #include <cmath>
 #include <span>

@@ -1,5 +1,5 @@
-// Projection: what is done to one block of logits, and the two losses. seda_fast.ops.projection loops over the blocks
-// and calls the vendor's GEMM; the rows' arithmetic is in simd/projection.h.
+// Projection: what is done to one block of logits, and the two losses. seda_fast.ops.cpp.projection loops over the
+// blocks and multiplies; the rows' arithmetic is in simd/projection.h.
 #include <cmath>
 #include <optional>
 #include <tuple>

@@ -1,4 +1,4 @@
-// Interaction's element-wise parts, row by row; the products between them are the vendor's GEMM. Formulas and names as
+// Interaction's element-wise parts, row by row; the products between them are ../product.h's. Formulas and names as
 // in reference.interaction_block_forward and _backward.
 #pragma once
 
