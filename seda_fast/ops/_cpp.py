@@ -199,6 +199,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
         a, b = (m if 1 in m.stride() else m.contiguous() for m in (a, b))
         out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
         if a.shape[1] > 0:
+            bias = bias if bias is None else bias.contiguous()
             torch.ops.seda_fast_cpp.matrix_product(a, b, bias, adds, False, out)
             return out
     if adds and out is not None:

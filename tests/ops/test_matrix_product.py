@@ -190,6 +190,8 @@ def test_bad_arguments_are_refused_by_name(change: dict[str, Tensor], sentence: 
 def test_the_helper_takes_what_the_operator_refuses() -> None:
     left, right = torch.randn(70, 40)[::2, ::2], torch.randn(20, 9)
     torch.testing.assert_close(_cpp.product(left, right), left @ right)
+    bias = torch.randn(18)[::2]
+    torch.testing.assert_close(_cpp.product(left, right, bias), left @ right + bias)
     assert torch.equal(_cpp.product(torch.ones(2, 0), torch.ones(0, 3), torch.ones(3)), torch.ones(2, 3))
     half = _cpp.product(left.bfloat16(), right.bfloat16(), out=torch.ones(35, 9), adds=True)
     torch.testing.assert_close(half, 1 + (left.bfloat16() @ right.bfloat16()).float())
