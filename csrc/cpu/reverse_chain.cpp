@@ -9,8 +9,8 @@
 namespace seda {
 namespace {
 
-// Rows of a block, and up to how many rows the weights stream through our own product: there the vendor's GEMM runs on
-// one thread, and the weights' bandwidth is the bound.
+// Rows of a block, and up to how many rows the weights stream through a product of their own: there the vendor's GEMM
+// runs on one thread, and the weights' bandwidth is the bound.
 constexpr int64_t kBlockRows = 256, kFewRows = 4;
 
 using TensorList = std::vector<Tensor>;
