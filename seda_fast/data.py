@@ -374,6 +374,7 @@ def _build(
     else:
         text, paired = np.zeros((len(visual), 0), dtype=np.float32), np.zeros(len(visual), dtype=bool)
     names = _named(labels, arrays.get("class_names"))
+    _refuse_one_class(labels)
     classes = None
     if by_class:
         _refuse_multi_label("label_train", labels)
@@ -469,6 +470,12 @@ def class_text_rows(classes: Features, labels: Labels) -> Features:
     text = rows(classes, np.maximum(labels, 0))
     text[labels < 0] = np.nan
     return text
+
+
+def _refuse_one_class(labels: Labels) -> None:
+    """Of one class there is nothing to learn: every row would be called it, rightly as it seems."""
+    if labels.ndim == 1 and len(present := np.unique(labels[labels >= 0])) == 1:
+        raise DataError(f"'label_train' holds class {present[0]} alone; rows of two classes are needed")
 
 
 def _refuse_unlabelled(labels: Labels) -> None:

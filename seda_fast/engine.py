@@ -604,15 +604,15 @@ class Stepper:
 
     def _capture(self) -> None:
         """Make the graph; where that fails, on any rank, all go on without one."""
-        scaling, reason = self.scaler.state_dict(), ""
+        scaling, failed, reason = self.scaler.state_dict(), False, "on another rank"
         try:
             self._graph = Graph(self)
         except RuntimeError as error:
             self.scaler = self._scaler(scaling)  # the old one may be amid a step
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if any(self.ranks.largest([bool(reason)])):
+            failed, reason = True, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if any(self.ranks.largest([failed])):
             self._graph = None
-            self._fall("engine graph", "eager", f"it failed: {reason or 'on another rank'}", lasting=True)
+            self._fall("engine graph", "eager", f"it failed: {reason}", lasting=True)
             self.plan = self.plan._replace(used="eager")
 
     def _fall(self, what: str, used: str, reason: str, lasting: bool = False) -> None:

@@ -170,7 +170,7 @@ class Trainer:
         self._order_state = self._order.get_state()
         self._last_checkpoint: Path | None = None
         # The step of the next look, that and time of the last, and how many steps lay between the two before.
-        self._look_at, self._looked, self._interval = 0, (0, time.perf_counter()), 0
+        self._look_at, self._looked, self._waiting = 0, (0, time.perf_counter()), 0
         # Microseconds a step, on the slowest rank; not known yet.
         self._pace = 10**9
         # The epoch's sums when losses were last told, what earlier epochs added since then, and the rows since then.
@@ -264,9 +264,11 @@ class Trainer:
     def _measured_pace(self, newest: bool) -> int:
         """Microseconds a step since the last look, or as known then; asked right after waiting for the device."""
         (step, then), self._looked = self._looked, (self.stepper.done, time.perf_counter())
-        told, self._interval = self._interval, self.stepper.done - step
-        # A look that leaves the newest steps to the device has seen it do those that were told before the last one.
-        seen = self._interval if newest else min(told, self._interval)
+        told, since = self._waiting, self.stepper.done - step
+        # A look that leaves the newest steps to the device has seen it do those that were told before the last one;
+        # one at the newest leaves none, and the look after it, which waits for nothing, learns no pace.
+        self._waiting = 0 if newest else since
+        seen = since if newest else min(told, since)
         return int(1e6 * (self._looked[1] - then) / seen) if seen else self._pace
 
     def _look_again(self, pace: int) -> None:

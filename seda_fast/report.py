@@ -91,8 +91,11 @@ def read_run(folder: Path, model: SeDA) -> Run:
         metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
         arrays = load_file(folder / OUTPUTS_FILE)
         shape = (len(arrays["labels"]), model.config.n_classes)
-        if arrays["log_proba"].shape != shape:
-            raise DataError(f"{folder / OUTPUTS_FILE}: 'log_proba' is not of shape {shape}, as the model is")
+        for name in ("log_proba", *(f"{method}.log_proba" for method in metrics["baselines"])):
+            if name not in arrays:
+                raise DataError(f"{folder}: {METRICS_FILE} and {OUTPUTS_FILE} are of two runs: {name!r} is missing")
+            if arrays[name].shape != shape:
+                raise DataError(f"{folder / OUTPUTS_FILE}: {name!r} is not of shape {shape}, as the model is")
         found = Run(folder, settings, metrics, arrays, model.class_names)
         if metrics["baselines"] and not found.labelled.any():
             raise DataError(f"{folder / OUTPUTS_FILE}: no row is labelled")

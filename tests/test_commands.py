@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.linalg import sqrtm
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
+import seda_fast
 from seda_fast import DataError, FeatureSet, SeDA, evaluate, info, predict, results, train
 from seda_fast.checkpoint import Checkpoints
 from seda_fast.command import run as run_command
@@ -539,6 +540,21 @@ def test_help_is_there(command: str, tmp_path: Path) -> None:
     done = run_module(f"seda_fast.{command}", "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert f"python -m seda_fast.{command}" in done.stdout
+
+
+def test_the_package_itself_names_every_command(tmp_path: Path) -> None:
+    package = Path(train.__file__).parent
+    commands = [p.stem for p in package.glob("[!_]*.py") if "__main__" in p.read_text(encoding="utf-8")]
+    told = {}
+    for arguments in ((), ("--version",), ("train",), ("--nonsense",)):
+        command = [sys.executable, "-m", "seda_fast", *arguments]
+        told[arguments] = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    listed = re.findall(r"^  (\w+) ", told[()].stdout, re.MULTILINE)
+    assert sorted(listed) == sorted(commands)
+    assert told["--version",].stdout == f"{seda_fast.__version__}\n"
+    assert [found.returncode for found in told.values()] == [0, 0, 2, 2]
+    assert "give python -m seda_fast.train" in told["train",].stderr
+    assert "--nonsense" in told["--nonsense",].stderr
 
 
 def test_training_is_quiet_without_a_terminal(tmp_path: Path) -> None:

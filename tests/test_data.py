@@ -291,6 +291,7 @@ REFUSED = {
         "'label_train' holds 9223372036854775808 in row 2",
     ),
     "no label": (arrays(label_train=np.full(24, -1)), "'label_train' has no labelled row"),
+    "one class": (arrays(label_train=np.where(LABELS == 1, 1, -1)), "'label_train' holds class 1 alone"),
     "too few names": (
         arrays(class_names=np.array(NAMES[:2])),
         "holds 2 in row 2 but 'class_names' has 2 entries",

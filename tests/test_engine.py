@@ -177,9 +177,10 @@ def test_the_reader_of_host_reads_sees_one() -> None:
         float(torch.ones(1))
 
 
-def test_a_capture_that_fails_is_told_and_training_goes_on(graph_plan: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", ["", "\n"], ids=["plain", "after a blank line"])
+def test_a_capture_that_fails_is_told_and_training_goes_on(before: str, graph_plan: pytest.MonkeyPatch) -> None:
     def fail(stepper: Stepper) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        raise RuntimeError(f"{before}operation not permitted when stream is capturing\nmore")
 
     graph_plan.setattr(engine, "Graph", fail)
     said: list[str] = []
@@ -665,7 +666,8 @@ def test_the_pace_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_gpu_never_has_more_steps_waiting_than_a_signal_may_wait_for(
     seconds: float, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU whose steps take ``seconds``, told by a host that takes a millisecond a step."""
+    """A GPU whose steps take ``seconds``, told by a host that takes a millisecond a step, and that now and then waits
+    for the newest, as for a checkpoint amid an epoch and at an epoch's end."""
     looking = trainer()
     looking.data, looking._ranks = Shown(torch.device("cuda")), ranks
     # When the host and the device are done with what they were told, and when the device was with each look's steps.
@@ -678,12 +680,18 @@ def test_a_gpu_never_has_more_steps_waiting_than_a_signal_may_wait_for(
         seen.append(device[0])
         return -1
 
+    class Newest:
+        def __int__(self) -> int:
+            host[0] = max(host[0], device[0])
+            return -1
+
     monkeypatch.setattr(looking.stepper, "_glanced", glanced)
+    monkeypatch.setattr(looking.stepper, "_first_bad", Newest())
     worst = 0.0
     for looking.stepper.done in range(1, 2000):
         host[0] += 1e-3
         device[0] = max(device[0], host[0]) + seconds
-        looking._keep()
+        looking._keep() if looking.stepper.done % 397 else looking._refuse_non_finite()
         worst = max(worst, device[0] - host[0])
     assert worst <= 2 * max(seconds, LOOK_SECONDS) + seconds
     # And the host looks no more often than it must.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from seda_fast import report, train
 from seda_fast.page import Line, bar_chart, line_chart, table, ticks
@@ -205,6 +205,16 @@ def test_damaged_results_are_refused(run: Path, name: str, capsys: pytest.Captur
     (run / name).write_bytes(b"\x00 damaged")
     assert report.main(["--model", str(run)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_results_of_two_runs_in_one_folder_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "outputs.safetensors"
+    arrays = {name: values for name, values in load_file(path).items() if name != "mlp.log_proba"}
+    save_file(arrays, path)
+    assert report.main(["--model", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "metrics.json and outputs.safetensors are of two runs: 'mlp.log_proba' is missing" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_other_names_and_bad_options(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,11 @@ from .._dispatch import fallback, forced
 
 _RULE = (
     "bfloat16; width and hidden multiples of 64, width to 1024 (640 below 122 KiB of shared memory); features and "
-    "condition multiples of 8; to 32 blocks; by itself on compute capability 9.0, to 128 rows (16 in a CUDA graph); "
-    "else Triton or PyTorch"
+    "condition multiples of 8; to 32 blocks; by itself on compute capability 9.0, to 128 rows; else Triton or "
+    "PyTorch"
 )
-# Most rows that go to a kernel by themselves, as called and in a CUDA graph.
-_FEW_ROWS, _FEW_CAPTURED_ROWS = 128, 16
+# Most rows that go to a kernel by themselves.
+_FEW_ROWS = 128
 
 
 @functools.cache
@@ -43,10 +43,11 @@ def _faster(initial: Tensor) -> bool:
     between cuBLAS's products: 0.46 and 3.0 for one row, 0.91 and 5.4 for 128, and for more, which other kernels take,
     20.8 (on an H100) and 8.6 for 65 536. Between them the host's launches are waited for, and 3.5 stands against 4.3
     to 5.7 until some 8000 rows; but a quicker host is nearer to a CUDA graph, where it is 3.0 against 0.3 to 1.1. In a
-    graph few rows are fewer: 0.15 and 0.28 for one (0.13 on an H100, 0.22 for 16), 0.34 and 0.28 for 64.
+    graph few rows are fewer: 0.15 and 0.28 for one (0.13 on an H100, 0.22 for 16), 0.34 and 0.28 for 64. The bound is
+    the same there all the same: what is captured must be what was run before to warm up, whose first launches load code
+    and tables as a capture does not allow, and it gives the same bits.
     """
-    few = _FEW_CAPTURED_ROWS if torch.cuda.is_current_stream_capturing() else _FEW_ROWS
-    return _measured(initial.get_device()) and initial.shape[0] <= few
+    return _measured(initial.get_device()) and initial.shape[0] <= _FEW_ROWS
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
