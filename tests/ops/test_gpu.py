@@ -182,8 +182,8 @@ def test_the_persistent_chain_errs_no_more_than_twice_as_much_as_eager(sizes: tu
     assert (got.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
 
 
-# A row for each of the three ways that a call is spread over the GPU; and what is chosen by itself, where a capture must
-# take what ran before it.
+# A row for each of the three ways that a call is spread over the GPU; and what is chosen by itself, where a capture
+# must take what ran before it.
 @needs_library
 @pytest.mark.parametrize(("rows", "chosen"), [(1, "cuda"), (200, "cuda"), (5000, "cuda"), (64, "auto"), (128, "auto")])
 def test_the_persistent_chain_is_captured_and_reads_the_step_at_every_replay(rows: int, chosen: str) -> None:
