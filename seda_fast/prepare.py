@@ -18,6 +18,7 @@ from .files import DataError
 from .loop import TrainingSet
 from .nn import SeDA, centres_of, class_sums
 from .nn.teacher import teacher_rows
+from .nn.textual_head import textual_head_rows
 from .ranks import ALONE, Ranks
 from .streaming import RowReader, StreamedSet, free_memory
 
@@ -115,7 +116,7 @@ def _fit(
     ranks: Ranks,
     moments: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    """The model's statistics and teacher, from rows on the host."""
+    """The model's statistics, teacher and the start of its textual head, from rows on the host."""
     part, classes = ranks.part(len(rows)), model.config.n_classes
     if isinstance(rows, TrainingSet):
         sums, counts = class_sums(rows.visual[part], rows.labels[part], classes)
@@ -133,6 +134,10 @@ def _fit(
     if len(taught):
         visual, text, labels, _, _ = rows.rows(taught)
         model.set_teacher(visual, text, labels, seed)
+    told = textual_head_rows(rows.labels, rows.paired, model.config.text_dim, classes, seed)
+    if len(told):
+        _, text, labels, _, _ = rows.rows(told)
+        model.set_textual_head(text, labels)
 
 
 def _to(rows: TrainingSet | StreamedSet, device: torch.device) -> TrainingSet | StreamedSet:

@@ -53,11 +53,11 @@ def fit_binary_teacher(visual: Tensor, text: Tensor, labels: Tensor, seed: int) 
     fold = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device) % _FOLDS
     found = [_held_out(x[known], y, fold) for x in spaces]
     trust, offset = _trust([logits for logits, _ in found], y)
-    first = [_fit(x[known], y, l2) for x, (_, l2) in zip(spaces, found, strict=True)]
+    first = [fitted(x[known], y, l2) for x, (_, l2) in zip(spaces, found, strict=True)]
     soft = _combined([F.linear(x[~known], *c) for c, x in zip(first, spaces, strict=True)], trust, offset)
     targets = torch.cat((y, soft))
     second = [
-        _fit(torch.cat((x[known], x[~known])), targets, REFIT_L2 * l2, start)
+        fitted(torch.cat((x[known], x[~known])), targets, REFIT_L2 * l2, start)
         for x, (_, l2), start in zip(spaces, found, first, strict=True)
     ]
     return BinaryPairTeacher(second[0], second[1], trust, offset)
@@ -82,7 +82,7 @@ def _minimise(parameters: Sequence[Tensor], objective: Callable[[], Tensor]) -> 
         optimiser.step(closure)
 
 
-def _fit(features: Tensor, targets: Tensor, l2: float, start: Linear | None = None) -> Linear:
+def fitted(features: Tensor, targets: Tensor, l2: float, start: Linear | None = None) -> Linear:
     """Minimise the mean over rows of the summed cross entropies to ``targets`` (N, K), plus ``l2 / 2 |weight|^2``."""
     if start is None:
         shape = (targets.shape[1], features.shape[1])
@@ -105,7 +105,7 @@ def _held_out(features: Tensor, y: Tensor, fold: Tensor) -> tuple[Tensor, float]
         for k in range(_FOLDS):
             out = fold == k
             if out.any() and not out.all():
-                logits[out] = F.linear(features[out], *_fit(features[~out], y[~out], l2))
+                logits[out] = F.linear(features[out], *fitted(features[~out], y[~out], l2))
         bounded = logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         loss = float(F.binary_cross_entropy_with_logits(bounded, y, reduction="sum"))
         if best is None or loss < best[0]:

@@ -24,6 +24,7 @@ from .multi_label import binary_class_terms, binary_divergence, labelled_rows, r
 from .schedule import NoiseSchedule, Sampler
 from .space import category_centres
 from .teacher import PairTeacher, fit_teacher, teacher_rows
+from .textual_head import fitted_textual_head
 from .visual import GaussianDropout, VisualHead
 
 # Stream ids of the randomness contract.
@@ -251,6 +252,13 @@ class SeDA(nn.Module):
         """
         rows = teacher_rows(labels, paired, seed)
         self.set_teacher(visual[rows], text[rows], labels[rows], seed)
+
+    @torch.no_grad()
+    def set_textual_head(self, text: Tensor, labels: Tensor) -> None:
+        """Start the textual head at a classifier of the standardised ``text`` (n, Dt) of `textual_head_rows`."""
+        start = fitted_textual_head(text, labels, self.config.n_classes)
+        self.translator.head.weight.copy_(start.weight)
+        self.translator.head.bias.copy_(start.bias)
 
     def set_teacher(self, visual: Tensor, text: Tensor, labels: Tensor, seed: int) -> None:
         """Set ``teacher`` from the rows of `teacher_rows` alone; no row removes it."""

@@ -158,12 +158,12 @@ def fit_teacher(visual: Tensor, text: Tensor, labels: Tensor, n_classes: int, se
     spaces = (visual, text)
     penalties, trust = _tuned([x[known] for x in spaces], y, n_classes, seed)
     hard = F.one_hot(y, n_classes).to(visual.dtype)
-    first = [_fit(x[known], hard, l2) for x, l2 in zip(spaces, penalties, strict=True)]
+    first = [fitted(x[known], hard, l2) for x, l2 in zip(spaces, penalties, strict=True)]
     soft = combined([c.log_proba(x[~known]) for c, x in zip(first, spaces, strict=True)], trust)
     ordered = [torch.cat((x[known], x[~known])) for x in spaces]
     targets = torch.cat((hard, shifted(soft, hard.mean(0))))
     targets[len(y) :] = propagated(targets, [nearest(x) for x in ordered])[len(y) :]
-    second = [_fit(x, targets, REFIT_L2 * l2, start) for x, l2, start in zip(ordered, penalties, first, strict=True)]
+    second = [fitted(x, targets, REFIT_L2 * l2, start) for x, l2, start in zip(ordered, penalties, first, strict=True)]
     return PairTeacher(second[0], second[1], trust)
 
 
@@ -182,7 +182,7 @@ def _tuned(spaces: Sequence[Tensor], labels: Tensor, n_classes: int, seed: int) 
     return [l2 for _, l2 in found], _trust([log_proba for log_proba, _ in found], y)
 
 
-def _fit(features: Tensor, targets: Tensor, l2: float, start: Linear | None = None) -> Linear:
+def fitted(features: Tensor, targets: Tensor, l2: float, start: Linear | None = None) -> Linear:
     """Minimise the mean cross entropy to ``targets`` (N, K) plus ``l2 / 2 |weight|^2`` by L-BFGS."""
     if start is None:
         shape = (targets.shape[1], features.shape[1])
@@ -221,7 +221,7 @@ def _held_out(features: Tensor, labels: Tensor, n_classes: int, fold: Tensor) ->
             out = fold == k
             if out.all() or not out.any():
                 continue
-            found[out] = _fit(features[~out], hard[~out], l2).log_proba(features[out])
+            found[out] = fitted(features[~out], hard[~out], l2).log_proba(features[out])
         loss = float(F.nll_loss(torch.log(found.exp() + _EPS), labels))
         if best is None or loss < best[0]:
             best = (loss, found, l2)

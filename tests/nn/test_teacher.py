@@ -48,7 +48,7 @@ def test_a_space_that_says_nothing_is_not_trusted() -> None:
 
 def test_fit_reaches_the_minimum_that_scikit_learn_finds() -> None:
     v, _, y = pairs(300)
-    found = module._fit(v, functional.one_hot(y, 4).float(), 0.01)
+    found = module.fitted(v, functional.one_hot(y, 4).float(), 0.01)
     theirs = LogisticRegression(C=1 / (0.01 * 300), max_iter=1000, tol=1e-8).fit(v.double().numpy(), y.numpy())
     np.testing.assert_allclose(found.log_proba(v).exp(), theirs.predict_proba(v.double().numpy()), atol=2e-3)
 
