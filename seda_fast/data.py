@@ -100,8 +100,8 @@ class EvaluationRows:
 class VisualRows:
     """Rows to predict.
 
-    visual (M, Dv); ids (M,) int64; where the source has them, labels as in `EvaluationRows`, class_names, and names
-    (M,) of the rows.
+    visual (M, Dv), from the array ``key``; ids (M,) int64; where the source has them, labels as in `EvaluationRows`,
+    class_names, and names (M,) of the rows.
     """
 
     visual: Features
@@ -110,6 +110,7 @@ class VisualRows:
     ids: Labels
     source: str
     names: tuple[str, ...] | None = None
+    key: str = "visual"
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +287,7 @@ def load_visual(
         with naming(path):
             found = _visual_rows(arrays, str(path))
     with naming(path):
-        _check_width("the visual array", found.visual, visual_dim, "the model")
+        _check_width(found.key, found.visual, visual_dim, "the model")
     return found
 
 
@@ -301,7 +302,7 @@ def _check_length(name: str, array: NDArray[Any], other: str, length: int) -> No
         raise DataError(f"'{name}' has {len(array)} rows but '{other}' has {length}")
 
 
-def _check_width(name: str, array: Features, width: int | None, other: str) -> None:
+def _check_width(name: str, array: NDArray[Any], width: int | None, other: str) -> None:
     if width is not None and array.shape[1] != width:
         raise DataError(f"'{name}' has {array.shape[1]} columns but {other} has {width}")
 
@@ -386,7 +387,10 @@ def _build(
     ids = np.arange(len(visual), dtype=np.int64)
     row_names = _row_names(arrays, "visual_train", len(visual))
     if any(key in arrays for key in ("visual_test", "label_test", "text_test")):
-        test = _evaluation_rows(arrays, source, unpaired, names, labels.ndim == 2)
+        given = names if "class_names" in arrays else None
+        test = _evaluation_rows(arrays, source, unpaired, given, labels.ndim == 2)
+        if labels.ndim == 2:
+            _check_width("label_test", test.labels, labels.shape[1], "'label_train'")
         _check_width("visual_test", test.visual, visual.shape[1], "'visual_train'")
         if test.text is not None and text.shape[1]:
             _check_width("text_test", test.text, text.shape[1], "'text_train'")
@@ -566,7 +570,7 @@ def _visual_rows(arrays: Mapping[str, Any], source: str) -> VisualRows:
         if labels is not None:
             _check_named("label_test", labels, names)
     ids = np.arange(len(visual), dtype=np.int64)
-    return VisualRows(visual, labels, names, ids, source, _row_names(arrays, name, len(visual)))
+    return VisualRows(visual, labels, names, ids, source, _row_names(arrays, name, len(visual)), name)
 
 
 def _row_names(arrays: Mapping[str, Any], of: str, length: int) -> tuple[str, ...] | None:

@@ -18,7 +18,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeatures
 from sklearn.preprocessing import LabelEncoder
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
 from .arrays import Labels, Mask, check_text, check_visual
@@ -70,8 +70,9 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
 
     Args:
         device: "auto" (CUDA where there is a device), "cpu" or "cuda".
-        unlabelled: the value in ``y`` of rows whose class is not known, which train the translation to text only;
-            None: every row is labelled. Multi-label: such a row holds it throughout.
+        unlabelled: the value in ``y`` of rows whose class is not known. Those with a text train the translation to it
+            and, through a teacher that looks at both, the classifiers. None: every row is labelled. Multi-label: such
+            a row holds it throughout.
         random_state: int, None or a `numpy.random.RandomState`; an int is what ``seda_fast.train`` calls the seed.
         settings: every setting of `SeDAConfig` and `TrainConfig` but the sizes and the seed, with their defaults;
             ``SeDAClassifier().get_params()`` lists them.
@@ -117,6 +118,8 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             ValueError: data or a setting cannot be used; one sentence that names it.
             TrainingError: the loss is no longer finite.
         """
+        if self.unlabelled is not None and self.unlabelled != self.unlabelled:
+            raise ConfigError("unlabelled is NaN, which no value equals; give another, such as -1")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be one of auto, cpu, cuda, not {self.device!r}")
         X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True)
@@ -180,6 +183,8 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
 
     def _seed(self) -> int:
         state = _plain(self.random_state)
+        if isinstance(state, bool) or (isinstance(state, int) and state < 0):
+            raise ConfigError(f"random_state must be an int of 0 or more, a RandomState or None, not {state}")
         return state if isinstance(state, int) else int(check_random_state(state).randint(2**31 - 1))
 
     # ---- what is fitted ------------------------------------------------------------------------------------------
@@ -294,8 +299,16 @@ def _checked_text(text: Any, visual: NDArray[Any]) -> tuple[NDArray[Any], Mask]:
     if text is None:
         return np.full((len(visual), 1), np.nan, dtype=np.float32), np.zeros(len(visual), dtype=bool)
     _refuse_no_features("text", text)
-    check_consistent_length(visual, text)
-    return check_text("text", text, "keep")
+    found = _floating(text)
+    if found.ndim and len(found) != len(visual):
+        raise DataError(f"text has {len(found)} rows but X has {len(visual)}")
+    return check_text("text", found, "keep")
+
+
+def _floating(value: Any) -> NDArray[Any]:
+    """Integers as floating numbers, as scikit-learn takes them in ``X``."""
+    found = np.asarray(value)
+    return found.astype(np.float32) if found.dtype.kind in "biu" else found
 
 
 def _refuse_no_features(name: str, value: Any) -> None:
@@ -314,7 +327,7 @@ def _checked_class_texts(value: Any, text: Any, classes: NDArray[Any]) -> NDArra
     if text is not None:
         raise ValueError("text and text_classes are both given; give one text of each row or one of each class")
     _refuse_no_features("text_classes", value)
-    texts = check_visual("text_classes", value)
+    texts = check_visual("text_classes", _floating(value))
     if len(texts) != len(classes):
         raise ValueError(f"text_classes has {len(texts)} rows but y has {len(classes)} classes")
     return texts

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from . import _eval_extra  # noqa: F401 - checks first that what measuring needs is installed
+from .arrays import labelled_rows
 from .arrays import rows as float_rows
-from .baselines import BASELINES, Baseline, fit_baseline
+from .baselines import BASELINES, Baseline, enough_epochs, fit_baseline
 from .command import choose_device, progress, report, run, settings_of
 from .config import ConfigError, SeDAConfig, TrainConfig, check_given, check_range, check_types, setting
 from .data import EvaluationRows, FeatureSet
@@ -70,7 +71,7 @@ class RunConfig:
     out: str = setting("runs/seda", "folder for the results")
     overwrite: bool = setting(False, "replace the results of an earlier run in that folder")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train")
-    unpaired: Literal["refuse", "keep"] = setting("refuse", "what to do with training rows whose text is missing")
+    unpaired: Literal["refuse", "keep"] = setting("refuse", "what to do with rows whose text is missing")
     test_fraction: float = setting(0.2, "share of the rows to hold out where the data has no test part")
     baselines: bool = setting(True, "train and measure the baselines too")
     engine: EngineName = setting("auto", "what runs a training step; auto goes by the device")
@@ -129,6 +130,8 @@ def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) 
     visual, text, labels, paired, _ = rows.rows(torch.arange(len(rows), device=rows.device))
     text = text.masked_fill(~paired[:, None], float("nan"))
     arrays = (visual.cpu().numpy(), text.cpu().numpy(), labels.cpu().numpy())
+    labelled, with_text = labelled_rows(arrays[2]), paired.cpu().numpy()
+    learned = {"mlp": labelled, "one_step": labelled | with_text, "one_step_mse": with_text}
     found = {}
     with progress(len(BASELINES), "baselines") as bar:
         for name in BASELINES:
@@ -138,6 +141,8 @@ def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) 
                 "seed": settings.seed,
                 "device": str(rows.visual.device),
             }
+            if name in learned:
+                options["epochs"] = enough_epochs(int(learned[name].sum()))
             try:
                 found[name] = fit_baseline(name, *arrays, **options)
             except ValueError as error:
@@ -290,6 +295,8 @@ def train_and_evaluate(
         test_fraction=settings.run.test_fraction,
         seed=settings.train.seed,
     )
+    if data.split is None and settings.run.test_fraction != RunConfig().test_fraction:
+        report(PROGRAM, f"test_fraction is not used: {data.source} has a test part of its own")
     config = settings.model_config(data)
     model, rows = prepare(
         data, config, settings.train.seed, device, ranks=ranks, memory_share=settings.run.memory_share

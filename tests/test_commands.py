@@ -1,6 +1,7 @@
 """The commands end to end on small sets: what they write, that it is right, and how they refuse."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -20,9 +21,12 @@ from scipy.linalg import sqrtm
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 import seda_fast
-from seda_fast import DataError, FeatureSet, SeDA, evaluate, info, predict, results, train
+from seda_fast import DataError, FeatureSet, SeDA, SeDAConfig, TrainConfig, evaluate, info, predict, results, train
+from seda_fast.baselines import BATCH_SIZE, EPOCHS, FEWEST_STEPS, enough_epochs
 from seda_fast.checkpoint import Checkpoints
 from seda_fast.command import run as run_command
+from seda_fast.loop import TrainingSet
+from seda_fast.prepare import prepare
 
 SMALL = ["--width", "32", "--blocks", "2", "--epochs", "4", "--batch-size", "64", "--diffusion-steps", "100"]
 RESULTS = {"config.toml", "model.safetensors", "history.csv", "metrics.json", "outputs.safetensors", "report"}
@@ -307,6 +311,30 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
     assert "cannot be written" in capfd.readouterr().err
 
 
+def test_a_share_to_hold_out_that_is_not_used_is_told(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", str(trained / "data.npz"), *SMALL, "--no-baselines", "--test-fraction"]
+    assert train.main([*given, "0.5", "--out", str(tmp_path / "a")]) == 0
+    assert "test_fraction is not used" in capfd.readouterr().err
+    assert train.main([*given, "0.2", "--out", str(tmp_path / "b")]) == 0
+    assert "test_fraction" not in capfd.readouterr().err
+
+
+def test_baselines_of_few_rows_take_as_many_steps_as_seda(trained: Path) -> None:
+    data = FeatureSet.load(trained / "data.npz")
+    config = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=32, blocks=1)
+    _, rows = prepare(data, config, 0, torch.device("cpu"))
+    assert isinstance(rows, TrainingSet)
+    few = dataclasses.replace(rows, labels=rows.labels.masked_fill(torch.arange(90) >= 12, -1))
+    for made in (rows, few):
+        found = train.fit_baselines(made, config, TrainConfig())
+        for name in ("mlp", "one_step", "one_step_mse"):
+            assert found[name].hyperparameters["epochs"] == FEWEST_STEPS  # one batch a pass
+    assert enough_epochs(1_000_000) == EPOCHS
+    assert enough_epochs(3 * BATCH_SIZE) == FEWEST_STEPS // 3
+
+
 def test_a_run_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_set(tmp_path / "data.npz")
 
@@ -495,7 +523,10 @@ def test_predict_refuses_features_of_another_size(
 ) -> None:
     np.save(tmp_path / "wide.npy", np.zeros((4, 9), np.float32))
     assert predict.main(["--model", str(trained / "run"), "--data", str(tmp_path / "wide.npy")]) == 2
-    assert "has 9 columns but the model has 8" in capfd.readouterr().err
+    assert "'visual' has 9 columns but the model has 8" in capfd.readouterr().err
+    np.savez(tmp_path / "wide.npz", visual_test=np.zeros((4, 9), np.float32))
+    assert predict.main(["--model", str(trained / "run"), "--data", str(tmp_path / "wide.npz")]) == 2
+    assert "'visual_test' has 9 columns but the model has 8" in capfd.readouterr().err
 
 
 def test_evaluate_and_predict_take_settings_from_a_file(

@@ -308,6 +308,10 @@ REFUSED = {
         with_value("label_test", 4, 3),
         "'label_test' holds 3 in row 4 but 'class_names' has 3",
     ),
+    "test label unnamed, without names": (
+        arrays(class_names=None, label_test=changed(LABELS[:12], 4, 3)),
+        "'label_test' holds class 3 in row 4, which 'label_train' lacks",
+    ),
     "empty": (arrays(visual_train=np.ones((0, 6))), "'visual_train' is empty"),
     "empty labels": (arrays(label_test=np.ones(0, int)), "'label_test' is empty"),
     "no columns": (arrays(text_train=np.ones((24, 0))), "'text_train' has no columns"),
