@@ -46,8 +46,9 @@ def markdown(records: Iterable[Record], predictions: Mapping[str, str], sampling
         f"So far {len(found)} trainings, whose wall times add up to {minutes:.0f} minutes, most of them two at a time",
         "on two cores. The command makes what is missing; `--folds`, `--regimes` and `--variants` say of what: this",
         "page is of `--regimes full --folds 2` and of `--regimes labels-8 --folds 1`, there with `--folds 3` for what",
-        "did best on the first, which therefore favours them, and `--folds 6` for the best of these. With 8 labels a",
-        "class all of them had the teacher of pairs as it was before it drew each pair to its nearest ones.",
+        "did best on the first, which therefore favours them, and `--folds 6` for the best of these. All of them",
+        "had a textual head that started at random, and with 8 labels a class the teacher of pairs as it was before it",
+        "drew each pair to its nearest ones.",
         "",
     ]
     for regime, title in REGIMES.items():
