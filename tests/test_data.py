@@ -50,7 +50,8 @@ def write(kind, folder, content):
         return folder
     path = folder / f"set.{'safetensors' if kind == 'safetensors' else 'npz'}"
     if kind == "safetensors":
-        metadata = {"class_names": json.dumps([str(name) for name in content["class_names"]])}
+        named = "class_names" in content
+        metadata = {"class_names": json.dumps([str(name) for name in content["class_names"]])} if named else {}
         tensors = {name: torch.from_numpy(np.array(v)) for name, v in content.items() if name != "class_names"}
         save_file(tensors, path, metadata)
     else:

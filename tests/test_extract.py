@@ -120,11 +120,11 @@ def test_from_images_to_predictions(
     told = capsys.readouterr().out
     assert "480 images, 480 used" in told
     assert "converted: 480 alpha" in told
-    small = ["--width", "32", "--blocks", "2", "--epochs", "3", "--no-baselines", "--device", "cpu"]
+    small = ["--width", "32", "--blocks", "2", "--epochs", "12", "--no-baselines", "--device", "cpu"]
     assert train.main(["--data", str(out), "--out", str(tmp_path / "run"), *small]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     # Chance is 12.5: random weights see colours at least.
-    assert metrics["top1"] > 20
+    assert metrics["top1"] > 25
     assert metrics["alignment"] is not None
     assert ("attention" in metrics["train"]) == by_class
     (tmp_path / "new").mkdir()
