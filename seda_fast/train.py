@@ -295,7 +295,7 @@ def train_and_evaluate(
         test_fraction=settings.run.test_fraction,
         seed=settings.train.seed,
     )
-    if data.split is None and settings.run.test_fraction != RunConfig().test_fraction:
+    if ranks.first and data.split is None and settings.run.test_fraction != RunConfig().test_fraction:
         report(PROGRAM, f"test_fraction is not used: {data.source} has a test part of its own")
     config = settings.model_config(data)
     model, rows = prepare(
