@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     _, others = parser.parse_known_args(argv)
     if others:
-        close = others[0] in COMMANDS
-        parser.error(f"give python -m seda_fast.{others[0]}" if close else f"unrecognized arguments: {others[0]}")
+        given = others[0]
+        parser.error(f"give python -m seda_fast.{given}" if given in COMMANDS else f"unrecognized arguments: {given}")
     width = max(map(len, COMMANDS))
     print(f"seda_fast {__version__}; python -m seda_fast.COMMAND --help shows a command's options\n")
     print("\n".join(f"  {name:{width}}  {told}" for name, told in COMMANDS.items()))
