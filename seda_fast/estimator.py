@@ -191,10 +191,14 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
 
     def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
         """Log-probabilities of the classes, (M, Dv) -> (M, K), columns in the order of ``classes_``; multi-label, of
-        carrying each."""
+        carrying each.
+
+        Raises:
+            DataError: a row's features are so large that the result is not a number.
+        """
         visual, ids = self._rows(X)
         with torch.inference_mode():
-            found = self.model_(visual, ids).double()
+            found = _numbers(self.model_(visual, ids)).double()
         if self.multi_label_:
             return np.asarray(found.cpu().numpy())
         # Rounding to float32 leaves sums that differ from 1 by some 1e-7.
@@ -219,11 +223,14 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         """Aligned features, standardised: (M, Dv) -> (M, Dt) float32 on the textual distribution.
 
         Fitted without text: the features in the semantic space, (M, Dv).
+
+        Raises:
+            DataError: a row's features are so large that the result is not a number.
         """
         visual, ids = self._rows(X)
         with torch.inference_mode():
             semantic, aligned = self.model_.align(visual, ids)
-        result: NDArray[np.float32] = (aligned if self.has_text_ else semantic).cpu().numpy()
+        result: NDArray[np.float32] = _numbers(aligned if self.has_text_ else semantic).cpu().numpy()
         return result
 
     @property
@@ -331,6 +338,15 @@ def _checked_class_texts(value: Any, text: Any, classes: NDArray[Any]) -> NDArra
     if len(texts) != len(classes):
         raise ValueError(f"text_classes has {len(texts)} rows but y has {len(classes)} classes")
     return texts
+
+
+def _numbers(found: Tensor) -> Tensor:
+    """What a model says of the rows of X (M, ..); the largest class of NaN would be one of them all the same."""
+    bad = found.isnan().any(dim=1)
+    if bad.any():
+        row = int(bad.to(torch.int8).argmax())
+        raise DataError(f"row {row} of X has features so large that its prediction is not a number")
+    return found
 
 
 def _ids_of(visual: NDArray[np.float32]) -> Labels:

@@ -113,6 +113,14 @@ def test_predicts_unseen_rows(fitted: SeDAClassifier) -> None:
     np.testing.assert_allclose(np.log(p), fitted.predict_log_proba(unseen.visual), rtol=1e-12)
 
 
+@pytest.mark.parametrize("call", ["predict", "predict_proba", "predict_log_proba", "transform"])
+def test_a_prediction_that_is_no_number_is_refused_with_its_row(fitted: SeDAClassifier, call: str) -> None:
+    rows = np.ones((9, fitted.n_features_in_), np.float32)
+    rows[7] = 3e38
+    with pytest.raises(ValueError, match="row 7 of X has features so large that its prediction is not a number"):
+        getattr(fitted, call)(rows)
+
+
 def test_transform_gives_features_that_lie_near_their_texts(fitted: SeDAClassifier) -> None:
     unseen = sample(60, seed=4)
     aligned = fitted.transform(unseen.visual)
