@@ -24,9 +24,6 @@ def markdown(rows: Sequence[dict[str, Any]], selected: Selected, command: str, c
         "get the unlabelled pairs too (`one_step` by its squared error, `mlp_pseudo`, the MLP with its settings, by",
         "labels that a text classifier gives them).",
         "",
-        "All trainings of SeDA on this page are from before its textual head started at a classifier of the texts",
-        "(method.md, 5, which has what that changes on folds); those of the recipe as it is are being made.",
-        "",
         *(f"- **{name}**: {about}" for name, about in ABOUT.items()),
         "",
     ]
