@@ -3,13 +3,16 @@
 Where labels are few and pairs are many, a classifier of images and one of texts, each trained on the few labels, err on
 different pairs. Their product labels the unlabelled pairs, each is drawn towards the labels of its nearest pairs (one
 step of label propagation, Zhu & Ghahramani 2002), both are fitted again on those labels, and the product of the new
-two is the teacher (co-training, Blum & Mitchell 1998, with soft labels). Where the unlabelled pairs plainly have other
-class shares than the labelled ones, as where equally many rows of each class were labelled, the first product's labels
-are drawn towards those shares. Text is needed here only, in training.
+two is the teacher (co-training, Blum & Mitchell 1998, with soft labels). Each classifier sees its space widened by what
+a row tells of its partner in the other space, which all pairs show, labelled or not: what both spaces share is where
+the classes lie (Foster, Kakade & Zhang 2008). Where the unlabelled pairs plainly have other class shares than the
+labelled ones, as where equally many rows of each class were labelled, the first product's labels are drawn towards
+those shares. Text is needed here only, in training.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,6 +40,8 @@ _SHIFT_STEPS = 50
 NEIGHBOURS = 10
 _LEAST_SHARE = 1e-3
 _ROWS_TOGETHER = 1024  # whose cosines to all others are in memory at once
+# Mean squared lengths of a row by which the regressions between the spaces shrink.
+RIDGE_ROWS = 10.0
 _EPS = 1e-6
 
 
@@ -133,6 +138,36 @@ def propagated(proba: Tensor, graphs: Sequence[tuple[Tensor, Tensor]]) -> Tensor
     return torch.softmax(logs, dim=1)
 
 
+def shared_directions(x: Tensor, other: Tensor) -> Tensor:
+    """Where the pairs ``x`` (N, D), ``other`` (N, E) tell of each other: a map (D, E).
+
+    It leads to the ridge regression of ``other`` on ``x``, whitened: ``A L^-T`` with ``A = (x'x + a)^-1 x'other`` and
+    ``L L' = other'other + b``, times a number that makes ``x @ map`` as long as ``x`` altogether. Up to a rotation
+    these are the canonical variates of ``x`` (Hotelling 1936), each times its correlation. ``a`` and ``b`` are
+    `RIDGE_ROWS` times a row's mean squared length: of few pairs in many dimensions canonical correlations are chance.
+    """
+    factors = []
+    for rows in (x, other):
+        gram = (rows.mT @ rows).double()
+        gram.diagonal().add_(RIDGE_ROWS * (gram.trace() / len(rows)).clamp(min=_EPS))
+        factors.append(torch.linalg.cholesky(gram))
+    regression = torch.cholesky_solve((x.mT @ other).double(), factors[0])
+    found: Tensor = torch.linalg.solve_triangular(factors[1], regression.mT, upper=False).mT.to(x.dtype)
+    length = float((x @ found).norm())
+    return found * (float(x.norm()) / length) if length > 0 else found
+
+
+def widened(x: Tensor, directions: Tensor) -> Tensor:
+    """``x`` (N, D) beside what it is along ``directions`` (D, E), both as long together as ``x`` was: (N, D + E)."""
+    return torch.cat((x, x @ directions), dim=1) * math.sqrt(0.5)
+
+
+def narrowed(classifier: Linear, directions: Tensor) -> Linear:
+    """The classifier of rows as they are that says what ``classifier`` says of `widened` ones."""
+    own, along = classifier.weight.split(list(directions.shape), dim=1)
+    return Linear((own + along @ directions.mT) * math.sqrt(0.5), classifier.bias)
+
+
 def teacher_rows(labels: Tensor, paired: Tensor, seed: int) -> Tensor:
     """Which rows to fit the teacher on: int64 (n,), ascending, bounded in number; empty where it has no use.
 
@@ -155,16 +190,20 @@ def fit_teacher(visual: Tensor, text: Tensor, labels: Tensor, n_classes: int, se
     unlabelled. Deterministic for a seed."""
     known = labels >= 0
     y = labels[known]
-    spaces = (visual, text)
+    seen = (visual, text)
+    shared = (shared_directions(visual, text), shared_directions(text, visual))
+    spaces = [widened(x, directions) for x, directions in zip(seen, shared, strict=True)]
     penalties, trust = _tuned([x[known] for x in spaces], y, n_classes, seed)
     hard = F.one_hot(y, n_classes).to(visual.dtype)
     first = [fitted(x[known], hard, l2) for x, l2 in zip(spaces, penalties, strict=True)]
     soft = combined([c.log_proba(x[~known]) for c, x in zip(first, spaces, strict=True)], trust)
     ordered = [torch.cat((x[known], x[~known])) for x in spaces]
     targets = torch.cat((hard, shifted(soft, hard.mean(0))))
-    targets[len(y) :] = propagated(targets, [nearest(x) for x in ordered])[len(y) :]
+    graphs = [nearest(torch.cat((x[known], x[~known]))) for x in seen]
+    targets[len(y) :] = propagated(targets, graphs)[len(y) :]
     second = [fitted(x, targets, REFIT_L2 * l2, start) for x, l2, start in zip(ordered, penalties, first, strict=True)]
-    return PairTeacher(second[0], second[1], trust)
+    own = [narrowed(c, directions) for c, directions in zip(second, shared, strict=True)]
+    return PairTeacher(own[0], own[1], trust)
 
 
 def _tuned(spaces: Sequence[Tensor], labels: Tensor, n_classes: int, seed: int) -> tuple[list[float], Tensor]:

@@ -183,6 +183,66 @@ def test_neighbours_of_kinds_of_a_class_make_its_labels_better(monkeypatch: pyte
     assert sum(gains) > 0.06
 
 
+def test_shared_directions_are_canonical_variates_times_their_correlations() -> None:
+    v, t, _ = pairs(300)
+    found = module.shared_directions(v, t)
+    assert found.shape == (12, 8)
+
+    def whitening(x: Tensor) -> Tensor:
+        gram = x.double().T @ x.double()
+        values, vectors = torch.linalg.eigh(gram + module.RIDGE_ROWS * gram.trace() / 300 * torch.eye(len(gram)))
+        return vectors @ torch.diag(values**-0.5) @ vectors.T
+
+    own, other = whitening(v), whitening(t)
+    left, correlations, _ = torch.linalg.svd(own @ v.double().T @ t.double() @ other, full_matrices=False)
+    variates = v.double() @ own @ left * correlations
+    variates *= v.norm() / variates.norm()
+    # A rotation of the variates is the same to a classifier with a penalty on its squares.
+    along = (v @ found).double()
+    torch.testing.assert_close(along @ along.T, variates @ variates.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((v @ found).norm(), v.norm())
+
+
+def test_a_narrowed_classifier_says_of_rows_what_it_says_of_widened_ones() -> None:
+    v, t, _ = pairs(50)
+    directions = module.shared_directions(v, t)
+    classifier = module.Linear(torch.randn(4, 20), torch.randn(4))
+    wide = module.widened(v, directions)
+    torch.testing.assert_close(wide.norm(), v.norm())
+    expected = classifier.log_proba(wide)
+    torch.testing.assert_close(module.narrowed(classifier, directions).log_proba(v), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("nothing", [torch.zeros(60, 8), torch.ones(60, 8)], ids=["zeros", "constant"])
+def test_a_space_without_differences_shares_no_direction_that_is_not_a_number(nothing: Tensor) -> None:
+    v, _, y = pairs(60)
+    for x, other in ((v, nothing), (nothing, v)):
+        assert module.shared_directions(x, other).isfinite().all()
+    assert fit_teacher(v, nothing, few_labels(y, 4), 4, seed=0)(v, nothing).isfinite().all()
+
+
+def test_what_the_spaces_share_makes_the_labels_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes lie in 6 dimensions that both spaces show, beside 40 larger ones of each space's own."""
+    gains = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.arange(3000) % 5
+        classes = torch.randn(5, 6, generator=generator)[y] + 0.5 * torch.randn(3000, 6, generator=generator)
+        spaces = [
+            classes @ torch.randn(6, d, generator=generator) / 2
+            + torch.randn(3000, 40, generator=generator) @ torch.randn(40, d, generator=generator) / 2
+            for d in (60, 50)
+        ]
+        right = []
+        for directions in (module.shared_directions, lambda x, other: torch.zeros(x.shape[1], other.shape[1])):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "shared_directions", directions)
+                found = fit_teacher(spaces[0], spaces[1], few_labels(y, 4), 5, seed=0)(*spaces)
+            right.append(float((found.argmax(1) == y)[20:].float().mean()))
+        gains.append(right[0] - right[1])
+    assert min(gains) > 0.1, gains
+
+
 def test_equal_class_shares_leave_the_labels_as_they_are() -> None:
     generator = torch.Generator().manual_seed(3)
     y = torch.arange(900) % 3
