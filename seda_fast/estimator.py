@@ -29,6 +29,7 @@ from .files import DataError, atomic_path, check_writable, naming
 from .loop import train
 from .nn import SeDA
 from .nn.multi_label import THRESHOLD
+from .outputs import first_nan
 from .prepare import prepare
 
 __all__ = ["SeDAClassifier"]
@@ -342,9 +343,8 @@ def _checked_class_texts(value: Any, text: Any, classes: NDArray[Any]) -> NDArra
 
 def _numbers(found: Tensor) -> Tensor:
     """What a model says of the rows of X (M, ..); the largest class of NaN would be one of them all the same."""
-    bad = found.isnan().any(dim=1)
-    if bad.any():
-        row = int(bad.to(torch.int8).argmax())
+    row = first_nan([found])
+    if row is not None:
         raise DataError(f"row {row} of X has features so large that its prediction is not a number")
     return found
 

@@ -70,9 +70,15 @@ def model_outputs(
     return Outputs(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 
-def _refuse_nan(rows: EvaluationRows | VisualRows, index: NDArray[np.int64], outputs: Sequence[torch.Tensor]) -> None:
-    """Raises DataError for the first row of ``index`` (m,) whose ``outputs`` (m, ..) are NaN; -inf is a probability."""
+def first_nan(outputs: Sequence[torch.Tensor]) -> int | None:
+    """The first row that is NaN anywhere in ``outputs``, (m, ..) each; -inf is a probability."""
     bad = torch.stack([output.isnan().any(dim=1) for output in outputs]).any(dim=0)
-    if bad.any():
-        row = int(rows.ids[index[int(bad.to(torch.int8).argmax())]])
+    return int(bad.to(torch.int8).argmax()) if bad.any() else None
+
+
+def _refuse_nan(rows: EvaluationRows | VisualRows, index: NDArray[np.int64], outputs: Sequence[torch.Tensor]) -> None:
+    """Raises DataError for the first row of ``index`` (m,) whose ``outputs`` (m, ..) are NaN."""
+    bad = first_nan(outputs)
+    if bad is not None:
+        row = int(rows.ids[index[bad]])
         raise DataError(f"{rows.source}: row {row} has features so large that its prediction is not a number")
