@@ -51,6 +51,10 @@ class SeDAConfig:
     visual_weight: float = setting(
         0.5, "weight of the visual head's log-probabilities, 0 .. 1; the semantic head has the rest"
     )
+    kernel_weight: float = setting(
+        0.5,
+        "weight of the kernel head's log-probabilities, 0 .. 1, the other heads' sum having the rest; 0: no such head",
+    )
     noise_draws: int = setting(1, "noise draws that a prediction averages over, R")
 
     def __post_init__(self) -> None:
@@ -77,6 +81,7 @@ class SeDAConfig:
         check_range(
             self, "visual_weight", 0 <= self.visual_weight <= 1 - self.textual_weight, "in 0 .. 1 - textual_weight"
         )
+        check_range(self, "kernel_weight", 0 <= self.kernel_weight <= 1, "in 0 .. 1")
         if self.multi_label and self.class_text:
             raise ConfigError("class_text needs one class a row, so it does not go with multi_label")
         check_range(self, "noise_draws", 1 <= self.noise_draws <= 65535, "in 1 .. 65535")
@@ -88,8 +93,15 @@ class SeDAConfig:
 
     @property
     def semantic_weight(self) -> float:
-        """Weight of the semantic head's log-probabilities: what the other two leave."""
+        """Weight of the semantic head's log-probabilities: what the textual and the visual one leave."""
         return 1 - self.textual_weight - self.visual_weight
+
+    def head_weights(self, heads: int) -> tuple[float, ...]:
+        """Weights of the log-probabilities of three heads, semantic, textual and visual, or of four: kernel last."""
+        three = self.semantic_weight, self.textual_weight, self.visual_weight
+        if heads == len(three):
+            return three
+        return (*((1 - self.kernel_weight) * weight for weight in three), self.kernel_weight)
 
 
 @dataclass(frozen=True, kw_only=True)

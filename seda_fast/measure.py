@@ -46,11 +46,7 @@ def outputs_metrics(outputs: Outputs, model: SeDA, rows: EvaluationRows) -> dict
     text = standardised_text(model, rows)
     return {
         **class_metrics(outputs.log_proba, rows.labels),
-        "heads": {
-            "semantic": class_metrics(outputs.semantic_log_proba, rows.labels),
-            "textual": class_metrics(outputs.textual_log_proba, rows.labels),
-            "visual": class_metrics(outputs.visual_log_proba, rows.labels),
-        },
+        "heads": {name: class_metrics(found, rows.labels) for name, found in outputs.heads().items()},
         "alignment": alignment(outputs.aligned, text),
         "alignment_point": alignment(outputs.aligned_point, text),
         **({"chain": {"used": "step by step", "reason": STEPWISE}} if model.config.has_memory else {}),

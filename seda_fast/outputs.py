@@ -26,7 +26,7 @@ PREDICTION_SEED = 0
 class Outputs:
     """A model's outputs on M rows, float32: log-probabilities (M, K) combined and of each head; ``semantic`` s
     (M, Dv), ``aligned`` t_ (M, Dt) sampled with the textual steps, ``aligned_point`` t_ with the classification
-    steps (all standardised)."""
+    steps (all standardised). A model without kernel head has None there."""
 
     log_proba: Float
     semantic_log_proba: Float
@@ -35,10 +35,17 @@ class Outputs:
     semantic: Float
     aligned: Float
     aligned_point: Float
+    kernel_log_proba: Float | None = None
 
     def arrays(self) -> dict[str, Float]:
-        """The fields by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The arrays by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def heads(self) -> dict[str, Float]:
+        """Each head's log-probabilities, (M, K), by the head's name."""
+        suffix = "_log_proba"
+        return {name.removesuffix(suffix): array for name, array in self.arrays().items() if name.endswith(suffix)}
 
 
 def model_outputs(
@@ -61,10 +68,11 @@ def model_outputs(
             index = np.arange(start, min(start + chunk_rows, len(rows.visual)))
             visual = torch.from_numpy(float_rows(rows.visual, index)).to(device)
             ids = torch.from_numpy(np.asarray(rows.ids[index])).to(device)
-            log_proba = model.predict_log_proba(visual, ids, seed=seed, heads=True)
+            combined, s, t, v, *kernel = model.predict_log_proba(visual, ids, seed=seed, heads=True)
             semantic, aligned = model.align(visual, ids, seed=seed)
             _, point = model.align(visual, ids, steps=model.config.classification_steps, seed=seed)
-            parts.append(tuple(part.cpu() for part in (*log_proba, semantic, aligned, point)))
+            found = (combined, s, t, v, semantic, aligned, point, *kernel)
+            parts.append(tuple(part.cpu() for part in found))
             _refuse_nan(rows, index, parts[-1])
             on_rows(len(index))
     return Outputs(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))

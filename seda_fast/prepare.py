@@ -17,6 +17,7 @@ from .data import FeatureSet
 from .files import DataError
 from .loop import TrainingSet
 from .nn import SeDA, centres_of, class_sums
+from .nn.kernel_head import kernel_rows
 from .nn.teacher import teacher_rows
 from .nn.textual_head import textual_head_rows
 from .ranks import ALONE, Ranks
@@ -116,7 +117,7 @@ def _fit(
     ranks: Ranks,
     moments: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    """The model's statistics, teacher and the start of its textual head, from rows on the host."""
+    """The model's statistics, teacher, kernel head and the start of its textual head, from rows on the host."""
     part, classes = ranks.part(len(rows)), model.config.n_classes
     if isinstance(rows, TrainingSet):
         sums, counts = class_sums(rows.visual[part], rows.labels[part], classes)
@@ -138,6 +139,10 @@ def _fit(
     if len(told):
         _, text, labels, _, _ = rows.rows(told)
         model.set_textual_head(text, labels)
+    compared = kernel_rows(rows.labels, rows.paired, model.teacher is not None, classes)
+    if len(compared) and model.config.kernel_weight > 0:
+        visual, text, labels, _, _ = rows.rows(compared)
+        model.set_kernel_head(visual, text, labels, seed)
 
 
 def _to(rows: TrainingSet | StreamedSet, device: torch.device) -> TrainingSet | StreamedSet:

@@ -165,8 +165,8 @@ def test_without_text_the_textual_head_is_not_asked(data: Sample) -> None:
     alone = SeDAClassifier(**SMALL, random_state=0).fit(data.visual, data.labels)
     assert not alone.has_text_
     assert alone.model_.config.textual_weight == 0
-    _, semantic, _, visual = alone.model_.predict_log_proba(torch.from_numpy(data.visual), heads=True)
-    np.testing.assert_array_equal(alone.predict(data.visual), (semantic + visual).argmax(1).numpy())
+    _, semantic, _, visual, kernel = alone.model_.predict_log_proba(torch.from_numpy(data.visual), heads=True)
+    np.testing.assert_array_equal(alone.predict(data.visual), (semantic + visual + 2 * kernel).argmax(1).numpy())
     assert alone.transform(data.visual).shape == data.visual.shape
     assert alone.get_feature_names_out().shape == (8,)
     empty = np.full((90, 5), np.nan)

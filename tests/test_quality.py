@@ -190,11 +190,15 @@ def test_bootstrap_is_paired() -> None:
     assert (mean, low, high) == (0, 0, 0)
 
 
-def test_seda_with_another_weight_of_its_visual_head_is_recorded(task: Task) -> None:
+def test_seda_with_other_weights_of_its_heads_is_recorded(task: Task) -> None:
     job = Job("cub10", "full", "seda", "test", 0, {"epochs": 3, "width": 16})
     found = measure(job, task).metrics
-    assert found[weight_name(0.5)] == found["top1"]  # its default
-    heavy = measure(replace(job, settings={**job.settings, "visual_weight": 1.0, "textual_weight": 0.0}), task).metrics
+    assert found[weight_name(0.5, "kernel")] == found["top1"]  # its default
+    without = measure(replace(job, settings={**job.settings, "kernel_weight": 0.0}), task).metrics
+    assert without["top1"] == found[weight_name(0.0, "kernel")] == found[weight_name(0.5)]
+    assert not any("kernel" in name for name in without)
+    visual = {"visual_weight": 1.0, "textual_weight": 0.0, "kernel_weight": 0.0}
+    heavy = measure(replace(job, settings={**job.settings, **visual}), task).metrics
     assert heavy["top1"] == found[weight_name(1.0)]
 
 
@@ -488,10 +492,12 @@ def test_ablations_are_read_against_seda_of_the_same_seeds() -> None:
     rows = summary.summarise(records, {})
     assert rows[0]["seda_of_ablations"]["top1"] == 50
     assert rows[0]["methods"]["seda"]["top1"] == 70
-    assert "| full | 50.0 | - | - | - | 51.0 | - | - |" in page._ablation_table(rows)
-    records[0].metrics[weight_name(1.0)] = 47.0
+    assert "| full | 50.0 | 50.0 | - | - | - | 51.0 | - | - | - |" in page._ablation_table(rows)
+    # Without the kernel head, which is not what they change.
+    records[0].metrics |= {weight_name(1.0): 47.0, weight_name(0.0, "kernel"): 48.0, weight_name(1.0, "kernel"): 46.0}
+    records[2].metrics[weight_name(0.0, "kernel")] = 49.0
     rows = summary.summarise([records[0], records[2]], {})
-    assert "| full | 50.0 | - | - | - | 51.0 | - | 47.0 |" in page._ablation_table(rows)
+    assert "| full | 50.0 | 48.0 | - | - | - | 49.0 | - | 47.0 | 46.0 |" in page._ablation_table(rows)
 
 
 def test_page_says_where_it_helps_and_how_to_make_it_again() -> None:

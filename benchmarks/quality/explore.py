@@ -78,8 +78,8 @@ def _heads(model: SeDA, task: Task) -> tuple[Float, ...]:
 
 
 def _mean_of_probabilities(model: SeDA, task: Task) -> Float:
-    _, semantic, textual, visual = _heads(model, task)
-    weighted = zip((0.25, 0.25, 0.5), (semantic, textual, visual), strict=True)
+    _, *heads = _heads(model, task)
+    weighted = zip(model.config.head_weights(len(heads)), heads, strict=True)
     return np.logaddexp.reduce([np.log(w) + x for w, x in weighted])  # type: ignore[no-any-return]
 
 

@@ -43,22 +43,29 @@ BASELINES = (LINEAR, MLP, ONE_STEP, *PEERS)
 @dataclass(frozen=True)
 class Fitted:
     """Predictions on a task's test rows: log_proba (M, K); where the method maps to texts, aligned (M, Dt) as samples
-    and point (M, Dt) as point estimates, both standardised; seconds of training; SeDA's semantic, textual and visual
-    head by themselves, (M, K) each."""
+    and point (M, Dt) as point estimates, both standardised; seconds of training; SeDA's semantic, textual, visual
+    and, where there is one, kernel head by themselves, (M, K) each."""
 
     log_proba: Float
     aligned: Float | None
     point: Float | None
     seconds: float
-    heads: tuple[Float, Float, Float] | None = None
+    heads: tuple[Float, ...] | None = None
 
     def weighted(self, visual_weight: float) -> Float | None:
-        """SeDA's prediction (M, K), not normalised, had the visual head this weight and the other two half of the rest
-        each; None where there are no heads."""
+        """SeDA's prediction (M, K), not normalised, of the three heads that are trained, had the visual one this weight
+        and the other two half of the rest each; None where there are no heads."""
         if self.heads is None:
             return None
-        semantic, textual, visual = self.heads
+        semantic, textual, visual = self.heads[:3]
         return visual_weight * visual + (1 - visual_weight) / 2 * (semantic + textual)
+
+    def with_kernel(self, kernel_weight: float) -> Float | None:
+        """SeDA's prediction (M, K), not normalised, had the kernel head this weight; None where there is none."""
+        three = self.weighted(SeDAConfig.visual_weight)
+        if self.heads is None or three is None or len(self.heads) < 4:
+            return None
+        return kernel_weight * self.heads[3] + (1 - kernel_weight) * three
 
 
 def standardised(task: Task) -> Task:
@@ -179,8 +186,8 @@ _MODEL_FIELDS = set(SeDAConfig.__dataclass_fields__)
 _ABLATED: dict[str, dict[str, Any]] = {
     "": {},
     # The semantic stage alone: no text is looked at, neither in training nor in prediction.
-    "dcsl_only": {"textual_weight": 0.0, "visual_weight": 0.0, "text_weight": 0.0, "mapped_weight": 0.0,
-                  "textual_head_weight": 0.0, "teacher_weight": 0.0},
+    "dcsl_only": {"textual_weight": 0.0, "visual_weight": 0.0, "kernel_weight": 0.0, "text_weight": 0.0,
+                  "mapped_weight": 0.0, "textual_head_weight": 0.0, "teacher_weight": 0.0},
     "no_semantic_space": {"condition": "visual"},
     "no_interaction": {},
     "one_step": {"semantic_steps": 1, "textual_steps": 1},
@@ -222,6 +229,8 @@ def _seda(task: Task, seed: int, settings: Settings, ablation: str, precision: P
     def ablate(model: SeDA, task: Task) -> None:
         if ablation in ("dcsl_only", "no_teacher"):
             model.teacher = None
+        if ablation == "no_teacher":
+            _refit_kernel_head(model, task, seed)
         if ablation == "no_interaction":
             for stage in (model.learner, model.translator):
                 stage.network.gates.requires_grad_(False)  # at its initial 0, so that g = 1
@@ -230,14 +239,21 @@ def _seda(task: Task, seed: int, settings: Settings, ablation: str, precision: P
     return seda_predictions(model, task, seconds)
 
 
+def _refit_kernel_head(model: SeDA, task: Task, seed: int) -> None:
+    """On the labelled rows alone, as where a model has no teacher of pairs."""
+    rows = task.train.take(task.train.labels >= 0)
+    visual, labels = torch.from_numpy(rows.visual), torch.from_numpy(rows.labels)
+    model.set_kernel_head(model.standardise_visual(visual), torch.from_numpy(rows.text), labels, seed)
+
+
 @torch.inference_mode()
 def seda_predictions(model: SeDA, task: Task, seconds: float) -> Fitted:
     """What a trained ``model`` says of the task's test rows."""
     visual = torch.from_numpy(task.test.visual)
-    log_proba, semantic, textual, from_visual = (x.numpy() for x in model.predict_log_proba(visual, heads=True))
+    log_proba, *heads = (x.numpy() for x in model.predict_log_proba(visual, heads=True))
     aligned = model.align(visual)[1].numpy()
     point = model.align(visual, steps=1)[1].numpy()
-    return Fitted(log_proba, aligned, point, seconds, (semantic, textual, from_visual))
+    return Fitted(log_proba, aligned, point, seconds, tuple(heads))
 
 
 def _feature_set(task: Task) -> FeatureSet:

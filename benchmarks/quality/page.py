@@ -266,15 +266,20 @@ def _ablation_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not shown:
         return []
     seeds = sorted({row["methods"][m]["seeds"] for row in shown for m in ABLATIONS if m in row["methods"]})
-    names = [SEDA, *(n.removeprefix("seda:") for n in ABLATIONS), "visual head alone"]
+    names = [SEDA, "its trained heads", *(n.removeprefix("seda:") for n in ABLATIONS), "visual head alone"]
+    names.append("kernel head alone")
     lines = [
-        f"Ablations, {' or '.join(map(str, seeds))} seeds, SeDA with the same. The visual head alone is an MLP",
-        "on what SeDA was taught, labels that the teacher gives unlabelled pairs included:",
+        f"Ablations, {' or '.join(map(str, seeds))} seeds, SeDA with the same. They change the networks, so they and",
+        "*its trained heads* are the semantic, textual and visual head without the kernel head, which sees no network.",
+        "The visual head alone is an MLP on what SeDA was taught, the teacher's labels of unlabelled pairs included:",
         "",
     ]
     lines += ["| regime | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for row in shown:
         own = row.get("seda_of_ablations")
-        cells = [own, *(row["methods"].get(m) for m in ABLATIONS), (own or {}).get("visual_head")]
+        others = (row["methods"].get(m, {}) for m in ABLATIONS)
+        of_own = own or {}
+        cells = [own, of_own.get("three_heads"), *(found.get("three_heads") for found in others)]
+        cells += [of_own.get("visual_head"), of_own.get("kernel_head")]
         lines.append(f"| {row['regime']} | " + " | ".join(map(_cell, cells)) + " |")
     return [*lines, ""]

@@ -22,9 +22,10 @@ from . import methods
 from .regimes import Task
 
 TEST = "test"
-# Weights of SeDA's visual head that its heads are also combined with, the others sharing the rest: they need no
-# training of their own.
+# Weights that SeDA's heads are also combined with, which needs no training of its own: of the visual head among the
+# three that are trained, the other two sharing the rest, and of the kernel head beside these three.
 VISUAL_WEIGHTS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+KERNEL_WEIGHTS = (0.0, 0.15, 0.3, 0.5, 0.7, 1.0)
 
 
 @dataclass(frozen=True)
@@ -139,16 +140,17 @@ def recorded(job: Job, task: Task, fitted: methods.Fitted) -> Record:
     ]
     right = fitted.log_proba.argmax(1) == labels
     metrics = {k: round(found[k], 4) for k in known}
-    for weight in VISUAL_WEIGHTS:
-        weighted = fitted.weighted(weight)
-        if weighted is not None:
-            metrics[weight_name(weight)] = round(100 * float(np.mean(weighted.argmax(1) == labels)), 4)
+    combined = {weight_name(weight): fitted.weighted(weight) for weight in VISUAL_WEIGHTS}
+    combined |= {weight_name(weight, "kernel"): fitted.with_kernel(weight) for weight in KERNEL_WEIGHTS}
+    for name, product in combined.items():
+        if product is not None:
+            metrics[name] = round(100 * float(np.mean(product.argmax(1) == labels)), 4)
     return Record(job, metrics, *alignments, right, fitted.seconds)
 
 
-def weight_name(weight: float) -> str:
-    """Name of the metric "top-1 with this weight of the visual head"."""
-    return f"top1_visual_{weight:g}"
+def weight_name(weight: float, head: str = "visual") -> str:
+    """Name of the metric "top-1 with this weight of that head"."""
+    return f"top1_{head}_{weight:g}"
 
 
 def of(records: Iterable[Record], **wanted: object) -> list[Record]:

@@ -16,7 +16,9 @@ from .runs import TEST, Record, of, weight_name
 from .selection import Selected, settings_of
 
 _RESAMPLES = 10_000
-_VISUAL_HEAD = weight_name(1.0)
+# What the heads say without others; the trained three are all that a record has which names no kernel head.
+_SINGLE = {"visual_head": weight_name(1.0), "kernel_head": weight_name(1.0, "kernel")}
+_THREE_HEADS = weight_name(0.0, "kernel")
 FEW = ("labels-4", "labels-8", "labels-16")
 
 
@@ -93,19 +95,26 @@ def _statistics(records: Sequence[Record]) -> dict[str, Any]:
     top1 = [r.metrics["top1"] for r in records]
     result: dict[str, Any] = {
         "top1": float(np.mean(top1)),
-        "deviation": float(np.std(top1, ddof=1)) if len(top1) > 1 else None,
+        "deviation": _deviation(top1),
         "seeds": len(top1),
         # Some trainings waited for other work: the median is what one takes beside others, the least what it takes.
         "median_seconds": float(np.median([r.seconds for r in records])),
         "least_seconds": float(min(r.seconds for r in records)),
         "ece": float(np.mean([r.metrics["ece"] for r in records])) if "ece" in records[0].metrics else None,
     }
-    if all(_VISUAL_HEAD in r.metrics for r in records):
-        result["visual_head"] = {"top1": float(np.mean([r.metrics[_VISUAL_HEAD] for r in records])), "deviation": None}
+    three = [r.metrics.get(_THREE_HEADS, r.metrics["top1"]) for r in records]
+    result["three_heads"] = {"top1": float(np.mean(three)), "deviation": _deviation(three)}
+    for name, metric in _SINGLE.items():
+        if all(metric in r.metrics for r in records):
+            result[name] = {"top1": float(np.mean([r.metrics[metric] for r in records])), "deviation": None}
     for kind in ("alignment", "alignment_point"):
         found = [getattr(r, kind) for r in records if getattr(r, kind)]
         result[kind] = {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else None
     return result
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def cost_of_selection(records: Iterable[Record]) -> tuple[int, float]:

@@ -20,6 +20,8 @@ from ..files import DataError, atomic_path
 from ..ops import q_sample, semantic_projection, stratified_timesteps
 from .binary_teacher import BinaryPairTeacher, fit_binary_teacher
 from .interaction import PFIN, Dropout
+from .kernel_head import KernelHead
+from .linear import placeless_linear
 from .multi_label import binary_class_terms, binary_divergence, labelled_rows, rate_logits, with_centre
 from .schedule import NoiseSchedule, Sampler
 from .space import category_centres
@@ -176,6 +178,7 @@ class SeDA(nn.Module):
         self.learner = SemanticLearner(config)
         self.translator = SemanticTranslator(config)
         self.visual = VisualHead(config)
+        self.kernel = KernelHead(config.visual_dim, config.n_classes)
         self.teacher: PairTeacher | BinaryPairTeacher | None = None
         self.register_buffer("visual_mean", torch.zeros(config.visual_dim))
         self.register_buffer("visual_scale", torch.ones(config.visual_dim))
@@ -268,6 +271,17 @@ class SeDA(nn.Module):
             self.teacher = fit_binary_teacher(visual, text, labels, seed)
         else:
             self.teacher = fit_teacher(visual, text, labels, self.config.n_classes, seed)
+
+    def set_kernel_head(self, visual: Tensor, text: Tensor, labels: Tensor, seed: int) -> None:
+        """Fit the kernel head on the rows of `kernel_rows`, (n, Dv), (n, Dt), (n,), all standardised.
+
+        What an unlabelled row is of is told by ``teacher``, which must be set before.
+        """
+        targets = F.one_hot(labels.clamp(min=0), self.config.n_classes).to(visual.dtype)
+        unlabelled = labels < 0
+        if self.teacher is not None and unlabelled.any():
+            targets[unlabelled] = self.teacher(visual[unlabelled], text[unlabelled])
+        self.kernel.fit(visual, targets, seed)
 
     def standardise_visual(self, visual: Tensor) -> Tensor:
         """Raw (B, Dv) -> zero mean and unit deviation on the training part."""
@@ -452,14 +466,15 @@ class SeDA(nn.Module):
         seed: int = 0,
         noise_draws: int | None = None,
         heads: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Class log-probabilities of raw visual features, (B, Dv) -> (B, K); multi-label, of carrying each class.
 
         The three heads' log-probabilities are combined with the weights `SeDAConfig.textual_weight`,
-        `SeDAConfig.visual_weight` and, for the semantic head, the rest to 1; normalised (multi-label: over yes and no
-        of each class, which is to combine the logits); and probabilities are averaged over ``noise_draws``. With
-        ``heads`` the result is ``(combined, semantic head's, textual head's, visual head's)``. ``sample_ids`` and
-        ``seed`` as in `align`.
+        `SeDAConfig.visual_weight` and, for the semantic head, the rest to 1; where there is a kernel head, its own are
+        added with `SeDAConfig.kernel_weight`, the sum of the three having the rest to 1. The result is normalised
+        (multi-label: over yes and no of each class, which is to combine the logits); and probabilities are averaged
+        over ``noise_draws``. With ``heads`` the result is ``(combined, semantic head's, textual head's, visual
+        head's)``, and at its end the kernel head's where there is one. ``sample_ids`` and ``seed`` as in `align`.
         """
         config = self.config
         draws = config.noise_draws if noise_draws is None else noise_draws
@@ -468,30 +483,31 @@ class SeDA(nn.Module):
         samplers = self._samplers(None, config.classification_steps, visual)
 
         def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-            visual_logits = self.visual(self.standardise_visual(rows))
+            standardised = self.standardise_visual(rows)
+            of_visual = [self.visual(standardised)] + ([self.kernel(standardised)] if self.kernel.fitted else [])
             found: list[list[Tensor]] = [[], [], []]
             for draw in range(draws):
                 s, t = self._align_block(rows, ids, samplers, seed, draw)
-                logits = (self.learner.head(s), self.translator.head(t), visual_logits)
+                aligned = (self.learner.head, s), (self.translator.head, t)
+                logits = (*(placeless_linear(x, head.weight, head.bias) for head, x in aligned), *of_visual)
                 for kept, value in zip(found, self._combined(logits), strict=True):
                     kept.append(value)
             averaged = (torch.logsumexp(torch.stack(kept), dim=0) - math.log(draws) for kept in found)
-            return (*averaged, self._log_proba(visual_logits))
+            return (*averaged, *(self._log_proba(logits) for logits in of_visual))
 
-        combined, semantic, textual, from_visual = self._in_blocks(visual, sample_ids, block)
-        return (combined, semantic, textual, from_visual) if heads else combined
+        combined, *single = self._in_blocks(visual, sample_ids, block)
+        return (combined, *single) if heads else combined
 
     def _log_proba(self, logits: Tensor) -> Tensor:
         """Log-probabilities (B, K) of a head's logits: of one class among all, or of each class by itself."""
         return F.logsigmoid(logits) if self.config.multi_label else F.log_softmax(logits, dim=1)
 
-    def _combined(self, logits: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities combined, of the semantic and of the textual head, from all three heads' logits (B, K)."""
-        config = self.config
-        weights = config.semantic_weight, config.textual_weight, config.visual_weight
+    def _combined(self, logits: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities combined, of the semantic and of the textual head, from all heads' logits (B, K)."""
+        weights = self.config.head_weights(len(logits))
         heads = [self._log_proba(head) for head in logits]
         # Normalised over yes and no, the product of powers of two-valued distributions has the weighted logits.
-        mixed = logits if config.multi_label else heads
+        mixed = logits if self.config.multi_label else heads
         product = sum((w * x for w, x in zip(weights, mixed, strict=True)), torch.zeros_like(heads[0]))
         return self._log_proba(product), heads[0], heads[1]
 

@@ -1,0 +1,216 @@
+"""The kernel head: its kernel, what it says of rows that it has not seen, and when there is none."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from seda_fast import FeatureSet, SeDA, SeDAConfig
+from seda_fast.nn import kernel_head
+from seda_fast.nn.kernel_head import BIAS, RIDGES, KernelHead, kernel_rows, tangent_kernel
+from seda_fast.nn.linear import placeless_linear
+from seda_fast.prepare import prepare
+
+K, DV = 3, 5
+
+
+def clouds(rows: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Standardised features (rows, DV) of K classes in turn, and their classes (rows,)."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(rows) % K
+    visual = np.random.default_rng(1).standard_normal((K, DV))[labels] + spread * rng.standard_normal((rows, DV))
+    visual = (visual - visual.mean(0)) / visual.std(0)
+    return torch.from_numpy(visual.astype(np.float32)), torch.from_numpy(labels)
+
+
+def fitted(visual: Tensor, labels: Tensor, seed: int = 0) -> KernelHead:
+    head = KernelHead(visual.shape[1], K)
+    head.fit(visual, functional.one_hot(labels, K).float(), seed)
+    return head
+
+
+def test_kernel_is_that_of_a_very_wide_hidden_layer() -> None:
+    """Gradients of both layers of ``sqrt(2 / m) a . relu(W x + b)`` with normal a, W and b of variance `BIAS`."""
+    torch.manual_seed(0)
+    x, y = torch.randn(4, DV, dtype=torch.float64), torch.randn(6, DV, dtype=torch.float64)
+    weight, bias = torch.randn(400_000, DV, dtype=torch.float64), torch.randn(400_000, dtype=torch.float64)
+
+    def layer(z: Tensor) -> Tensor:
+        return z @ weight.mT + math.sqrt(BIAS) * bias
+
+    of_last = 2 * layer(x).relu() @ layer(y).relu().mT / len(bias)
+    active = 2 * (layer(x) > 0).double() @ (layer(y) > 0).double().mT / len(bias)
+    expected = of_last + (x @ y.mT + BIAS) * active
+    torch.testing.assert_close(tangent_kernel(x, y), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(tangent_kernel(x, x).diagonal(), 2 * (x.square().sum(1) + BIAS))
+
+
+@pytest.mark.parametrize("rows_together", [7, 512])
+def test_what_is_left_out_is_told_as_by_a_fit_without_it(monkeypatch: pytest.MonkeyPatch, rows_together: int) -> None:
+    monkeypatch.setattr(kernel_head, "_ROWS_TOGETHER", rows_together)
+    visual, labels = clouds(23, 1.0)
+    x, y = visual.double(), functional.one_hot(labels, K).double() - 1 / K
+    weight, errors = kernel_head._ridge_regression(x, y, 0.3)
+    torch.testing.assert_close((tangent_kernel(x, x) + 0.3 * torch.eye(23, dtype=x.dtype)) @ weight, y)
+    for i in range(23):
+        rest = torch.arange(23) != i
+        kernel = tangent_kernel(x[rest], x[rest]) + 0.3 * torch.eye(22, dtype=x.dtype)
+        told = tangent_kernel(x[i : i + 1], x[rest]) @ torch.linalg.solve(kernel, y[rest])
+        torch.testing.assert_close(y[i] - errors[i], told[0])
+
+
+def test_ridge_is_the_one_whose_left_out_rows_are_told_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = []
+    for spread in (0.3, 3.0):
+        losses = {}
+        visual, labels = clouds(60, spread)
+        x, y = visual.double(), functional.one_hot(labels, K).double()
+        for ridge in RIDGES:
+            _, errors = kernel_head._ridge_regression(x, y - y.mean(0), ridge)
+            losses[ridge] = min(float(functional.cross_entropy(s * (y - errors), y)) for s in kernel_head.SHARPNESS)
+        best.append(kernel_head._best_ridge(x, y))
+        assert best[-1] == min(losses, key=losses.__getitem__)
+    assert best[0] < best[1]
+
+
+def _noise(rows: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    return torch.randn(rows, DV).double(), functional.one_hot(torch.randint(K, (rows,)), K).double()
+
+
+def test_classes_are_told_and_what_cannot_be_known_is_not() -> None:
+    """Of rows unlike those seen: sharp where the classes lie apart, the classes' shares where features say nothing."""
+    visual, labels = clouds(120, 0.2)
+    head = fitted(visual[:90], labels[:90])
+    told = head(visual[90:]).softmax(1)
+    assert (told.argmax(1) == labels[90:]).all()
+    assert told.max(1).values.min() > 0.9 and told.max() < 1 - 1e-4, "sure, but not as if nothing could be unforeseen"
+    blind, shares = _noise(400)
+    vague = KernelHead(DV, K)
+    vague.fit(blind[:300], shares[:300], 0)
+    torch.testing.assert_close(vague(blind[300:].float()).softmax(1), shares[:300].mean(0).float().expand(100, K),
+                               atol=0.1, rtol=0)  # fmt: skip
+
+
+def test_rare_classes_are_not_forgotten() -> None:
+    """Squared errors alone give a class of few rows next to nothing; shifts fitted on left-out rows bring it back."""
+    visual, labels = clouds(600, 0.9)
+    keep = (labels > 0) | (torch.arange(600) % 30 == 0)
+    head = fitted(visual[keep], labels[keep])
+    new, truth = clouds(600, 0.9, seed=7)
+    shifted = head(new)
+    rare = truth == 0
+    found = float((shifted.argmax(1) == 0)[rare].float().mean())
+    mean_shares = functional.one_hot(labels[keep], K).float().mean(0)
+    unshifted = shifted - head.bias + mean_shares * 5
+    assert found > 0.2
+    assert found > float((unshifted.argmax(1) == 0)[rare].float().mean())
+
+
+def test_which_rows_it_is_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, paired = torch.tensor([0, -1, 1, 1, -1, 0]), torch.tensor([True, True, False, True, False, True])
+    assert kernel_rows(labels, paired, False, K).tolist() == [0, 2, 3, 5]
+    assert kernel_rows(labels, paired, True, K).tolist() == [0, 1, 2, 3, 5], "unlabelled pairs have a teacher"
+    assert len(kernel_rows(torch.zeros(6, dtype=torch.int64), paired, False, K)) == 0, "one class"
+    assert len(kernel_rows(torch.tensor([0, 1, 2]), paired[:3], False, K)) == 0, "no class has two rows"
+    assert len(kernel_rows(torch.zeros(6, K, dtype=torch.int64), paired, False, K)) == 0, "multi-label"
+    assert len(kernel_rows(labels, paired, False, 2**23)) == 0, "rows times classes"
+    monkeypatch.setattr(kernel_head, "MOST_ROWS", 3)
+    assert len(kernel_rows(labels, paired, False, K)) == 0, "more rows than it takes"
+
+
+def features(labels: np.ndarray, visual: np.ndarray) -> FeatureSet:
+    text = np.random.default_rng(2).standard_normal((len(labels), 4)).astype(np.float32)
+    return FeatureSet.from_arrays(visual, text, labels, visual[:6], np.arange(6) % K)
+
+
+def made(labels: np.ndarray, visual: np.ndarray, **settings: object) -> SeDA:
+    config = SeDAConfig(visual_dim=DV, text_dim=4, n_classes=K, width=16, blocks=1, **settings)  # type: ignore[arg-type]
+    return prepare(features(labels, visual), config, 0, torch.device("cpu"))[0].eval()
+
+
+def test_four_heads_are_combined_with_their_weights(tmp_path: Path) -> None:
+    visual, labels = clouds(61, 0.5)
+    raw = 3 * visual.numpy() + 1
+    model = made(labels.numpy(), raw, kernel_weight=0.6, textual_weight=0.3, visual_weight=0.2)
+    assert model.kernel.fitted
+    with torch.no_grad():
+        combined, semantic, textual, seen, kernel = model.predict_log_proba(torch.from_numpy(raw), heads=True)
+        torch.testing.assert_close(kernel, model.kernel(visual).log_softmax(1), atol=1e-4, rtol=1e-4)
+    three = 0.5 * semantic + 0.3 * textual + 0.2 * seen
+    torch.testing.assert_close(combined, (0.4 * three + 0.6 * kernel).log_softmax(1))
+    assert (kernel.argmax(1) == labels).float().mean() > 0.9
+
+    model.save_pretrained(tmp_path)
+    again = SeDA.from_pretrained(tmp_path)
+    assert torch.equal(again.predict_log_proba(torch.from_numpy(raw)), combined)
+
+
+def test_without_weight_there_is_none_and_no_row_is_kept(tmp_path: Path) -> None:
+    visual, labels = clouds(61, 0.5)
+    model = made(labels.numpy(), visual.numpy(), kernel_weight=0.0)
+    assert not model.kernel.fitted
+    assert len(model.predict_log_proba(visual, heads=True)) == 4
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["kernel.rows"].shape == (0, DV)
+
+
+def test_a_model_of_before_has_none(tmp_path: Path) -> None:
+    visual, labels = clouds(61, 0.5)
+    model = made(labels.numpy(), visual.numpy())
+    path = model.save_pretrained(tmp_path)
+    tensors, about = load_file(path), _metadata(path)
+    save_file({name: value for name, value in tensors.items() if "kernel" not in name}, path, metadata=about)
+    before = SeDA.from_pretrained(tmp_path)
+    assert not before.kernel.fitted
+    _, semantic, textual, seen = before.predict_log_proba(visual, heads=True)
+    expected = (0.25 * semantic + 0.25 * textual + 0.5 * seen).log_softmax(1)
+    torch.testing.assert_close(before.predict_log_proba(visual), expected)
+    # A head of other rows takes the place of one's own, and none that of one.
+    for other in (made(labels.numpy()[:40], visual.numpy()[:40]), before):
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(model.predict_log_proba(visual), other.predict_log_proba(visual))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+def test_unlabelled_pairs_count_as_what_the_teacher_says() -> None:
+    visual, labels = clouds(90, 0.4)
+    few = labels.clone()
+    few[9:] = -1
+    text = functional.one_hot(labels, 4).numpy().astype(np.float32)
+    text += 0.05 * np.random.default_rng(0).standard_normal(text.shape).astype(np.float32)
+    data = FeatureSet.from_arrays(visual.numpy(), text, few.numpy(), visual.numpy()[:6], np.arange(6) % K)
+    config = SeDAConfig(visual_dim=DV, text_dim=4, n_classes=K, width=16, blocks=1)
+    model, rows = prepare(data, config, 0, torch.device("cpu"))
+    assert model.teacher is not None and len(model.kernel.rows) == 90
+    seen, texts = rows.rows(torch.arange(90))[:2]
+    targets = functional.one_hot(few.clamp(min=0), K).float()
+    targets[9:] = model.teacher(seen[9:], texts[9:])
+    expected = KernelHead(DV, K)
+    expected.fit(seen, targets, 0)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.kernel.state_dict()[name], value), name
+    alone = fitted(seen[:9], labels[:9])
+    assert (model.kernel(seen).argmax(1) == labels).sum() >= (alone(seen).argmax(1) == labels).sum()
+
+
+@pytest.mark.parametrize("length", [30, 64, 90, 301])
+def test_a_row_does_not_see_its_place(length: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(64, length), torch.randn(K, length), torch.randn(K)
+    found = placeless_linear(x, weight, bias)
+    torch.testing.assert_close(found, functional.linear(x, weight, bias))
+    for _ in range(10):
+        order = torch.randperm(64)
+        assert torch.equal(placeless_linear(x[order], weight, bias), found[order])
