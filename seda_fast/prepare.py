@@ -139,8 +139,9 @@ def _fit(
     if len(told):
         _, text, labels, _, _ = rows.rows(told)
         model.set_textual_head(text, labels)
-    compared = kernel_rows(rows.labels, rows.paired, model.teacher is not None, classes)
-    if len(compared) and model.config.kernel_weight > 0:
+    compared, absence = kernel_rows(rows.labels, rows.paired, model.teacher is not None, classes)
+    model.kernel.absence = absence if model.config.kernel_weight > 0 else "its weight is 0"
+    if not model.kernel.absence:
         visual, text, labels, _, _ = rows.rows(compared)
         model.set_kernel_head(visual, text, labels, seed)
 

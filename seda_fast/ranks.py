@@ -74,7 +74,7 @@ class Ranks:
 
     def spread(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with that of the first rank."""
-        if not self.alone:
+        if not self.alone and tensor.numel():
             dist.broadcast(tensor, src=0)
 
     def spread_text(self, text: str) -> str:

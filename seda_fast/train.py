@@ -316,6 +316,8 @@ def train_and_evaluate(
         return ""
     metrics = outputs_metrics(outputs, model, part)
     metrics["train"] = training
+    absence = {"reason": model.kernel.absence} if model.kernel.absence else {}
+    metrics["kernel_head"] = {"rows": len(model.kernel.rows), **absence}
     arrays = {**outputs.arrays(), "labels": part.labels, "ids": part.ids}
     metrics["baselines"] = {}
     if settings.run.baselines and isinstance(rows, TrainingSet):

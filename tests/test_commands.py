@@ -90,7 +90,8 @@ def test_metrics_have_the_promised_keys(trained: Path) -> None:
     aligned = {"frechet", "frechet_floor", "mmd", "cosine", "recall_at_1", "recall_at_5", "recall_at_10"}
     assert classes | {"alignment", "heads", "baselines", "train", "seed", "versions"} <= set(metrics)
     assert set(metrics["alignment"]) == set(metrics["alignment_point"]) == aligned
-    assert set(metrics["heads"]) == {"semantic", "textual", "visual"}
+    assert set(metrics["heads"]) == {"semantic", "textual", "visual", "kernel"}
+    assert metrics["kernel_head"] == {"rows": len(load_file(trained / "run" / "model.safetensors")["kernel.rows"])}
     assert {"linear", "mlp", "one_step", "one_step_mse"} == set(metrics["baselines"])
     for values in (*metrics["heads"].values(), *metrics["baselines"].values()):
         assert classes <= set(values)
@@ -154,7 +155,7 @@ def recompute(run: Path, data: Path) -> list[str]:
         compared.append(where)
 
     classes(metrics, outputs["log_proba"], "combined")
-    for head in ("semantic", "textual", "visual"):
+    for head in ("semantic", "textual", "visual", "kernel"):
         classes(metrics["heads"][head], outputs[f"{head}_log_proba"], head)
     aligned(metrics["alignment"], outputs["aligned"], "aligned")
     aligned(metrics["alignment_point"], outputs["aligned_point"], "point")
@@ -166,7 +167,16 @@ def recompute(run: Path, data: Path) -> list[str]:
 
 
 def test_every_figure_can_be_recomputed_from_the_saved_outputs(trained: Path) -> None:
-    assert len(recompute(trained / "run", trained / "data.npz")) == 12
+    assert len(recompute(trained / "run", trained / "data.npz")) == 13
+
+
+def test_a_run_without_kernel_head_says_so(trained: Path, tmp_path: Path) -> None:
+    common = ["--data", str(trained / "data.npz"), *SMALL, "--no-baselines", "--out", str(tmp_path / "run")]
+    assert train.main([*common, "--kernel-weight", "0"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert set(metrics["heads"]) == {"semantic", "textual", "visual"}
+    assert metrics["kernel_head"] == {"rows": 0, "reason": "its weight is 0"}
+    assert "kernel_log_proba" not in load_file(tmp_path / "run" / "outputs.safetensors")
 
 
 def test_same_seed_gives_the_same_file_and_another_seed_another(trained: Path, tmp_path: Path) -> None:
@@ -682,7 +692,7 @@ def test_small_real_sets_train_and_can_be_recomputed(name: str, shared_data: Pat
     data, out = shared_data / f"{name}.npz", tmp_path / "run"
     small = ["--width", "64", "--blocks", "1", "--epochs", "8"]
     assert train.main(["--data", str(data), "--out", str(out), *small]) == 0
-    assert len(recompute(out, data)) == 12
+    assert len(recompute(out, data)) == 13
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["top1"] > 1.5 * 100 / len(np.load(data)["class_names"])
 
@@ -714,7 +724,7 @@ def test_fashion_products_with_defaults(fashion: tuple[Path, Path, int]) -> None
     assert metrics["alignment"]["frechet"] < 0.5 * baselines["one_step"]["alignment"]["frechet"]
     assert metrics["train"]["seconds"] < 240
     assert peak_memory < 1.5e9
-    assert len(recompute(out, data)) == 12
+    assert len(recompute(out, data)) == 13
 
 
 def test_memory_that_runs_out_is_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:

@@ -494,7 +494,8 @@ def test_ablations_are_read_against_seda_of_the_same_seeds() -> None:
     assert rows[0]["methods"]["seda"]["top1"] == 70
     assert "| full | 50.0 | 50.0 | - | - | - | 51.0 | - | - | - |" in page._ablation_table(rows)
     # Without the kernel head, which is not what they change.
-    records[0].metrics |= {weight_name(1.0): 47.0, weight_name(0.0, "kernel"): 48.0, weight_name(1.0, "kernel"): 46.0}
+    single = {weight_name(1.0): 47.0, weight_name(0.0, "kernel"): 48.0, weight_name(1.0, "kernel"): 46.0}
+    records[0].metrics.update(single)
     records[2].metrics[weight_name(0.0, "kernel")] = 49.0
     rows = summary.summarise([records[0], records[2]], {})
     assert "| full | 50.0 | 48.0 | - | - | - | 49.0 | - | 47.0 | 46.0 |" in page._ablation_table(rows)

@@ -47,8 +47,8 @@ def markdown(records: Iterable[Record], predictions: Mapping[str, str], sampling
         "on two cores. The command makes what is missing; `--folds`, `--regimes` and `--variants` say of what: this",
         "page is of `--regimes full --folds 2` and of `--regimes labels-8 --folds 1`, there with `--folds 3` for what",
         "did best on the first, which therefore favours them, and `--folds 6` for the best of these. All of them",
-        "had a textual head that started at random, and with 8 labels a class the teacher of pairs as it was before it",
-        "drew each pair to its nearest ones and saw what the two spaces share.",
+        "had a textual head that started at random and no kernel head, and with 8 labels a class the teacher of pairs",
+        "as it was before it drew each pair to its nearest ones and saw what the two spaces share.",
         "",
     ]
     for regime, title in REGIMES.items():

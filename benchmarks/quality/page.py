@@ -116,7 +116,7 @@ def _selection_table(selected: Selected) -> list[str]:
         f"is chosen for all sets; {_kept(selected)}`mlp_pseudo` has those of `mlp`. SeDA's defaults, the first of its",
         "20, come of earlier studies on folds of the same training parts (method.md, exploration.md): that favours its",
         "figures on folds. Its 20 had the teacher of pairs as it was before it drew each pair to its nearest ones and",
-        "saw what the two spaces share, and a textual head that started at random.",
+        "saw what the two spaces share, a textual head that started at random, and no kernel head.",
         "What is chosen is the best top-1; the bridge's choice, the least diffusion offered, aligns worse than its",
         "default on two sets. Mean top-1 of the folds, and the best's gain with its standard error over folds:",
         "",
@@ -195,7 +195,7 @@ def _weights_table(seda: Mapping[str, Any]) -> list[str]:
     places = seda["visual_weights"]
     names = list(next(iter(places.values())))
     lines = [
-        f"SeDA at its defaults, by the weight of its visual head; the other two share the rest.{about}",
+        f"SeDA without kernel head, by the weight of its visual head; the other two share the rest.{about}",
         "",
         "| set and regime | " + " | ".join(names) + " |",
         "|" + "---|" * (len(names) + 1),

@@ -35,8 +35,8 @@ _ROWS_TOGETHER = 512
 _EPS = 1e-12
 
 
-def kernel_rows(labels: Tensor, paired: Tensor, taught: bool, n_classes: int) -> Tensor:
-    """Which rows to fit the head on: int64 (n,), ascending; empty where there are too many, or no two classes.
+def kernel_rows(labels: Tensor, paired: Tensor, taught: bool, n_classes: int) -> tuple[Tensor, str]:
+    """Which rows to fit the head on, int64 (n,), ascending; none where there is no such head, and why that is.
 
     ``labels`` (N,) int64, -1 unlabelled, or (N, K) multi-label, for which there is no such head. ``paired`` (N,) bool;
     where the model is ``taught`` by a teacher of pairs, unlabelled pairs count as well.
@@ -44,11 +44,15 @@ def kernel_rows(labels: Tensor, paired: Tensor, taught: bool, n_classes: int) ->
     known = labelled_rows(labels)
     rows = (known | paired if taught else known).nonzero()[:, 0]
     most = min(MOST_ROWS, _MOST_TARGETS // n_classes)
-    shown = labels[known].unique(dim=0)
+    if labels.ndim == 2:
+        return rows[:0], "its targets are one class a row"
+    if len(rows) > most:
+        return rows[:0], f"it takes at most {most} rows, and there are {len(rows)}"
+    classes = len(labels[known].unique())
     # Where no class has two rows nothing can be left out and still be told.
-    if labels.ndim == 2 or len(rows) > most or len(shown) < 2 or len(shown) == len(rows):
-        return rows[:0]
-    return rows
+    if classes < 2 or classes == len(rows):
+        return rows[:0], "it needs two classes, and one with two rows"
+    return rows, ""
 
 
 def tangent_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ class KernelHead(nn.Module):
     """Logits of standardised visual features from their kernel with the rows that the head was fitted on.
 
     Buffers: ``rows`` (n, Dv), these rows over ``scale`` (); ``weight`` (K, n), ``bias`` (K,). Before `fit`, and where a
-    model has no such head, n is 0. What is loaded sets n.
+    model has no such head, n is 0. What is loaded sets n. ``absence``: why there is none, not saved.
     """
 
     rows: Tensor
@@ -78,6 +82,7 @@ class KernelHead(nn.Module):
 
     def __init__(self, visual_dim: int, n_classes: int) -> None:
         super().__init__()
+        self.absence = ""
         self.register_buffer("rows", torch.zeros(0, visual_dim))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("weight", torch.zeros(n_classes, 0))

@@ -114,14 +114,19 @@ def test_rare_classes_are_not_forgotten() -> None:
 
 def test_which_rows_it_is_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     labels, paired = torch.tensor([0, -1, 1, 1, -1, 0]), torch.tensor([True, True, False, True, False, True])
-    assert kernel_rows(labels, paired, False, K).tolist() == [0, 2, 3, 5]
-    assert kernel_rows(labels, paired, True, K).tolist() == [0, 1, 2, 3, 5], "unlabelled pairs have a teacher"
-    assert len(kernel_rows(torch.zeros(6, dtype=torch.int64), paired, False, K)) == 0, "one class"
-    assert len(kernel_rows(torch.tensor([0, 1, 2]), paired[:3], False, K)) == 0, "no class has two rows"
-    assert len(kernel_rows(torch.zeros(6, K, dtype=torch.int64), paired, False, K)) == 0, "multi-label"
-    assert len(kernel_rows(labels, paired, False, 2**23)) == 0, "rows times classes"
+
+    def of(labels: Tensor = labels, taught: bool = False, classes: int = K) -> tuple[list[int], str]:
+        rows, absence = kernel_rows(labels, paired[: len(labels)], taught, classes)
+        return rows.tolist(), absence
+
+    assert of() == ([0, 2, 3, 5], "")
+    assert of(taught=True) == ([0, 1, 2, 3, 5], ""), "unlabelled pairs have a teacher"
+    too_few = "it needs two classes, and one with two rows"
+    assert of(torch.zeros(6, dtype=torch.int64)) == of(torch.tensor([0, 1, 2])) == ([], too_few)
+    assert of(torch.zeros(6, K, dtype=torch.int64)) == ([], "its targets are one class a row")
+    assert of(classes=2**23) == ([], "it takes at most 2 rows, and there are 4"), "rows times classes"
     monkeypatch.setattr(kernel_head, "MOST_ROWS", 3)
-    assert len(kernel_rows(labels, paired, False, K)) == 0, "more rows than it takes"
+    assert of() == ([], "it takes at most 3 rows, and there are 4")
 
 
 def features(labels: np.ndarray, visual: np.ndarray) -> FeatureSet:
@@ -154,7 +159,7 @@ def test_four_heads_are_combined_with_their_weights(tmp_path: Path) -> None:
 def test_without_weight_there_is_none_and_no_row_is_kept(tmp_path: Path) -> None:
     visual, labels = clouds(61, 0.5)
     model = made(labels.numpy(), visual.numpy(), kernel_weight=0.0)
-    assert not model.kernel.fitted
+    assert not model.kernel.fitted and model.kernel.absence == "its weight is 0"
     assert len(model.predict_log_proba(visual, heads=True)) == 4
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors")["kernel.rows"].shape == (0, DV)
