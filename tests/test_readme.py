@@ -111,34 +111,36 @@ def test_sentences_on_what_carries_and_what_labels_are_of_the_measured_quality(r
     expected = "{:.1f}; of theirs {:.1f} and {:.1f}".format(*(r["recall_at_10"] for r in recalls))
     assert f"point estimate {expected})" in told
     few = [methods[name, "labels-8"] for name in ("fashion_products", "cub10", "wikipedia")]
-    without = "without it SeDA has {:.1f}, {:.1f} and {:.1f} with 8 labels"
-    assert without.format(*(m["seda:no_teacher"]["top1"] for m in few)) in told
+    trained = "its trained heads have {:.1f}, {:.1f} and {:.1f}, without the teacher {:.1f}, {:.1f} and {:.1f},"
+    heads = [m[name]["three_heads"]["top1"] for name in ("seda", "seda:no_teacher") for m in few]
+    assert trained.format(*heads) in told
     alone = "what the teacher says, has {:.1f}, {:.1f} and {:.1f}."
     assert alone.format(*(m["seda"]["visual_head"]["top1"] for m in few)) in told
+    kernel = "alone it has {:.1f}, {:.1f} and {:.1f} on the three sets, the three heads that are trained have "
+    kernel += "{:.1f}, {:.1f} and {:.1f}, all four {:.1f}, {:.1f} and {:.1f}."
+    sets = [methods[name, "full"]["seda"] for name in ("fashion_products", "wikipedia", "cub10")]
+    heads = [m[head]["top1"] for head in ("kernel_head", "three_heads") for m in sets]
+    assert kernel.format(*heads, *(m["top1"] for m in sets)) in told
 
 
 def test_sentences_on_where_it_does_not_pay_are_of_the_measured_quality(readme: str, repository: Path) -> None:
     source = json.loads((repository / "benchmarks/results/quality.json").read_text(encoding="utf-8"))
     rows = {(row["set"], row["regime"]): row for row in source["rows"]}
+    told = " ".join(readme.split())
     said = re.search(
-        r"over five seeds ([\d.]+) points below .* ([\d.]+) above on wikipedia, ([\d.]+) below on cub10",
-        " ".join(readme.split()),
+        r"over five seeds ([\d.]+) points below .* ([\d.]+) above on wikipedia, ([\d.]+) below on cub10, all within",
+        told,
     )
     assert said is not None
     full = [rows[name, "full"]["difference"] for name in ("fashion_products", "wikipedia", "cub10")]
     assert list(said.groups()) == [f"{value:.1f}" for value in (-full[0], full[1], -full[2])]
+    assert all(low < 0 < high for low, high in (rows[name, "full"]["interval"] for name in ("wikipedia", "cub10")))
+    assert rows["fashion_products", "full"]["interval"][1] > 0
     worse = {key: row["difference"] for key, row in rows.items() if row["interval"][1] < 0}
-    named = {
-        "noise": "with noisy features", "full": "with all labels", "tail": "with a long tail",
-        "half-text": "with half of the texts",
-    }  # fmt: skip
-    assert set(worse) == {("fashion_products", name) for name in named}
-    told = readme[readme.index("plainly worse") : readme.index("## How fast?")]
-    for name, words in named.items():
-        gap = f"{-worse['fashion_products', name]:.1f}"
-        assert re.search(rf"{gap} (points below a one-step mapping )?{words}", told), name
-    for name in named:
-        assert rows["fashion_products", name]["best_baseline"] == ("one_step" if name == "noise" else "mlp"), name
+    assert set(worse) == {("wikipedia", "tail")}
+    gap = f"{-worse['wikipedia', 'tail']:.1f}"
+    assert f"in one of thirty cells plainly worse: {gap} points below an MLP with a long tail on wikipedia" in told
+    assert rows["wikipedia", "tail"]["best_baseline"] == "mlp"
     seeds = {
         row["methods"][name]["seeds"]
         for row in rows.values()
