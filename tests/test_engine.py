@@ -100,7 +100,7 @@ def test_one_pass_over_the_weights_agrees_with_pytorchs_optimiser(clip_norm: flo
     states = one.stepper.tensors(), other.stepper.tensors()
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
-        scale = states[1][name].abs().max().item()
+        scale = states[1][name].abs().amax().item() if states[1][name].numel() else 0.0  # no kernel head
         torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-3 * scale, msg=name)
         if name.startswith("optimiser.step."):
             assert value == 50
