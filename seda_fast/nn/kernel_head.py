@@ -24,7 +24,7 @@ from .multi_label import labelled_rows
 BIAS = 0.5
 RIDGES = tuple(10 ** (k / 2) for k in range(-6, 5))  # 0.001 .. 100
 SHARPNESS = tuple(1.1**k for k in range(49))  # 1 .. 97
-# The fit takes time that grows with the cube of the rows, and 8 bytes for every two of them: 8192 rows take half a
+# The fit takes time that grows with the cube of the rows, and 8 bytes for each pair of them: 8192 rows take half a
 # gigabyte. With more there is no such head: of a part of the rows it is worse than the networks, which see all of them
 # (fashion_products' 3 500 rows by 2048 of them: 2 points less).
 MOST_ROWS = 8192
