@@ -169,16 +169,20 @@ def _sharpest(predicted: Tensor, targets: Tensor) -> tuple[float, float]:
 def _calibrated(predicted: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sharpness () and shift (K,) with which the softmax of ``predicted`` (n, K) explains ``targets`` best.
 
-    The shifts are drawn to 0 as by one row a class. Without them cub10 with a long tail lost 3.7 points.
+    A row counts as one over the root of its class's rows, halfway between the shares that the classes have and equal
+    ones: rows to come may have either. The shifts are drawn to 0 as by one row a class. Without them cub10 with a long
+    tail lost 3.7 points, and with all rows counted alike 2.1.
     """
+    weight = targets @ targets.sum(0).clamp(min=_EPS).rsqrt()
+    weight = weight / weight.mean()
     sharpness = predicted.new_tensor(math.log(_sharpest(predicted, targets)[0])).requires_grad_()
     shift = predicted.new_zeros(predicted.shape[1]).requires_grad_()
     optimiser = torch.optim.LBFGS((sharpness, shift), max_iter=60, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        entropy = F.cross_entropy(sharpness.exp() * predicted + shift, targets, reduction="sum")
-        loss = entropy + shift.square().sum() / 2
+        entropy = F.cross_entropy(sharpness.exp() * predicted + shift, targets, reduction="none")
+        loss = weight @ entropy + shift.square().sum() / 2
         loss.backward()
         return loss
 

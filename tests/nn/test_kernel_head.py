@@ -112,6 +112,14 @@ def test_rare_classes_are_not_forgotten() -> None:
     assert found > float((unshifted.argmax(1) == 0)[rare].float().mean())
 
 
+def test_where_features_say_nothing_classes_have_the_roots_of_their_shares() -> None:
+    """Halfway between the shares seen, which rows to come may have, and equal ones, which they may have as well."""
+    targets = functional.one_hot(torch.tensor([0] * 900 + [1] * 100), 2).double()
+    sharpness, shift = kernel_head._calibrated(torch.full((1000, 2), 0.5).double(), targets)
+    told = (sharpness * 0.5 + shift).softmax(0)
+    torch.testing.assert_close(told, torch.tensor([0.75, 0.25]).double(), atol=0.01, rtol=0)
+
+
 def test_which_rows_it_is_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     labels, paired = torch.tensor([0, -1, 1, 1, -1, 0]), torch.tensor([True, True, False, True, False, True])
 
