@@ -14,7 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # What a user meets, by the module that it is imported from.
 PUBLIC = {
     "seda_fast": ["SeDA", "SeDAConfig", "TrainConfig", "FeatureSet", "SeDAClassifier", "use_backend", "DataError"],
-    "seda_fast.ops": ["q_sample", "interaction_block", "semantic_projection", "reverse_chain", "ChainWeights"],
+    "seda_fast.ops": [
+        "q_sample",
+        "interaction_block",
+        "interaction_network",
+        "semantic_projection",
+        "reverse_chain",
+        "ChainWeights",
+    ],
     "seda_fast.nn": ["PFIN", "NoiseSchedule", "Sampler", "Losses"],
     "seda_fast.loop": ["Trainer", "TrainingSet", "Epoch", "Keeping", "train"],
 }
