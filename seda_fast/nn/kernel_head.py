@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .copies import first_copies
 from .linear import placeless_linear
 from .multi_label import labelled_rows
 
@@ -100,17 +101,19 @@ class KernelHead(nn.Module):
     def fit(self, visual: Tensor, targets: Tensor, seed: int) -> None:
         """Fit on standardised ``visual`` (n, Dv) and ``targets`` (n, K), class probabilities, in float64.
 
-        Deterministic for a seed, which chooses the rows that the ridge is found on.
+        Equal rows are kept once, and left out together. Deterministic for a seed, which chooses the rows that the ridge
+        is found on.
         """
         x, y = visual.double(), targets.double()
         scale = x.square().sum(1).mean().sqrt().clamp(min=_EPS)
-        x, mean = x / scale, y.mean(0)
+        mean = y.mean(0)
+        x, y, counts = _merged(x / scale, y)
         # What is left out may be told without an error, which would make the head infinitely sure: it is judged as if
         # one row more had been of all classes in equal parts (Platt 1999 does so with two).
         y = (len(y) * y + 1 / y.shape[1]) / (len(y) + 1)
         some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:_RIDGE_ROWS].to(x.device)
-        weight, errors = _ridge_regression(x, y - mean, _best_ridge(x[some], y[some]))
-        sharpness, shift = _calibrated(y - errors, y)
+        weight, errors = _ridge_regression(x, y - mean, counts, _best_ridge(x[some], y[some], counts[some]))
+        sharpness, shift = _calibrated(y - errors, y, counts)
         like = self.scale
         self.rows, self.scale = x.to(like), scale.to(like)
         self.weight, self.bias = (sharpness * weight.mT).contiguous().to(like), (sharpness * mean + shift).to(like)
@@ -125,28 +128,46 @@ class KernelHead(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
-def _best_ridge(x: Tensor, targets: Tensor) -> float:
-    """Of `RIDGES` that whose leave-one-out predictions, as sharp as is best for them, explain ``targets`` best."""
-    values, vectors = torch.linalg.eigh(tangent_kernel(x, x))
-    along = vectors.mT @ (targets - targets.mean(0))
+def _merged(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct of the rows ``x`` (n, D) in their order, their mean ``targets`` (n, K), and how often each is there.
+
+    An image with five captions is five rows. With one of them left out the other four would tell it: ridge and
+    sharpness would be those of a classifier that knows all. cub10 five times over lost 2.8 points by that, and on
+    wikipedia's long tail a row's negative log-likelihood went from 2.2 to 3.6 (two folds each).
+    """
+    kept, number = first_copies(x).unique(return_inverse=True)
+    counts = torch.bincount(number).to(x)
+    sums = targets.new_zeros(len(kept), targets.shape[1]).index_add_(0, number, targets)
+    return x[kept], sums / counts[:, None], counts
+
+
+def _best_ridge(x: Tensor, targets: Tensor, counts: Tensor) -> float:
+    """Of `RIDGES` that whose leave-one-out predictions, as sharp as is best for them, explain ``targets`` best.
+
+    A row that is there c times has a c-th of the ridge: scaled by the roots of these all have the same.
+    """
+    root = counts.sqrt()
+    mean = counts @ targets / counts.sum()
+    values, vectors = torch.linalg.eigh(root[:, None] * tangent_kernel(x, x) * root)
+    along = vectors.mT @ (root[:, None] * (targets - mean))
     losses = []
     for ridge in RIDGES:
         inverse = 1 / (values.clamp(min=0) + ridge)
-        errors = vectors @ (inverse[:, None] * along) / (vectors.square() @ inverse)[:, None]
-        losses.append(_sharpest(targets - errors, targets)[1])
+        errors = vectors @ (inverse[:, None] * along) / (root * (vectors.square() @ inverse))[:, None]
+        losses.append(_sharpest(targets - errors, targets, counts)[1])
     return RIDGES[losses.index(min(losses))]
 
 
-def _ridge_regression(x: Tensor, targets: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def _ridge_regression(x: Tensor, targets: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Weights (n, K) of the kernel's ridge regression of ``targets`` (n, K), and its leave-one-out errors (n, K).
 
-    With G the kernel plus the ridge and w the weights, the prediction that has not seen row i errs by
-    ``w_i / (G^-1)_ii`` (Rifkin & Lippert 2007, eq. 8).
+    With G the kernel plus the ridge (a c-th of it for a row that is there c times) and w the weights, the prediction
+    that has not seen row i errs by ``w_i / (G^-1)_ii`` (Rifkin & Lippert 2007, eq. 8).
     """
     gram = x.new_empty(len(x), len(x))
     for start in range(0, len(x), _ROWS_TOGETHER):
         gram[start : start + _ROWS_TOGETHER] = tangent_kernel(x[start : start + _ROWS_TOGETHER], x)
-    gram.diagonal().add_(ridge)
+    gram.diagonal().add_(ridge / counts)
     factor = torch.linalg.cholesky(gram, out=gram)
     weight = torch.cholesky_solve(targets, factor)
     diagonal = torch.empty_like(x[:, 0])
@@ -159,23 +180,24 @@ def _ridge_regression(x: Tensor, targets: Tensor, ridge: float) -> tuple[Tensor,
     return weight, weight / diagonal[:, None]
 
 
-def _sharpest(predicted: Tensor, targets: Tensor) -> tuple[float, float]:
+def _sharpest(predicted: Tensor, targets: Tensor, counts: Tensor) -> tuple[float, float]:
     """Of `SHARPNESS` that with which the softmax of ``predicted`` (n, K) explains ``targets`` best, and the loss."""
-    losses = [float(F.cross_entropy(factor * predicted, targets)) for factor in SHARPNESS]
+    share = counts / counts.sum()
+    losses = [float(share @ F.cross_entropy(factor * predicted, targets, reduction="none")) for factor in SHARPNESS]
     best = min(losses)
     return SHARPNESS[losses.index(best)], best
 
 
-def _calibrated(predicted: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _calibrated(predicted: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Sharpness () and shift (K,) with which the softmax of ``predicted`` (n, K) explains ``targets`` best.
 
     A row counts as one over the root of its class's rows, halfway between the shares that the classes have and equal
     ones: rows to come may have either. The shifts are drawn to 0 as by one row a class. Without them cub10 with a long
     tail lost 3.7 points, and with all rows counted alike 2.1.
     """
-    weight = targets @ targets.sum(0).clamp(min=_EPS).rsqrt()
+    weight = counts * (targets @ (counts @ targets).clamp(min=_EPS).rsqrt())
     weight = weight / weight.mean()
-    sharpness = predicted.new_tensor(math.log(_sharpest(predicted, targets)[0])).requires_grad_()
+    sharpness = predicted.new_tensor(math.log(_sharpest(predicted, targets, counts)[0])).requires_grad_()
     shift = predicted.new_zeros(predicted.shape[1]).requires_grad_()
     optimiser = torch.optim.LBFGS((sharpness, shift), max_iter=60, line_search_fn="strong_wolfe")
 

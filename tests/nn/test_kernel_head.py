@@ -55,7 +55,7 @@ def test_what_is_left_out_is_told_as_by_a_fit_without_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(kernel_head, "_ROWS_TOGETHER", rows_together)
     visual, labels = clouds(23, 1.0)
     x, y = visual.double(), functional.one_hot(labels, K).double() - 1 / K
-    weight, errors = kernel_head._ridge_regression(x, y, 0.3)
+    weight, errors = kernel_head._ridge_regression(x, y, torch.ones(23).double(), 0.3)
     torch.testing.assert_close((tangent_kernel(x, x) + 0.3 * torch.eye(23, dtype=x.dtype)) @ weight, y)
     for i in range(23):
         rest = torch.arange(23) != i
@@ -65,15 +65,15 @@ def test_what_is_left_out_is_told_as_by_a_fit_without_it(monkeypatch: pytest.Mon
 
 
 def test_ridge_is_the_one_whose_left_out_rows_are_told_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    best = []
+    best, once = [], torch.ones(60).double()
     for spread in (0.3, 3.0):
         losses = {}
         visual, labels = clouds(60, spread)
         x, y = visual.double(), functional.one_hot(labels, K).double()
         for ridge in RIDGES:
-            _, errors = kernel_head._ridge_regression(x, y - y.mean(0), ridge)
+            _, errors = kernel_head._ridge_regression(x, y - y.mean(0), once, ridge)
             losses[ridge] = min(float(functional.cross_entropy(s * (y - errors), y)) for s in kernel_head.SHARPNESS)
-        best.append(kernel_head._best_ridge(x, y))
+        best.append(kernel_head._best_ridge(x, y, once))
         assert best[-1] == min(losses, key=losses.__getitem__)
     assert best[0] < best[1]
 
@@ -115,9 +115,51 @@ def test_rare_classes_are_not_forgotten() -> None:
 def test_where_features_say_nothing_classes_have_the_roots_of_their_shares() -> None:
     """Halfway between the shares seen, which rows to come may have, and equal ones, which they may have as well."""
     targets = functional.one_hot(torch.tensor([0] * 900 + [1] * 100), 2).double()
-    sharpness, shift = kernel_head._calibrated(torch.full((1000, 2), 0.5).double(), targets)
+    sharpness, shift = kernel_head._calibrated(torch.full((1000, 2), 0.5).double(), targets, torch.ones(1000).double())
     told = (sharpness * 0.5 + shift).softmax(0)
     torch.testing.assert_close(told, torch.tensor([0.75, 0.25]).double(), atol=0.01, rtol=0)
+
+
+def test_rows_of_one_image_are_left_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where an image has several captions: what five copies say is what one says, five times as surely."""
+    visual, labels = clouds(40, 1.5)
+    often = torch.arange(40).repeat_interleave(torch.arange(40) % 5 + 1)
+    x, y, counts = kernel_head._merged(visual[often].double(), functional.one_hot(labels[often], K).double())
+    torch.testing.assert_close(x, visual.double(), rtol=0, atol=0)
+    assert torch.equal(counts, (torch.arange(40) % 5 + 1).double())
+    assert torch.equal(y, functional.one_hot(labels, K).double())
+
+    # With c copies the regression is that of all rows, and what is left out is told as by a fit without any of them.
+    mean = counts @ y / counts.sum()
+    weight, errors = kernel_head._ridge_regression(x, y - mean, counts, 0.3)
+    every, all_targets = visual[often].double(), functional.one_hot(labels[often], K).double() - mean
+    kernel = tangent_kernel(every, every) + 0.3 * torch.eye(len(often)).double()
+    summed = torch.zeros_like(weight).index_add_(0, often, torch.linalg.solve(kernel, all_targets))
+    torch.testing.assert_close(weight, summed)
+    rest = often != 4
+    kernel = tangent_kernel(every[rest], every[rest]) + 0.3 * torch.eye(int(rest.sum())).double()
+    told = tangent_kernel(x[4:5], every[rest]) @ torch.linalg.solve(kernel, all_targets[rest])
+    torch.testing.assert_close((y - mean - errors)[4], told[0])
+    losses = {}
+    for ridge in RIDGES:
+        _, errors = kernel_head._ridge_regression(x, y - mean, counts, ridge)
+        losses[ridge] = min(
+            float(counts @ functional.cross_entropy(s * (y - errors), y, reduction="none"))
+            for s in kernel_head.SHARPNESS
+        )
+    assert kernel_head._best_ridge(x, y, counts) == min(losses, key=losses.__getitem__)
+
+
+def test_five_captions_an_image_make_no_head_surer_of_what_it_has_not_seen() -> None:
+    visual, labels = clouds(60, 1.5)
+    new, truth = clouds(600, 1.5, seed=9)
+    once, five = (fitted(visual.repeat(n, 1), labels.repeat(n)) for n in (1, 5))
+    assert len(five.rows) == 60
+    losses = [float(functional.cross_entropy(head(new), truth)) for head in (once, five)]
+    assert losses[1] < losses[0] + 0.05
+    # One image alone, of two classes, tells nothing but their shares.
+    alone = fitted(visual[:1].repeat(4, 1), torch.tensor([0, 1, 1, 1]))
+    assert alone(new).isfinite().all()
 
 
 def test_which_rows_it_is_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
