@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .arrays import Labels, labelled_rows
+from .nn.copies import first_copies
 from .nn.multi_label import binary_cross_entropy, rate_logits, smoothed
 
 __all__ = ["BASELINES", "Baseline", "LinearSettings", "NetworkSettings", "fit_baseline"]
@@ -211,7 +212,8 @@ def fit_baseline(
     used: dict[str, Any] = {}
     network: _Network
     if name == "linear":
-        head, used["l2"] = _fit_linear(visual[labelled], labels[labelled], n_classes, seed, linear, progress)
+        images = _images(visual[labelled])
+        head, used["l2"] = _fit_linear(visual[labelled], labels[labelled], images, n_classes, seed, linear, progress)
         network = _Network(nn.Identity(), head, maps_to_text=False)
         used |= asdict(linear)
     else:
@@ -220,7 +222,8 @@ def fit_baseline(
         used |= asdict(settings) | {"epochs": epochs, "batch_size": batch_size}
         if name == "one_step_mse":
             rows = labelled & paired
-            network.head, used["l2"] = _fit_linear(text[rows], labels[rows], n_classes, seed, linear, None)
+            images = _images(visual[rows])
+            network.head, used["l2"] = _fit_linear(text[rows], labels[rows], images, n_classes, seed, linear, None)
             used |= asdict(linear)
     network.to(device).eval()
     return Baseline(name, time.perf_counter() - begin, used, visual.shape[1], network, labels.ndim == 2)
@@ -273,23 +276,32 @@ def _checked(
 # ----------------------------------------------------------------------------------------------- linear probe
 
 
-def _holdout(labels: Int, share: float, seed: int) -> NDArray[np.bool_]:
-    """`share` of each class, at least one row; none of a class with a single row.
+def _images(visual: Float) -> Int:
+    """Number of the first row of each row's image, (N, D) -> (N,): one image may have several texts."""
+    return first_copies(torch.from_numpy(visual)).numpy()
+
+
+def _holdout(labels: Int, images: Int, share: float, seed: int) -> NDArray[np.bool_]:
+    """`share` of each class's images, at least one; none of a class with a single one. ``images`` as of `_images`.
 
     scikit-learn's stratified splitters refuse such classes, which sets with few labels have.
     """
     generator = np.random.default_rng(seed)
-    held = np.zeros(len(labels), dtype=bool)
+    held, first = np.zeros(len(labels), dtype=bool), images == np.arange(len(images))
     for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
+        rows = generator.permutation(np.flatnonzero((labels == label) & first))
         if len(rows) > 1:
             held[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
-    return held
+    held = held[images]
+    # An image may have rows of two classes.
+    return held & np.isin(labels, labels[~held])
 
 
-def _choose_l2(x: NDArray[np.float64], y: Int, seed: int, settings: LinearSettings, progress: Progress | None) -> float:
+def _choose_l2(
+    x: NDArray[np.float64], y: Int, images: Int, seed: int, settings: LinearSettings, progress: Progress | None
+) -> float:
     grid = sorted(settings.l2_grid, reverse=True)
-    held = _holdout(y, settings.holdout, seed)
+    held = _holdout(y, images, settings.holdout, seed)
     if not held.any():
         return grid[len(grid) // 2]
     train, truth = ~held, np.searchsorted(np.unique(y), y[held])
@@ -307,19 +319,19 @@ def _choose_l2(x: NDArray[np.float64], y: Int, seed: int, settings: LinearSettin
 
 
 def _fit_linear(
-    x: Float, y: Labels, n_classes: int, seed: int, settings: LinearSettings, progress: Progress | None
+    x: Float, y: Labels, images: Int, n_classes: int, seed: int, settings: LinearSettings, progress: Progress | None
 ) -> tuple[nn.Linear, float]:
-    """A linear layer (D -> n_classes) with scikit-learn's weights, and the chosen L2 penalty.
+    """A linear layer (D -> n_classes) with scikit-learn's weights, and the L2 penalty chosen on held-out ``images``.
 
-    Where no class has two rows nothing can be held out, and the middle of the grid is taken.
+    Where no class has two of these nothing can be held out, and the middle of the grid is taken.
     """
     if y.ndim == 2:
-        return _fit_one_vs_rest(x.astype(np.float64), y > 0, seed, settings, progress)
+        return _fit_one_vs_rest(x.astype(np.float64), y > 0, images, seed, settings, progress)
     seen = np.unique(y)
     if len(seen) < 2:
         raise ValueError(f"labels: a linear probe needs labelled rows of 2 classes, got {len(seen)}")
     wide = x.astype(np.float64)  # L-BFGS in float32 stopped early at weak penalties
-    l2 = _choose_l2(wide, y, seed, settings, progress)
+    l2 = _choose_l2(wide, y, images, seed, settings, progress)
     model = LogisticRegression(C=1.0 / (l2 * len(y)), max_iter=settings.max_iter).fit(wide, y)
     coefficients, intercept = model.coef_, model.intercept_
     if len(seen) == 2:  # scikit-learn keeps only the difference of the two
@@ -336,7 +348,12 @@ def _fit_linear(
 
 
 def _fit_one_vs_rest(
-    x: NDArray[np.float64], y: NDArray[np.bool_], seed: int, settings: LinearSettings, progress: Progress | None
+    x: NDArray[np.float64],
+    y: NDArray[np.bool_],
+    images: Int,
+    seed: int,
+    settings: LinearSettings,
+    progress: Progress | None,
 ) -> tuple[nn.Linear, float]:
     """A logistic regression of each column of ``y`` (N, K), all with the penalty that is best on a random holdout.
 
@@ -345,9 +362,10 @@ def _fit_one_vs_rest(
     differ = y.any(axis=0) & ~y.all(axis=0)
     if not differ.any():
         raise ValueError("labels: a linear probe needs a class that some labelled rows carry and some do not")
-    rows, grid = np.random.default_rng(seed).permutation(len(x)), sorted(settings.l2_grid, reverse=True)
-    held = rows[: round(settings.holdout * len(x))]
-    kept = rows[len(held) :]
+    firsts, grid = np.unique(images), sorted(settings.l2_grid, reverse=True)
+    drawn = np.random.default_rng(seed).permutation(firsts)[: round(settings.holdout * len(firsts))]
+    out = np.isin(images, drawn)
+    held, kept = np.flatnonzero(out), np.flatnonzero(~out)
     losses: list[float] = []
     found = None
     for step, l2 in enumerate(grid if len(held) else [], start=1):

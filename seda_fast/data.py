@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from . import digits
@@ -40,6 +41,7 @@ from .arrays import (
     rows,
 )
 from .files import DataError, naming, read_arrays, read_npy, refuse_too_large
+from .nn.copies import first_copies
 from .stratify import held_out_rows
 
 __all__ = [
@@ -190,8 +192,9 @@ class FeatureSet:
 
         unpaired: "refuse" rows whose text is missing (all NaN), or "keep" them.
         test_fraction, seed: where the source has no test part, this share of the labelled rows becomes one,
-            stratified by class (multi-label: iteratively, see `stratify`); unlabelled rows stay in training.
-            Both parts are then float32 in memory.
+            stratified by class (multi-label: iteratively, see `stratify`); unlabelled rows stay in training. Rows of
+            equal features, as of an image with several captions, go into one part: into training where one of them
+            is unlabelled. Both parts are then float32 in memory.
         need_text: False lets `text_train` be absent.
         """
         if str(path) == "digits":
@@ -400,8 +403,9 @@ def _build(
             _row_names(arrays, "visual_test", len(test.visual)),
         )  # fmt: skip
     else:
-        train, held_out = split_rows(labels, test_fraction, seed)
         refuse_too_large(4 * (visual.size + text.size))
+        images = first_copies(torch.from_numpy(rows(visual, ids))).numpy()
+        train, held_out = split_rows(labels, test_fraction, seed, images)
         made = FeatureSet(
             rows(visual, train), rows(text, train), labels[train],
             rows(visual, held_out), labels[held_out],
@@ -584,36 +588,58 @@ def _row_names(arrays: Mapping[str, Any], of: str, length: int) -> tuple[str, ..
     return names
 
 
-def split_rows(labels: Labels, test_fraction: float, seed: int) -> tuple[Labels, Labels]:
+def split_rows(labels: Labels, test_fraction: float, seed: int, images: Labels | None = None) -> tuple[Labels, Labels]:
     """Ascending row numbers of the training and of the test part: stratified, unlabelled rows in training.
+
+    ``images`` (N,) are the rows' `first_copies`: rows of an image go into one part, into training where one of them is
+    unlabelled. None: each row is an image of its own.
 
     Raises:
         DataError: there are too few rows of some class.
     """
-    labelled = np.flatnonzero(labelled_rows(labels))
+    every, known = np.arange(len(labels)), labelled_rows(labels)
+    images = every if images is None else images
+    # One row an image is drawn, and the others follow.
+    drawn_from = np.flatnonzero(known & (images == every) & ~np.isin(images, images[~known]))
     if labels.ndim == 2:
-        held_out = labelled[held_out_rows(labels[labelled], test_fraction, seed)]
-        return np.setdiff1d(np.arange(len(labels)), held_out), held_out
-    classes, counts = np.unique(labels[labelled], return_counts=True)
-    if counts.min() < 2:
+        drawn = drawn_from[held_out_rows(labels[drawn_from], test_fraction, seed)]
+    else:
+        drawn = _drawn_rows(labels, drawn_from, test_fraction, seed)
+    held_out = np.isin(images, drawn)
+    if labels.ndim == 1 and len(np.unique(labels[known & ~held_out])) < len(np.unique(labels[known])):
+        raise DataError(_too_few(labels, drawn_from, test_fraction))
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _too_few(labels: Labels, rows: Labels, test_fraction: float) -> str:
+    return (
+        f"a test_fraction of {test_fraction} of {len(rows)} labelled rows leaves too few rows in a part "
+        f"for {len(np.unique(labels[rows]))} classes"
+    )
+
+
+def _drawn_rows(labels: Labels, labelled: Labels, test_fraction: float, seed: int) -> Labels:
+    """A stratified share of the rows ``labelled``, one of each image."""
+    classes, of_rows = np.unique(labels[labels >= 0], return_counts=True)
+    of_images = np.bincount(labels[labelled], minlength=len(classes) and classes[-1] + 1)[classes]
+    if of_images.min() < 2:
+        worst = int(np.argmin(of_images))
+        # Rows of an image that has unlabelled ones as well stay in training.
+        has = (
+            "one labelled row" if of_rows[worst] == 1 else "labelled rows of one image only (their features are equal)"
+        )
         raise DataError(
-            f"class {classes[np.argmin(counts)]} has one labelled row, so no test part can be split off; "
+            f"class {classes[worst]} has {has}, so no test part can be split off; "
             "give 'visual_test' and 'label_test', or leave the class out"
         )
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])  # scikit-learn takes 32 bits only
     split = digits.scikit_learn("model_selection").train_test_split
-    too_few = (
-        f"a test_fraction of {test_fraction} of {len(labelled)} labelled rows leaves too few rows in a part "
-        f"for {len(classes)} classes"
-    )
     try:
-        train, test = split(labelled, test_size=test_fraction, stratify=labels[labelled], random_state=state)
+        return np.asarray(
+            split(labelled, test_size=test_fraction, stratify=labels[labelled], random_state=state)[1], dtype=np.int64
+        )
     except ValueError as error:
-        raise DataError(too_few) from error
-    if len(np.unique(labels[train])) < len(classes):
-        raise DataError(too_few)
-    train = np.concatenate([train, np.flatnonzero(labels < 0)])
-    return np.sort(train).astype(np.int64), np.sort(test).astype(np.int64)
+        raise DataError(_too_few(labels, labelled, test_fraction)) from error
 
 
 def _load_digits(test_fraction: float, seed: int) -> FeatureSet:

@@ -125,7 +125,7 @@ def test_one_step_mse_needs_its_text_and_not_the_rows_without(digits: Arrays) ->
 def test_linear_is_scikit_learns_with_the_penalty_chosen_on_the_holdout(digits: Arrays) -> None:
     visual, text, labels = small(digits)
     baseline = fit("linear", (visual, text, labels), l2_grid=(1.0, 0.01, 1e-6))
-    held = _holdout(labels, 0.2, seed=0)
+    held = _holdout(labels, np.arange(len(labels)), 0.2, seed=0)
     wide = visual.astype(np.float64)
     losses = {}
     for l2 in (1.0, 0.01, 1e-6):
@@ -151,9 +151,33 @@ def test_linear_with_two_classes_and_with_a_class_never_seen(digits: Arrays) -> 
 
 def test_holdout_is_stratified_and_leaves_every_class_a_row() -> None:
     labels = np.repeat([0, 1, 2, 3], [100, 10, 2, 1])
-    held = _holdout(labels, 0.2, seed=0)
+    own = np.arange(len(labels))
+    held = _holdout(labels, own, 0.2, seed=0)
     assert [int(held[labels == c].sum()) for c in range(4)] == [20, 2, 1, 0]
-    assert not np.array_equal(held, _holdout(labels, 0.2, seed=1))
+    assert not np.array_equal(held, _holdout(labels, own, 0.2, seed=1))
+
+
+def test_rows_of_an_image_are_held_out_together() -> None:
+    """As where an image has several captions: its copies would choose the weakest penalty."""
+    images = np.repeat(np.arange(0, 150, 5), 5)
+    labels = np.repeat([0, 1, 2], [100, 45, 5])
+    held = _holdout(labels, images, 0.2, seed=0)
+    assert [int(held[labels == c].sum()) for c in range(3)] == [20, 10, 0]
+    assert (held.reshape(30, 5).all(axis=1) == held.reshape(30, 5).any(axis=1)).all()
+    # Every class keeps a row, also one that has but copies of others' images.
+    held = _holdout(np.array([0, 1] * 10), np.repeat(np.arange(0, 20, 2), 2), 0.5, seed=0)
+    assert 0 < held.sum() < 20 and set(np.arange(20)[~held] % 2) == {0, 1}
+
+    rng = np.random.default_rng(0)
+    visual, labels = rng.standard_normal((40, 200)).astype(np.float32), np.arange(40) % 2
+    visual[:, 0] += labels
+    chosen = []
+    for copies in (1, 5):
+        rows = np.repeat(np.arange(40), copies)
+        for truth in (labels, np.eye(2, dtype=np.int64)[labels]):
+            data = visual[rows], visual[rows], truth[rows]
+            chosen.append(fit_baseline("linear", *data, n_classes=2, seed=0).hyperparameters["l2"])
+    assert chosen[:2] == chosen[2:]
 
 
 def test_one_row_a_class_takes_the_middle_of_the_grid() -> None:

@@ -229,8 +229,31 @@ def test_the_split_is_stratified_seeded_and_keeps_the_unlabelled_in_training():
     ],
 )
 def test_splits_that_cannot_be(labels, fraction, words):
-    visual = np.ones((len(labels), 2))
+    visual = np.arange(2.0 * len(labels)).reshape(-1, 2)
     assert words in refusal(FeatureSet.from_arrays, visual, visual, labels, test_fraction=fraction)
+
+
+def test_rows_of_an_image_are_never_in_both_parts():
+    """As where an image has several captions: copies of a test row in training flatter whatever learns by heart."""
+    rng = np.random.default_rng(0)
+    image = rng.permutation(np.repeat(np.arange(60), rng.integers(1, 6, 60)))
+    visual, labels = rng.standard_normal((60, 4))[image], image % 3
+    text = rng.standard_normal((len(image), 2))
+    for seed in range(5):
+        found = FeatureSet.from_arrays(visual, text, labels, seed=seed)
+        held = set(image[found.ids_test])
+        assert len(held) == 12 and not held & set(image[found.ids_train])
+        assert sorted([*found.ids_train, *found.ids_test]) == list(range(len(image)))
+        assert np.bincount(found.label_test, minlength=3).min() > 0
+    # An image with an unlabelled row stays in training, which that row may not leave.
+    some = np.where((image < 30) & (np.arange(len(image)) % 2 == 0), -1, labels)
+    found = FeatureSet.from_arrays(visual, text, some)
+    assert found.label_test.min() >= 0 and not set(image[found.ids_test]) & set(image[found.ids_train])
+    many = (np.arange(3) == labels[:, None]).astype(np.int64)
+    found = FeatureSet.from_arrays(visual, text, many)
+    assert len(found.ids_test) > 9 and not set(image[found.ids_test]) & set(image[found.ids_train])
+    words = refusal(FeatureSet.from_arrays, np.ones((9, 4)), np.ones((9, 2)), np.arange(9) % 2)
+    assert "has labelled rows of one image only (their features are equal)" in words
 
 
 def test_a_split_of_a_folder_is_float32_in_memory(tmp_path):

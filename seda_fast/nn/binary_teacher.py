@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .copies import first_copies
 from .multi_label import labelled_rows
 from .teacher import L2_GRID, REFIT_L2, Linear
 
@@ -50,7 +51,9 @@ def fit_binary_teacher(visual: Tensor, text: Tensor, labels: Tensor, seed: int) 
     known = labelled_rows(labels)
     y = labels[known].to(visual.dtype)
     spaces = (visual, text)
-    fold = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device) % _FOLDS
+    images, number = first_copies(visual[known]).unique(return_inverse=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    fold = (order % _FOLDS)[number]  # the rows of an image together
     found = [_held_out(x[known], y, fold) for x in spaces]
     trust, offset = _trust([logits for logits, _ in found], y)
     first = [fitted(x[known], y, l2) for x, (_, l2) in zip(spaces, found, strict=True)]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .copies import first_copies
 from .multi_label import labelled_rows
 
 # Rows of each kind that the teacher is fitted on: it is linear and needs no more, and fitting stays a matter of
@@ -193,7 +194,7 @@ def fit_teacher(visual: Tensor, text: Tensor, labels: Tensor, n_classes: int, se
     seen = (visual, text)
     shared = (shared_directions(visual, text), shared_directions(text, visual))
     spaces = [widened(x, directions) for x, directions in zip(seen, shared, strict=True)]
-    penalties, trust = _tuned([x[known] for x in spaces], y, n_classes, seed)
+    penalties, trust = _tuned([x[known] for x in spaces], y, first_copies(visual[known]), n_classes, seed)
     hard = F.one_hot(y, n_classes).to(visual.dtype)
     first = [fitted(x[known], hard, l2) for x, l2 in zip(spaces, penalties, strict=True)]
     soft = combined([c.log_proba(x[~known]) for c, x in zip(first, spaces, strict=True)], trust)
@@ -206,17 +207,23 @@ def fit_teacher(visual: Tensor, text: Tensor, labels: Tensor, n_classes: int, se
     return PairTeacher(own[0], own[1], trust)
 
 
-def _tuned(spaces: Sequence[Tensor], labels: Tensor, n_classes: int, seed: int) -> tuple[list[float], Tensor]:
-    """Each space's penalty, and the trust in its classifier, on held-out rows.
+def _tuned(
+    spaces: Sequence[Tensor], labels: Tensor, first: Tensor, n_classes: int, seed: int
+) -> tuple[list[float], Tensor]:
+    """Each space's penalty, and the trust in its classifier, on held-out rows; those of an image (``first``, the rows'
+    `first_copies`) are held out together.
 
-    A class with a single row cannot be held out and learned; where no class has more, the middle of the grid and equal
-    trust are all that can be said.
+    A class with a single image cannot be held out and learned; where no class has more, the middle of the grid and
+    equal trust are all that can be said.
     """
-    repeated = torch.bincount(labels, minlength=n_classes)[labels] > 1
+    images = first == torch.arange(len(first), device=first.device)
+    repeated = torch.bincount(labels[images], minlength=n_classes)[labels[first]] > 1
     if not repeated.any():
         return [L2_GRID[len(L2_GRID) // 2]] * len(spaces), spaces[0].new_ones(len(spaces))
     y = labels[repeated]
-    fold = _folds(y, seed)
+    fold = torch.empty_like(labels)
+    fold[images & repeated] = _folds(labels[images & repeated], seed)
+    fold = fold[first][repeated]
     found = [_held_out(x[repeated], y, n_classes, fold) for x in spaces]
     return [l2 for _, l2 in found], _trust([log_proba for log_proba, _ in found], y)
 

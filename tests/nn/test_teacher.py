@@ -71,6 +71,22 @@ def test_folds_spread_every_class() -> None:
     assert not torch.equal(fold, module._folds(y, 1))
 
 
+def test_rows_of_an_image_are_held_out_together() -> None:
+    """As where an image has several captions: a row's copies would make any classifier of images look trustworthy."""
+    _, t, y = pairs(60)
+    seeded = torch.Generator().manual_seed(1)
+    v = torch.randn(60, 40, generator=seeded)  # images say nothing
+    five = torch.arange(60).repeat_interleave(5)
+    texts = t[five] + 0.1 * torch.randn(300, t.shape[1], generator=seeded)
+    together, apart = (
+        module._tuned((v[five], texts), y[five], first, 4, 0)[1] for first in (5 * five, torch.arange(300))
+    )
+    assert together[0] < 0.7 * apart[0], "trust in the images"
+    single = torch.arange(4).repeat(5)
+    trust = module._tuned((v[single], v[single]), single, single, 4, 0)[1]
+    assert trust.tolist() == [1, 1], "no class has a second image"
+
+
 @pytest.mark.parametrize("per_class", [1, 2])
 def test_very_few_labels_still_give_a_teacher(per_class: int) -> None:
     v, t, y = pairs(400)
