@@ -136,11 +136,8 @@ def test_sentences_on_where_it_does_not_pay_are_of_the_measured_quality(readme: 
     assert list(said.groups()) == [f"{value:.1f}" for value in (-full[0], full[1], -full[2])]
     assert all(low < 0 < high for low, high in (rows[name, "full"]["interval"] for name in ("wikipedia", "cub10")))
     assert rows["fashion_products", "full"]["interval"][1] > 0
-    worse = {key: row["difference"] for key, row in rows.items() if row["interval"][1] < 0}
-    assert set(worse) == {("wikipedia", "tail")}
-    gap = f"{-worse['wikipedia', 'tail']:.1f}"
-    assert f"in one of thirty cells plainly worse: {gap} points below an MLP with a long tail on wikipedia" in told
-    assert rows["wikipedia", "tail"]["best_baseline"] == "mlp"
+    assert len(rows) == 30 and all(row["interval"][1] > 0 for row in rows.values())
+    assert "in none of the thirty cells is it plainly worse." in told
     seeds = {
         row["methods"][name]["seeds"]
         for row in rows.values()
