@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"{item.nodeid} needs a CUDA device"))
         if "shared_data" in getattr(item, "fixturenames", ()) and not SHARED_DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"{item.nodeid} needs ../shared/data"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """After the second of the epoch that ``SLOW_TESTS_UNTIL`` names no slow test begins; unset, all run."""
+    until = os.environ.get("SLOW_TESTS_UNTIL")
+    if until and item.get_closest_marker("slow") and time.time() > float(until):
+        pytest.skip(f"{item.nodeid} is slow, and the time that SLOW_TESTS_UNTIL gives is over")
 
 
 @pytest.fixture(scope="session")
