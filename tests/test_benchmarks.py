@@ -284,7 +284,6 @@ def test_a_later_run_keeps_what_an_earlier_one_measured_of_other_workloads(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # it compiles all competitors, which took more than 600 s on two slow cores
 def test_a_quick_run_prints_one_table_and_writes_nothing(repository: Path, tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "--results", str(tmp_path)]
