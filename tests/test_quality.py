@@ -381,6 +381,69 @@ def test_command_writes_tables_and_pictures_and_goes_on(folder: Path, capsys: py
     assert "give --data" in capsys.readouterr().err
 
 
+def own_set(folder: Path, rng: np.random.Generator, **others: object) -> None:
+    """A set as users have it, ``folder``/mine.npz, without a test part."""
+    rows = made_rows(rng, 120)
+    arrays = {"visual_train": rows.visual, "text_train": rows.text, "label_train": rows.labels}
+    np.savez(folder / "mine.npz", **{**arrays, **others})
+
+
+def test_a_set_of_one_s_own_is_measured_for_itself(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_set(tmp_path, rng)
+    monkeypatch.setattr(command, "ROOT", tmp_path / "root")
+    chosen = ["--data", str(tmp_path), "--sets", "mine", "--regimes", "full", "tail", "--methods", "seda", "linear"]
+    assert command.main([*chosen, "--seeds", "1"]) == 0
+    assert [path.name for path in (tmp_path / "root").rglob("*") if path.is_file()] and all(
+        path.is_relative_to(tmp_path / "root" / "runs" / "quality_own") for path in (tmp_path / "root").rglob("*.*")
+    )
+    page = (tmp_path / "root" / "runs" / "quality_own" / "quality.md").read_text()
+    assert "## mine" in page
+    assert f"python -m benchmarks.quality --data {tmp_path} --sets mine --regimes tail" in page
+    assert "What was asked of it" not in page
+    assert "fashion_products" not in page
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ({"label_train": np.array([0, 1, 2, -1] * 30)}, "row 3 of 'label_train' is unlabelled"),
+        ({"label_train": np.eye(3, dtype=np.int64)[np.arange(120) % 3]}, "one label and one text a row"),
+        ({"text_train": np.full((120, DT), np.nan, np.float32)}, "text"),
+        (
+            {"visual_test": np.ones((6, DV), np.float32), "label_test": np.arange(6) % 3},
+            "every test row must have its text",
+        ),
+        ({"visual_train": np.ones((7, DV), np.float32)}, "visual_train"),
+    ],
+    ids=["unlabelled", "multi-label", "no text", "no text in the test part", "broken"],
+)
+def test_a_set_that_cannot_be_measured_is_refused(
+    tmp_path: Path,
+    rng: np.random.Generator,
+    others: dict[str, object],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own_set(tmp_path, rng, **others)
+    monkeypatch.setattr(command, "ROOT", tmp_path / "root")
+    assert command.main(["--data", str(tmp_path), "--sets", "mine"]) == 2
+    refused = capsys.readouterr().err
+    assert "mine.npz" in refused and said in refused and refused.count("\n") == 1
+    assert not (tmp_path / "root").exists()
+
+
+def test_copies_of_an_image_lie_on_one_side_of_a_fold(tmp_path: Path, rng: np.random.Generator) -> None:
+    rows = made_rows(rng, 60)
+    twice = np.repeat(np.arange(60), 2)
+    own_set(tmp_path, rng, visual_train=rows.visual[twice], text_train=rows.text[twice], label_train=rows.labels[twice])
+    part = fold(load("mine", tmp_path), 0, 3, seed=0)
+    held = {row.tobytes() for row in part.test.visual}
+    assert held and not held & {row.tobytes() for row in part.train.visual}
+
+
 def test_the_quick_command_measures_anew_and_leaves_what_is_published(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

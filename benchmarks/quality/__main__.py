@@ -2,29 +2,34 @@
 
 Each training is written down when it ends; repeated, the command goes on where it was stopped. It then writes
 ``quality.json``, ``docs/quality.md`` and its pictures from all that is known. ``--quick`` measures anew, into a folder
-of its own.
+of its own; so are sets measured that are not the published ones (``--data FOLDER --sets NAME``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from seda_fast.files import DataError
 
 from . import selection, summary, workers
 from .methods import ABLATIONS, METHODS, MLP_PSEUDO, SEDA
 from .page import markdown
 from .plots import plot
-from .regimes import REGIMES, SETS
+from .regimes import REGIMES, SETS, load
 from .runs import TEST, Job, Runs
 from .selection import Selected
 
 ROOT = Path(__file__).resolve().parents[2]
-PUBLISHED = {"runs": "benchmarks/results/quality_runs.jsonl", "out": "benchmarks/results/quality.json", "docs": "docs"}
-QUICK_FILES = {name: f"runs/quality_quick/{file}" for name, file in
-               (("runs", "runs.jsonl"), ("out", "quality.json"), ("docs", ""))}  # fmt: skip
+PUBLISHED = {"runs": "benchmarks/results/quality_runs.jsonl", "out": "benchmarks/results/quality.json", "docs": "docs",
+             "selected": "benchmarks/results/quality_selected.json"}  # fmt: skip
+FILES = {"runs": "runs.jsonl", "out": "quality.json", "docs": "", "selected": "selected.json"}
+OWN_FILES = {name: f"runs/quality_own/{file}" for name, file in FILES.items()}
+QUICK_FILES = {name: f"runs/quality_quick/{file}" for name, file in FILES.items()} | {"selected": PUBLISHED["selected"]}
 QUICK = {"sets": ["wikipedia", "cub10"], "regimes": ["full", "labels-4"], "methods": ["seda", "linear", "mlp"]}
 
 
@@ -32,7 +37,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the paired sets")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        default=list(SETS),
+        metavar="NAME",
+        help=f"{', '.join(SETS)} (default: these), or others whose NAME.npz lies in --data, as seda_fast.train takes "
+        "them: measured for themselves, into runs/quality_own",
+    )
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5, help="seeds of each training on a test part's set")
@@ -53,8 +65,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="trainings at a time, which share the cores"
     )
-    parser.add_argument("--selected", type=Path, default=ROOT / "benchmarks/results/quality_selected.json")
     for name, what in (
+        ("selected", "settings chosen"),
         ("runs", "records"),
         ("out", "table as JSON"),
         ("docs", "folder of quality.md and its pictures"),
@@ -70,7 +82,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         chosen.seeds = 1
     # Only its own records are thrown away, never a file that was named.
     chosen.anew = chosen.quick and chosen.runs is None
-    for name, place in (QUICK_FILES if chosen.quick else PUBLISHED).items():
+    own = not set(chosen.sets) <= set(SETS)
+    for name, place in (QUICK_FILES if chosen.quick else OWN_FILES if own else PUBLISHED).items():
         if getattr(chosen, name) is None:
             setattr(chosen, name, ROOT / place)
     return chosen
@@ -116,14 +129,32 @@ def read_selected(file: Path) -> Selected:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
+def _command(chosen: argparse.Namespace) -> str:
+    """What makes the page again."""
+    own = [] if set(chosen.sets) <= set(SETS) else ["--data", str(chosen.data), "--sets", *chosen.sets]
+    return shlex.join(["python", "-m", "benchmarks.quality", *own])
+
+
+def _refusal(chosen: argparse.Namespace) -> str:
+    """Why the sets cannot be measured, in one sentence."""
+    for name in chosen.sets:
+        if not (chosen.data / f"{SETS.get(name, name)}.npz").is_file():
+            return f"{chosen.data} has no {SETS.get(name, name)}.npz; give --data"
+        try:
+            load(name, chosen.data)
+        except DataError as error:
+            return str(error)
+    return ""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; 2 with one sentence where the data is missing."""
+    """Entry point; 2 with one sentence where the data is missing or refused."""
     chosen = arguments(argv)
     runs, selected = Runs(chosen.runs), read_selected(chosen.selected)
     if not chosen.report_only:
-        missing = [name for name in chosen.sets if not (chosen.data / f"{SETS[name]}.npz").is_file()]
-        if missing:
-            print(f"benchmarks.quality: {chosen.data} has no {SETS[missing[0]]}.npz; give --data", file=sys.stderr)
+        refusal = _refusal(chosen)
+        if refusal:
+            print(f"benchmarks.quality: {refusal}", file=sys.stderr)
             return 2
         if chosen.anew:
             chosen.runs.unlink(missing_ok=True)
@@ -135,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps({"selected": selected, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     chosen.docs.mkdir(parents=True, exist_ok=True)
-    text = markdown(rows, selected, "python -m benchmarks.quality", cost)
+    text = markdown(rows, selected, _command(chosen), cost)
     (chosen.docs / "quality.md").write_text(text, encoding="utf-8")
     plot(rows, chosen.docs / "quality")
     print(text)

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .methods import ABLATIONS, BASELINES, BRIDGE, DCSL_ONLY, ONE_STEP_MSE, SEDA
-from .regimes import ABOUT, REGIMES, SETS
+from .regimes import ABOUT, ABOUT_TAIL, REGIMES, SETS
 from .selection import Selected
 from .summary import targets
 
 
 def markdown(rows: Sequence[dict[str, Any]], selected: Selected, command: str, cost: tuple[int, float]) -> str:
     """``docs/quality.md``; ``cost`` as of `summary.cost_of_selection`."""
+    sets = dict.fromkeys(row["set"] for row in rows)
+    published = sets.keys() <= SETS.keys()
     lines = [
         "# When SeDA helps and when it does not",
         "",
@@ -24,11 +26,14 @@ def markdown(rows: Sequence[dict[str, Any]], selected: Selected, command: str, c
         "get the unlabelled pairs too (`one_step` by its squared error, `mlp_pseudo`, the MLP with its settings, by",
         "labels that a text classifier gives them).",
         "",
-        *(f"- **{name}**: {about}" for name, about in ABOUT.items()),
+        *(
+            f"- **{name}**: {about}{ABOUT_TAIL if published and name == 'tail' else ''}"
+            for name, about in ABOUT.items()
+        ),
         "",
     ]
-    lines += [*_where_it_helps(rows), *_target_table(rows)]
-    for name in SETS:
+    lines += [*_where_it_helps(rows), *(_target_table(rows) if published else [])]
+    for name in sets:
         of_set = [row for row in rows if row["set"] == name]
         if of_set:
             lines += [f"## {name}", "", *_accuracy_table(of_set), ""]

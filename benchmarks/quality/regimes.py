@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from seda_fast.data import FeatureSet
+from seda_fast.files import DataError
+from seda_fast.nn.copies import first_copies
 
 Float = NDArray[np.float32]
 Int = NDArray[np.int64]
@@ -31,11 +36,14 @@ ABOUT = {
     "labels-N": "N labelled rows per class, all other training pairs unlabelled",
     "samples-N": "N rows per class and nothing else",
     "noise": "half a standard deviation of Gaussian noise on all visual features, test part included",
-    "tail": "class sizes fall geometrically from the largest to a 50th of it (of cub10's 42 rows a class: to one); "
-    "fashion_products, whose classes differ by 31 times as they are, keeps 5090 of its 5216 rows, wikipedia 972 of "
-    "2173, cub10 117 of 420",
+    "tail": "class sizes fall geometrically from the largest to a 50th of it",
     "half-text": "half of the texts missing",
 }
+# Of the published sets.
+ABOUT_TAIL = (
+    " (of cub10's 42 rows a class: to one); fashion_products, whose classes differ by 31 times as they are, keeps 5090 "
+    "of its 5216 rows, wikipedia 972 of 2173, cub10 117 of 420"
+)
 IMBALANCE = 50
 NOISE = 0.5
 
@@ -64,7 +72,8 @@ class Task:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A set with its own test part; rows of one class and group (equal titles) never lie on both sides of a fold."""
+    """A set with its own test part; rows of one class and group (equal titles, or equal visual features of a set that
+    is not of `SETS`) never lie on both sides of a fold."""
 
     name: str
     task: Task
@@ -72,7 +81,12 @@ class DataSet:
 
 
 def load(name: str, folder: Path) -> DataSet:
-    """One of `SETS` from ``folder``."""
+    """One of `SETS` from ``folder``, or what `FeatureSet.load` takes from another file NAME.npz there.
+
+    Raises DataError where the regimes cannot be made of it.
+    """
+    if name not in SETS:
+        return _own(name, folder / f"{name}.npz")
     file = SETS[name]
     with np.load(folder / f"{file}.npz", allow_pickle=False) as source:
         parts = [
@@ -86,6 +100,21 @@ def load(name: str, folder: Path) -> DataSet:
         with gzip.open(titles, "rt", encoding="utf-8") as stream:
             groups = np.unique(json.load(stream)["train"], return_inverse=True)[1]
     return DataSet(name, Task(parts[0], parts[1], n_classes), groups)
+
+
+def _own(name: str, file: Path) -> DataSet:
+    found = FeatureSet.load(file, unpaired="keep")
+    if found.multi_label or found.text_classes is not None:
+        raise DataError(f"{file}: the regimes are made of one label and one text a row")
+    for part, labels in (("train", found.label_train), ("test", found.label_test)):
+        if (labels < 0).any():
+            row = int((labels < 0).argmax())
+            raise DataError(f"{file}: row {row} of 'label_{part}' is unlabelled; the regimes hide labels themselves")
+    if found.text_test is None or np.isnan(found.text_test).any():
+        raise DataError(f"{file}: every test row must have its text in 'text_test', which alignment is measured with")
+    train = Rows(np.asarray(found.visual_train), np.asarray(found.text_train), found.label_train)
+    test = Rows(np.asarray(found.visual_test), np.asarray(found.text_test), found.label_test)
+    return DataSet(name, Task(train, test, found.n_classes), first_copies(torch.from_numpy(train.visual)).numpy())
 
 
 def fold(data: DataSet, index: int, folds: int, seed: int) -> Task:

@@ -49,7 +49,7 @@ def summarise(records: Sequence[Record], selected: Selected) -> list[dict[str, A
     rows, few = [], dict[str, list[NDArray[np.float64]]]()
     midway = [r for r in records if r.job.part == TEST and r.job.method == BRIDGE and not r.job.settings]
     records = [r for r in records if r.job.part == TEST and _counts(r, selected)]
-    for name in SETS:
+    for name in dict.fromkeys([*SETS, *(r.job.set for r in records)]):
         for regime in REGIMES:
             found = {m: of(records, set=name, regime=regime, method=m, part=TEST) for m in METHODS}
             found = {m: r for m, r in found.items() if r}
