@@ -82,8 +82,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         chosen.seeds = 1
     # Only its own records are thrown away, never a file that was named.
     chosen.anew = chosen.quick and chosen.runs is None
-    own = not set(chosen.sets) <= set(SETS)
-    for name, place in (QUICK_FILES if chosen.quick else OWN_FILES if own else PUBLISHED).items():
+    chosen.own = not set(chosen.sets) <= set(SETS)
+    for name, place in (QUICK_FILES if chosen.quick else OWN_FILES if chosen.own else PUBLISHED).items():
         if getattr(chosen, name) is None:
             setattr(chosen, name, ROOT / place)
     return chosen
@@ -131,7 +131,7 @@ def read_selected(file: Path) -> Selected:
 
 def _command(chosen: argparse.Namespace) -> str:
     """What makes the page again."""
-    own = [] if set(chosen.sets) <= set(SETS) else ["--data", str(chosen.data), "--sets", *chosen.sets]
+    own = ["--data", str(chosen.data), "--sets", *chosen.sets] if chosen.own else []
     return shlex.join(["python", "-m", "benchmarks.quality", *own])
 
 
