@@ -16,6 +16,8 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+FOUND = -1.0  # a label_share that is left to `nn.kernel_head.label_share`
+
 ConditionName = Literal["both", "semantic", "visual"]
 SamplerName = Literal["ddim", "renoise"]
 
@@ -125,6 +127,9 @@ class TrainConfig:
     visual_dropout: float = setting(0.5, "rate of Gaussian dropout inside the visual head")
     visual_input_dropout: float = setting(0.2, "rate of Gaussian dropout on the visual head's input")
     label_smoothing: float = setting(0.1, "label smoothing of the class terms")
+    label_share: float = setting(
+        FOUND, "share of a label beside what the row's text says of its class, 0 .. 1; -1: found by leaving rows out"
+    )
     centre_weight: float = setting(1.0, "w1: distance of s to its category centre")
     semantic_weight: float = setting(1.0, "w2: cross entropy of the semantic head")
     text_weight: float = setting(1.0, "w3: distance of t_ to the paired text")
@@ -147,6 +152,8 @@ class TrainConfig:
         shares = ("warmup", "ema_decay", "dropout", "condition_dropout", "visual_dropout", "visual_input_dropout")
         for name in (*shares, "label_smoothing"):
             check_range(self, name, 0 <= getattr(self, name) < 1, "in 0 .. 1, 1 excluded")
+        share = self.label_share
+        check_range(self, "label_share", share == FOUND or 0 <= share <= 1, "in 0 .. 1, or -1 to have it found")
         translator = self.translator_dropout
         check_range(
             self, "translator_dropout", translator == -1 or 0 <= translator < 1,

@@ -147,7 +147,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         ids = np.arange(len(X), dtype=np.int64)
         parts = (X, text if classes is None else text[:, :0], labels, X[:0], labels[:0], None, names, ids, ids[:0])
         data = FeatureSet(*parts, "SeDAClassifier.fit", classes)
-        model, rows = prepare(data, config, self.seed_, choose_device(self.device))
+        model, rows = prepare(data, config, self.seed_, choose_device(self.device), label_share=settings.label_share)
         self.model_, history = train(model, rows, settings)
         self.history_ = [epoch.row() for epoch in history]
         return self

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .arrays import mean_and_scale, release
 from .arrays import rows as float_rows
-from .config import SeDAConfig
+from .config import FOUND, ConfigError, SeDAConfig
 from .data import FeatureSet
 from .files import DataError
 from .loop import TrainingSet
 from .nn import SeDA, centres_of, class_sums
-from .nn.kernel_head import kernel_rows
+from .nn.kernel_head import SHARES, kernel_rows
 from .nn.teacher import teacher_rows
+from .nn.text_opinion import opinion_rows
 from .nn.textual_head import textual_head_rows
 from .ranks import ALONE, Ranks
 from .streaming import RowReader, StreamedSet, free_memory
@@ -50,13 +51,15 @@ def prepare(
     *,
     ranks: Ranks = ALONE,
     memory_share: float = MEMORY_SHARE,
+    label_share: float = FOUND,
 ) -> tuple[SeDA, TrainingSet | StreamedSet]:
     """A new model carrying the data's statistics, and the standardised training set on ``device``.
 
     Rows without text keep zeros there, which nothing reads. Where the features would take more than ``memory_share``
     of the device's free memory they are streamed instead (the ranks of a host share that of its CPUs); those that lie
     in the memory of a CPU already never are.
-    Each of the ranks sums its part of the rows for the category centres. Raises DataError when no row is labelled.
+    Each of the ranks sums its part of the rows for the category centres. ``label_share`` as in `TrainConfig`. Raises
+    DataError when no row is labelled, and ConfigError where a given ``label_share`` has no meaning.
     """
     if not data.labelled_train.any():
         raise DataError(f"{data.source}: 'label_train' has no labelled row")
@@ -82,7 +85,7 @@ def prepare(
     # Where one rank has too little memory, all of them stream.
     too_large = any(ranks.largest([_too_large(data, device, memory_share, ranks)]))
     rows = streamed if too_large else _loaded(data, streamed)
-    _fit(model, rows, seed, ranks, moments)
+    _fit(model, rows, seed, ranks, moments, label_share)
     if texts is not None:
         model.set_class_texts(texts)
     return model.to(device), _to(rows, device)
@@ -116,6 +119,7 @@ def _fit(
     seed: int,
     ranks: Ranks,
     moments: tuple[Tensor, Tensor, Tensor, Tensor],
+    label_share: float,
 ) -> None:
     """The model's statistics, teacher, kernel head and the start of its textual head, from rows on the host."""
     part, classes = ranks.part(len(rows)), model.config.n_classes
@@ -139,11 +143,32 @@ def _fit(
     if len(told):
         _, text, labels, _, _ = rows.rows(told)
         model.set_textual_head(text, labels)
+    alone = _labels_stand_alone(model, len(told))
+    if alone and label_share not in (FOUND, 1.0):
+        raise ConfigError(f"label_share is {label_share:g}, but labels have nothing beside them here: {alone}")
+    shares = (1.0,) if alone else SHARES if label_share == FOUND else (label_share,)
     compared, absence = kernel_rows(rows.labels, rows.paired, model.teacher is not None, classes)
     model.kernel.absence = absence if model.config.kernel_weight > 0 else "its weight is 0"
     if not model.kernel.absence:
-        visual, text, labels, _, _ = rows.rows(compared)
-        model.set_kernel_head(visual, text, labels, seed)
+        visual, text, labels, paired, _ = rows.rows(compared)
+        share = model.set_kernel_head(visual, text, labels, paired, seed, shares)
+    elif len(shares) > 1 and len(judged := opinion_rows(rows.labels, rows.paired, seed)):
+        visual, text, labels, _, _ = rows.rows(judged)
+        share = model.label_share(visual, text, labels, seed)
+    else:
+        share = shares[0]
+    model.set_label_share(share)
+
+
+def _labels_stand_alone(model: SeDA, told: int) -> str:
+    """Why no text's opinion stands beside a label; empty where one does. ``told``: rows that its classifier saw."""
+    if model.config.multi_label:
+        return "a row has several of them"
+    if model.config.class_text:
+        return "a text is a class's and not a row's"
+    if model.teacher is not None:
+        return "there are unlabelled pairs, which a teacher of pairs labels"
+    return "" if told else "no classifier of texts was fitted"
 
 
 def _to(rows: TrainingSet | StreamedSet, device: torch.device) -> TrainingSet | StreamedSet:

@@ -299,7 +299,13 @@ def train_and_evaluate(
         report(PROGRAM, f"test_fraction is not used: {data.source} has a test part of its own")
     config = settings.model_config(data)
     model, rows = prepare(
-        data, config, settings.train.seed, device, ranks=ranks, memory_share=settings.run.memory_share
+        data,
+        config,
+        settings.train.seed,
+        device,
+        ranks=ranks,
+        memory_share=settings.run.memory_share,
+        label_share=settings.train.label_share,
     )
     if settings.run.baselines and not isinstance(rows, TrainingSet):
         raise ConfigError(
@@ -318,6 +324,7 @@ def train_and_evaluate(
     metrics["train"] = training
     absence = {"reason": model.kernel.absence} if model.kernel.absence else {}
     metrics["kernel_head"] = {"rows": len(model.kernel.rows), **absence}
+    metrics["label_share"] = 1.0 if model.opinion is None else model.opinion.share
     arrays = {**outputs.arrays(), "labels": part.labels, "ids": part.ids}
     metrics["baselines"] = {}
     if settings.run.baselines and isinstance(rows, TrainingSet):

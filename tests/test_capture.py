@@ -270,6 +270,7 @@ def trainer(
     model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), data.visual, data.labels)
     model.fit_teacher(data.visual, data.text, data.labels, data.paired, 0)
     assert (model.teacher is not None) == odd
+    model.set_label_share(0.4 if odd else 1.0)
     return Trainer(model, as_read(data), settings, engine=asked, **options)
 
 

@@ -72,6 +72,7 @@ def trainer(ranks, dtype, keeping=None, engine=ENGINE):
     model.fit_statistics(zeros(8), ones(8), zeros(5), ones(5), data.visual, data.labels)
     model.fit_teacher(data.visual, data.text, data.labels, data.paired, 0)
     assert model.teacher is not None
+    model.set_label_share(0.4)
     fields = (data.visual, data.text, data.labels, data.paired, data.sample_ids)
     data = TrainingSet(*(field.to(DEVICE) for field in fields))
     return Trainer(model.to(DEVICE), data, SETTINGS, ranks=ranks, keeping=keeping, engine=engine)

@@ -218,9 +218,10 @@ def train_seda(
     rows = task.train
     sizes = {"visual_dim": rows.visual.shape[1], "text_dim": rows.text.shape[1], "n_classes": task.n_classes}
     begin = time.perf_counter()
-    model, data = prepare(_feature_set(task), SeDAConfig(**sizes, **model_settings), seed, torch.device("cpu"))
-    change(model, task)
     config = _train_config(len(rows.labels), train_settings, seed)
+    shape = SeDAConfig(**sizes, **model_settings)
+    model, data = prepare(_feature_set(task), shape, seed, torch.device("cpu"), label_share=config.label_share)
+    change(model, task)
     model, _ = Trainer(model, data, config, precision=precision).run(lambda done, total: None)
     return model, time.perf_counter() - begin
 
@@ -228,7 +229,7 @@ def train_seda(
 def _seda(task: Task, seed: int, settings: Settings, ablation: str, precision: PrecisionName) -> Fitted:
     def ablate(model: SeDA, task: Task) -> None:
         if ablation in ("dcsl_only", "no_teacher"):
-            model.teacher = None
+            model.teacher = model.opinion = None
         if ablation == "no_teacher":
             _refit_kernel_head(model, task, seed)
         if ablation == "no_interaction":
@@ -243,7 +244,8 @@ def _refit_kernel_head(model: SeDA, task: Task, seed: int) -> None:
     """On the labelled rows alone, as where a model has no teacher of pairs."""
     rows = task.train.take(task.train.labels >= 0)
     visual, labels = torch.from_numpy(rows.visual), torch.from_numpy(rows.labels)
-    model.set_kernel_head(model.standardise_visual(visual), torch.from_numpy(rows.text), labels, seed)
+    paired = torch.zeros(len(labels), dtype=torch.bool)
+    model.set_kernel_head(model.standardise_visual(visual), torch.from_numpy(rows.text), labels, paired, seed)
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ predictions, which a ridge regression has in closed form.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ from .multi_label import labelled_rows
 BIAS = 0.5
 RIDGES = tuple(10 ** (k / 2) for k in range(-6, 5))  # 0.001 .. 100
 SHARPNESS = tuple(1.1**k for k in range(49))  # 1 .. 97
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the labels, beside what texts say
 # The fit takes time that grows with the cube of the rows, and 8 bytes for each pair of them: 8192 rows take half a
 # gigabyte. With more there is no such head: of a part of the rows it is worse than the networks, which see all of them
 # (fashion_products' 3 500 rows by 2048 of them: 2 points less).
 MOST_ROWS = 8192
 _MOST_TARGETS = 2**24  # rows times classes
 # The best ridge hardly depends on the rows: it is found on these many of them, by one eigendecomposition.
-_RIDGE_ROWS = 2048
+RIDGE_ROWS = 2048
 _ROWS_TOGETHER = 512
 _EPS = 1e-12
 
@@ -98,25 +100,32 @@ class KernelHead(nn.Module):
         """(B, Dv) -> (B, K)."""
         return placeless_linear(tangent_kernel(visual / self.scale, self.rows), self.weight, self.bias)
 
-    def fit(self, visual: Tensor, targets: Tensor, seed: int) -> None:
+    def fit(
+        self,
+        visual: Tensor,
+        targets: Tensor,
+        seed: int,
+        opinions: Tensor | None = None,
+        shares: tuple[float, ...] = SHARES,
+    ) -> float:
         """Fit on standardised ``visual`` (n, Dv) and ``targets`` (n, K), class probabilities, in float64.
 
         Equal rows are kept once, and left out together. Deterministic for a seed, which chooses the rows that the ridge
-        is found on.
+        is found on. With ``opinions`` (n, K), what the rows' texts say of their classes, it is fitted on a mixture of
+        both, and the share of ``targets`` in it is returned, the one of ``shares`` that `label_share` tells.
         """
-        x, y = visual.double(), targets.double()
-        scale = x.square().sum(1).mean().sqrt().clamp(min=_EPS)
-        mean = y.mean(0)
-        x, y, counts = _merged(x / scale, y)
-        # What is left out may be told without an error, which would make the head infinitely sure: it is judged as if
-        # one row more had been of all classes in equal parts (Platt 1999 does so with two).
-        y = (len(y) * y + 1 / y.shape[1]) / (len(y) + 1)
-        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:_RIDGE_ROWS].to(x.device)
-        weight, errors = _ridge_regression(x, y - mean, counts, _best_ridge(x[some], y[some], counts[some]))
-        sharpness, shift = _calibrated(y - errors, y, counts)
+        if opinions is None:
+            opinions, shares = targets, (1.0,)
+        x, y, told, counts, scale = _distinct(visual, targets, opinions)
+        ridge, share = _best_ridge(_some(seed, x, y, told, counts), shares)
+        mixed = share * y + (1 - share) * told
+        mean = (share * targets + (1 - share) * opinions).double().mean(0)
+        weight, errors = _ridge_regression(x, mixed - mean, counts, ridge)
+        sharpness, shift = _calibrated(mixed - errors, y, counts)
         like = self.scale
         self.rows, self.scale = x.to(like), scale.to(like)
         self.weight, self.bias = (sharpness * weight.mT).contiguous().to(like), (sharpness * mean + shift).to(like)
+        return share
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """What is loaded brings its own number of rows; a model saved without such a head has none of its tensors."""
@@ -126,6 +135,38 @@ class KernelHead(nn.Module):
         n = len(state_dict.get(prefix + "rows", self.rows))
         self.rows, self.weight = self.rows.new_zeros(n, self.rows.shape[1]), self.weight.new_zeros(len(self.weight), n)
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def label_share(visual: Tensor, targets: Tensor, opinions: Tensor, seed: int) -> float:
+    """How far labels are to be believed beside what the rows' texts say of their classes: one of `SHARES`.
+
+    Standardised ``visual`` (n, Dv); ``targets`` and ``opinions`` (n, K), class probabilities. Where labels err or could
+    as well have been others, a text's opinion tells a row to come more than the label does (Natarajan et al. 2013 bound
+    what such labels cost; Reed et al. 2015 mix them with a model's own opinion). Found as the ridge is, by predictions
+    of a kernel classifier of images that leave the row out, judged by the labels themselves. It is the largest of the
+    shares whose loss is within one standard error of the least (Breiman et al. 1984): labels are left for a reason.
+    """
+    x, y, told, counts, _ = _distinct(visual, targets, opinions)
+    return _best_ridge(_some(seed, x, y, told, counts), SHARES)[1]
+
+
+def _distinct(visual: Tensor, targets: Tensor, opinions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Distinct rows at a mean squared length of 1, their two kinds of targets, their counts, and the scale, float64.
+
+    What is left out may be told without an error, which would make the head infinitely sure: it is judged as if one row
+    more had been of all classes in equal parts (Platt 1999 does so with two).
+    """
+    x, k = visual.double(), targets.shape[1]
+    scale = x.square().sum(1).mean().sqrt().clamp(min=_EPS)
+    x, both, counts = _merged(x / scale, torch.cat((targets, opinions), 1).double())
+    both = (len(both) * both + 1 / k) / (len(both) + 1)
+    return x, both[:, :k], both[:, k:], counts, scale
+
+
+def _some(seed: int, *rows: Tensor) -> list[Tensor]:
+    """Of each of ``rows`` the same `RIDGE_ROWS` at most."""
+    order = torch.randperm(len(rows[0]), generator=torch.Generator().manual_seed(seed))[:RIDGE_ROWS]
+    return [x[order.to(x.device)] for x in rows]
 
 
 def _merged(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,21 +182,36 @@ def _merged(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x[kept], sums / counts[:, None], counts
 
 
-def _best_ridge(x: Tensor, targets: Tensor, counts: Tensor) -> float:
-    """Of `RIDGES` that whose leave-one-out predictions, as sharp as is best for them, explain ``targets`` best.
+def _best_ridge(rows: Sequence[Tensor], shares: tuple[float, ...]) -> tuple[float, float]:
+    """Of `RIDGES` and ``shares`` those whose leave-one-out predictions, as sharp as is best, explain ``targets`` best.
 
-    A row that is there c times has a c-th of the ridge: scaled by the roots of these all have the same.
+    ``rows``: x (n, D), targets (n, K), opinions (n, K) and counts (n,) as `_distinct` gives them. A row that is there c
+    times has a c-th of the ridge: scaled by the roots of these all have the same. A prediction is linear in what it is
+    fitted on, so that of a mixture is the mixture of two.
     """
-    root = counts.sqrt()
-    mean = counts @ targets / counts.sum()
+    x, targets, opinions, counts = rows
+    root, part = counts.sqrt(), counts / counts.sum()
     values, vectors = torch.linalg.eigh(root[:, None] * tangent_kernel(x, x) * root)
-    along = vectors.mT @ (root[:, None] * (targets - mean))
-    losses = []
+    kinds = (targets,) if shares == (1.0,) else (targets, opinions)
+    along = [vectors.mT @ (root[:, None] * (kind - part @ kind)) for kind in kinds]
+    found: dict[float, tuple[float, float, Tensor]] = {}
     for ridge in RIDGES:
         inverse = 1 / (values.clamp(min=0) + ridge)
-        errors = vectors @ (inverse[:, None] * along) / (root * (vectors.square() @ inverse))[:, None]
-        losses.append(_sharpest(targets - errors, targets, counts)[1])
-    return RIDGES[losses.index(min(losses))]
+        scale = root * (vectors.square() @ inverse)
+        told = [kind - vectors @ (inverse[:, None] * a) / scale[:, None] for kind, a in zip(kinds, along, strict=True)]
+        for share in shares:
+            predicted = share * told[0] + (1 - share) * told[-1]
+            factor, loss = _sharpest(predicted, targets, counts)
+            if share not in found or loss < found[share][0]:
+                found[share] = loss, ridge, F.cross_entropy(factor * predicted, targets, reduction="none")
+    best = min(found.values(), key=lambda one: one[0])[2]
+
+    def close(losses: Tensor) -> bool:
+        worse = losses - best
+        return bool(part @ worse <= (part.square() @ (worse - part @ worse).square()).sqrt())
+
+    # In falling order of the shares; the best is close to itself.
+    return next((ridge, share) for share, (_, ridge, losses) in found.items() if close(losses))
 
 
 def _ridge_regression(x: Tensor, targets: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -183,9 +239,16 @@ def _ridge_regression(x: Tensor, targets: Tensor, counts: Tensor, ridge: float) 
 def _sharpest(predicted: Tensor, targets: Tensor, counts: Tensor) -> tuple[float, float]:
     """Of `SHARPNESS` that with which the softmax of ``predicted`` (n, K) explains ``targets`` best, and the loss."""
     share = counts / counts.sum()
-    losses = [float(share @ F.cross_entropy(factor * predicted, targets, reduction="none")) for factor in SHARPNESS]
-    best = min(losses)
-    return SHARPNESS[losses.index(best)], best
+
+    def loss(k: int) -> float:
+        return float(share @ F.cross_entropy(SHARPNESS[k] * predicted, targets, reduction="none"))
+
+    # The loss is convex in the factor, so that the first that is no worse than its next is the best.
+    low, high = 0, len(SHARPNESS) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if loss(middle) <= loss(middle + 1) else (middle + 1, high)
+    return SHARPNESS[low], loss(low)
 
 
 def _calibrated(predicted: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,13 @@ from ..files import DataError, atomic_path
 from ..ops import q_sample, semantic_projection, stratified_timesteps
 from .binary_teacher import BinaryPairTeacher, fit_binary_teacher
 from .interaction import PFIN, Dropout
-from .kernel_head import KernelHead
+from .kernel_head import KernelHead, label_share
 from .linear import placeless_linear
 from .multi_label import binary_class_terms, binary_divergence, labelled_rows, rate_logits, with_centre
 from .schedule import NoiseSchedule, Sampler
 from .space import category_centres
 from .teacher import PairTeacher, fit_teacher, teacher_rows
+from .text_opinion import TextOpinion
 from .textual_head import fitted_textual_head
 from .visual import GaussianDropout, VisualHead
 
@@ -120,7 +121,8 @@ def _class_terms(
 ) -> tuple[Tensor, Tensor]:
     """Centre loss of the labelled rows, and the cross entropy of labelled rows and of those with ``soft`` labels.
 
-    ``soft`` (B, K) has rows that sum to 1, or to 0 where there is no soft label.
+    ``soft`` (B, K) has rows that sum to 1, or to 0 where there is no soft label: zeros, or what is to be added to the
+    target that a label makes.
     """
     centre, hard = semantic_projection(
         features, labels, centres, head.weight, head.bias, label_smoothing=smoothing, ignore_index=UNLABELLED
@@ -180,6 +182,7 @@ class SeDA(nn.Module):
         self.visual = VisualHead(config)
         self.kernel = KernelHead(config.visual_dim, config.n_classes)
         self.teacher: PairTeacher | BinaryPairTeacher | None = None
+        self.opinion: TextOpinion | None = None
         self.register_buffer("visual_mean", torch.zeros(config.visual_dim))
         self.register_buffer("visual_scale", torch.ones(config.visual_dim))
         self.register_buffer("text_mean", torch.zeros(config.text_dim))
@@ -272,16 +275,42 @@ class SeDA(nn.Module):
         else:
             self.teacher = fit_teacher(visual, text, labels, self.config.n_classes, seed)
 
-    def set_kernel_head(self, visual: Tensor, text: Tensor, labels: Tensor, seed: int) -> None:
-        """Fit the kernel head on the rows of `kernel_rows`, (n, Dv), (n, Dt), (n,), all standardised.
+    @torch.no_grad()
+    def set_kernel_head(
+        self,
+        visual: Tensor,
+        text: Tensor,
+        labels: Tensor,
+        paired: Tensor,
+        seed: int,
+        shares: tuple[float, ...] = (1.0,),
+    ) -> float:
+        """Fit the kernel head on the rows of `kernel_rows`, (n, Dv), (n, Dt), (n,), (n,), all standardised.
 
-        What an unlabelled row is of is told by ``teacher``, which must be set before.
+        What an unlabelled row is of is told by ``teacher``, which must be set before, as must the textual head's start:
+        beside it a paired row's label has the best of ``shares``, which is returned.
         """
         targets = F.one_hot(labels.clamp(min=0), self.config.n_classes).to(visual.dtype)
         unlabelled = labels < 0
         if self.teacher is not None and unlabelled.any():
             targets[unlabelled] = self.teacher(visual[unlabelled], text[unlabelled])
-        self.kernel.fit(visual, targets, seed)
+        if shares == (1.0,):
+            return self.kernel.fit(visual, targets, seed)
+        opinions = torch.where((paired & ~unlabelled)[:, None], self.translator.head(text).softmax(1), targets)
+        return self.kernel.fit(visual, targets, seed, opinions, shares)
+
+    @torch.no_grad()
+    def label_share(self, visual: Tensor, text: Tensor, labels: Tensor, seed: int) -> float:
+        """How far labels are to be believed beside the textual head at its start, on the rows of `opinion_rows`."""
+        targets = F.one_hot(labels, self.config.n_classes).to(visual.dtype)
+        return label_share(visual, targets, self.translator.head(text).softmax(1), seed)
+
+    def set_label_share(self, share: float) -> None:
+        """Let labels count for ``share`` beside what their texts say by the textual head at its start, in training.
+
+        Not saved with the model.
+        """
+        self.opinion = TextOpinion(self.translator.head, share) if share < 1 else None
 
     def standardise_visual(self, visual: Tensor) -> Tensor:
         """Raw (B, Dv) -> zero mean and unit deviation on the training part."""
@@ -318,7 +347,8 @@ class SeDA(nn.Module):
 
         Rows without text train the visual and semantic terms only. Unlabelled rows train the text and teacher terms;
         where the model has a ``teacher`` of pairs, its class probabilities serve as their labels in all class terms,
-        a row counting there as much as a labelled one.
+        a row counting there as much as a labelled one. Where it has an ``opinion``, a labelled row's target in the
+        cross entropies of the semantic and the visual head is a mixture of its label and of that.
         """
         place = {} if shard is None else {"first_row": shard.first, "batch": shard.rows}
         tau_s, tau_t = (
@@ -339,6 +369,7 @@ class SeDA(nn.Module):
         mapped = t.detach()
 
         soft = self._soft_labels(visual, text, labels, paired)
+        seen = self._beside_labels(soft, text, labels, paired, settings.label_smoothing)
         # The label of a row without text says nothing of texts.
         known = labels.masked_fill(~paired if labels.ndim == 1 else ~paired[:, None], UNLABELLED)
         # Sums over rows and dimensions are made in float32 at least, also where the networks run in a half precision.
@@ -347,7 +378,7 @@ class SeDA(nn.Module):
         row_weights = pairs / pairs.sum().clamp(min=1)
         smoothing, head = settings.label_smoothing, self.translator.head
         class_terms = binary_class_terms if self.config.multi_label else _class_terms
-        centre, semantic = class_terms(s, labels, self.centres, self.learner.head, smoothing, soft)
+        centre, semantic = class_terms(s, labels, self.centres, self.learner.head, smoothing, seen)
         terms: tuple[Tensor, ...] = (
             centre,
             semantic,
@@ -355,7 +386,7 @@ class SeDA(nn.Module):
             class_terms(mapped, known, None, head, smoothing, soft)[1],
             class_terms(text, known, None, head, smoothing, soft)[1],
             self._teacher(s, mapped, text, row_weights, settings.teacher_temperature),
-            class_terms(hidden, labels, None, self.visual.head, smoothing, soft)[1],
+            class_terms(hidden, labels, None, self.visual.head, smoothing, seen)[1],
         )
         if shard is not None:
             terms = tuple(term * share for term, share in zip(terms, shard.shares.unbind(0), strict=True))
@@ -390,6 +421,15 @@ class SeDA(nn.Module):
         if self.config.multi_label:
             return soft.masked_fill(~unlabelled[:, None], UNLABELLED)
         return soft * unlabelled[:, None]
+
+    def _beside_labels(
+        self, soft: Tensor | None, text: Tensor, labels: Tensor, paired: Tensor, smoothing: float
+    ) -> Tensor | None:
+        """``soft``, and for labelled rows what their texts' opinion changes of their targets (B, K)."""
+        if self.opinion is None:
+            return soft
+        correction = self.opinion.correction(text, labels, paired, smoothing)
+        return correction if soft is None else soft + correction
 
     def _teacher(self, s: Tensor, t: Tensor, text: Tensor, row_weights: Tensor, temperature: float) -> Tensor:
         """Mean divergence of the two heads from the text's, softened; the text itself learns nothing from it."""

@@ -73,7 +73,7 @@ def test_ridge_is_the_one_whose_left_out_rows_are_told_best(monkeypatch: pytest.
         for ridge in RIDGES:
             _, errors = kernel_head._ridge_regression(x, y - y.mean(0), once, ridge)
             losses[ridge] = min(float(functional.cross_entropy(s * (y - errors), y)) for s in kernel_head.SHARPNESS)
-        best.append(kernel_head._best_ridge(x, y, once))
+        best.append(kernel_head._best_ridge((x, y, y, once), (1.0,))[0])
         assert best[-1] == min(losses, key=losses.__getitem__)
     assert best[0] < best[1]
 
@@ -147,7 +147,7 @@ def test_rows_of_one_image_are_left_out_together(monkeypatch: pytest.MonkeyPatch
             float(counts @ functional.cross_entropy(s * (y - errors), y, reduction="none"))
             for s in kernel_head.SHARPNESS
         )
-    assert kernel_head._best_ridge(x, y, counts) == min(losses, key=losses.__getitem__)
+    assert kernel_head._best_ridge((x, y, y, counts), (1.0,))[0] == min(losses, key=losses.__getitem__)
 
 
 def test_five_captions_an_image_make_no_head_surer_of_what_it_has_not_seen() -> None:
