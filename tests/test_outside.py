@@ -60,16 +60,39 @@ def clip_art_package(folder: Path) -> None:
     picture(root / "png" / "food" / "without_drawing.png", 0, 1)
 
 
+def stamps_package(folder: Path) -> None:
+    for number in range(60):
+        kind = number % 2
+        file = folder / "tuxpaint" / "stamps" / ("animals/birds/deep", "food")[kind] / f"{number:02}_thing.png"
+        picture(file, kind, number)
+        file.with_suffix(".txt").write_text(f"A {WORDS[kind]}.\nde.utf8=Unsinn\n", encoding="utf-8")
+    picture(folder / "tuxpaint" / "stamps" / "food" / "silent.png", 0, 1)
+
+
+def icons_package(folder: Path) -> None:
+    for number in range(100):
+        kind, name = number % 2, f"{WORDS[number % 2].replace(' ', '-')}-{number}.png"
+        for side in (16, 64):
+            # Small ones show the other class's bars.
+            size = folder / "oxygen" / "base" / f"{side}x{side}" / ("actions", "places")[kind]
+            picture(size / name, kind if side == 64 else 1 - kind, number, side)
+    (size / "alias.png").symlink_to(name)
+
+
 def test_sets_are_what_training_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     emoji_packages(tmp_path)
     clip_art_package(tmp_path)
+    stamps_package(tmp_path)
+    icons_package(tmp_path)
     assert outside.main([str(tmp_path), str(tmp_path / "out")]) == 0
     names = {"emoji_categories": ("Faces", "Signs"), "emoji_subcategories": ("s0", "s1")}
     names["openclipart"] = ("animals/birds", "food/deep")
+    names["tuxpaint"] = ("animals/birds", "food")
+    names["oxygen"] = ("actions", "places")
     said = capsys.readouterr().out.splitlines()
     for name, line in zip(names, said, strict=True):
         found = FeatureSet.load(tmp_path / "out" / f"{name}.npz")
-        rows = 80 if name == "openclipart" else 110
+        rows = {"openclipart": 80, "tuxpaint": 60, "oxygen": 100}.get(name, 110)
         assert found.class_names == names[name]
         assert len(found.label_test) == 2 * round(0.3 * rows / 2)
         assert len(found.label_train) + len(found.label_test) == rows

@@ -1,8 +1,9 @@
-"""Paired sets that no setting was chosen on: emoji and clip art, made from packages that anyone can load.
+"""Paired sets that no published table is of: pictures with words, made from packages that anyone can load.
 
 `python -m benchmarks.quality.outside PACKAGES OUT` writes ``OUT/NAME.npz``, as `python -m seda_fast.train --data`
-takes them. In PACKAGES lie, unpacked, ``emoji-datasource-google`` and ``openmoji`` (npm), or ``openclipart``, the
-folder of that name in Debian's openclipart-png and openclipart-svg; what is absent is named and left out.
+takes them. In PACKAGES lie, unpacked, ``emoji-datasource-google`` and ``openmoji`` (npm), ``openclipart``, the folder
+of that name in Debian's openclipart-png and openclipart-svg, ``tuxpaint``, that in tuxpaint-stamps-default, or
+``oxygen``, that in oxygen-icon-theme; what is absent is named and left out.
 
 Features are plain: gradients' orientations and colours of an image, then principal components; weighted counts of a
 text's words, then singular vectors. All are fitted on the training part, 70 % of each class.
@@ -99,6 +100,27 @@ def clip_art(packages: Path) -> Iterator[Found]:
                 yield file, _text_of_drawing(file, drawing), group
 
 
+def stamps(packages: Path) -> Iterator[Found]:
+    """Stamps of a drawing program with the sentence that it says of them; the class is two folders' names."""
+    root = packages / "tuxpaint" / "stamps"
+    for file in sorted(root.rglob("*.png")):
+        said, folders = file.with_suffix(".txt"), file.relative_to(root).parts[:-1]
+        if said.is_file() and _is_of_sensible_size(file):
+            english = said.read_text(encoding="utf-8").partition("\n")[0]
+            yield file, f"{re.sub(r'[_0-9-]+', ' ', file.stem)} {english}".lower(), "/".join(folders[:2])
+
+
+def icons(packages: Path) -> Iterator[Found]:
+    """Icons of a desktop, in the largest of their sizes up to 128, with the words of their names; by purpose."""
+    largest: dict[tuple[str, str], Path] = {}
+    for side in (16, 22, 32, 48, 64, 128):
+        for file in sorted((packages / "oxygen" / "base" / f"{side}x{side}").glob("*/*.png")):
+            if not file.is_symlink():
+                largest[file.parent.name, file.stem] = file
+    for (purpose, name), file in sorted(largest.items()):
+        yield file, re.sub(r"[_.+-]+", " ", name).lower(), purpose
+
+
 def _is_of_sensible_size(file: Path) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -149,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("packages", type=Path, help="folder of the unpacked packages")
     parser.add_argument("out", type=Path, help="folder for the sets")
     chosen = parser.parse_args(argv)
-    needed = ("emoji-datasource-google", "openmoji", "openclipart")
+    needed = ("emoji-datasource-google", "openmoji", "openclipart", "tuxpaint", "oxygen")
     absent = [name for name in needed if not (chosen.packages / name).is_dir()]
     for name in absent:
         print(f"benchmarks.quality.outside: {chosen.packages} has no folder {name}", file=sys.stderr)
@@ -158,8 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     if not {"emoji-datasource-google", "openmoji"} & set(absent):
         for name, grouping, least in (("emoji_categories", "category", 50), ("emoji_subcategories", "subcategory", 14)):
             written.append(write(chosen.out / f"{name}.npz", emoji(chosen.packages, grouping), least))
-    if "openclipart" not in absent:
-        written.append(write(chosen.out / "openclipart.npz", clip_art(chosen.packages), 35))
+    for package, found, least in (("openclipart", clip_art, 35), ("tuxpaint", stamps, 14), ("oxygen", icons, 40)):
+        if package not in absent:
+            written.append(write(chosen.out / f"{package}.npz", found(chosen.packages), least))
     print("\n".join(written))
     return 0 if written else 2
 
