@@ -154,7 +154,7 @@ def _fit(
         share = model.set_kernel_head(visual, text, labels, paired, seed, shares)
     elif len(shares) > 1 and len(judged := opinion_rows(rows.labels, rows.paired, seed)):
         visual, text, labels, _, _ = rows.rows(judged)
-        share = model.label_share(visual, text, labels, seed)
+        share = model.find_label_share(visual, text, labels, seed)
     else:
         share = shares[0]
     model.set_label_share(share)

@@ -324,7 +324,7 @@ def train_and_evaluate(
     metrics["train"] = training
     absence = {"reason": model.kernel.absence} if model.kernel.absence else {}
     metrics["kernel_head"] = {"rows": len(model.kernel.rows), **absence}
-    metrics["label_share"] = 1.0 if model.opinion is None else model.opinion.share
+    metrics["label_share"] = model.label_share
     arrays = {**outputs.arrays(), "labels": part.labels, "ids": part.ids}
     metrics["baselines"] = {}
     if settings.run.baselines and isinstance(rows, TrainingSet):

@@ -183,6 +183,7 @@ class SeDA(nn.Module):
         self.kernel = KernelHead(config.visual_dim, config.n_classes)
         self.teacher: PairTeacher | BinaryPairTeacher | None = None
         self.opinion: TextOpinion | None = None
+        self.label_share = 1.0
         self.register_buffer("visual_mean", torch.zeros(config.visual_dim))
         self.register_buffer("visual_scale", torch.ones(config.visual_dim))
         self.register_buffer("text_mean", torch.zeros(config.text_dim))
@@ -300,17 +301,20 @@ class SeDA(nn.Module):
         return self.kernel.fit(visual, targets, seed, opinions, shares)
 
     @torch.no_grad()
-    def label_share(self, visual: Tensor, text: Tensor, labels: Tensor, seed: int) -> float:
+    def find_label_share(self, visual: Tensor, text: Tensor, labels: Tensor, seed: int) -> float:
         """How far labels are to be believed beside the textual head at its start, on the rows of `opinion_rows`."""
         targets = F.one_hot(labels, self.config.n_classes).to(visual.dtype)
         return label_share(visual, targets, self.translator.head(text).softmax(1), seed)
 
     def set_label_share(self, share: float) -> None:
-        """Let labels count for ``share`` beside what their texts say by the textual head at its start, in training.
+        """What labels count for in training, beside what their texts say by the textual head at its start.
 
-        Not saved with the model.
+        In the kernel head ``share``, in the networks' class terms twice that and at most all: their passes are few, and
+        what half a label less was worth to them was seen where labels are wrong, not where classes are alike
+        (docs/method.md). Not saved with the model.
         """
-        self.opinion = TextOpinion(self.translator.head, share) if share < 1 else None
+        self.label_share = share
+        self.opinion = TextOpinion(self.translator.head, 2 * share) if share < 1 / 2 else None
 
     def standardise_visual(self, visual: Tensor) -> Tensor:
         """Raw (B, Dv) -> zero mean and unit deviation on the training part."""
