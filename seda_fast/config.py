@@ -128,7 +128,7 @@ class TrainConfig:
     visual_input_dropout: float = setting(0.2, "rate of Gaussian dropout on the visual head's input")
     label_smoothing: float = setting(0.1, "label smoothing of the class terms")
     label_share: float = setting(
-        FOUND,
+        -1.0,
         "share of a label beside what the row's text says of its class, 0 .. 1, in the kernel head; in the networks "
         "twice that, at most 1; -1: found by leaving rows out",
     )

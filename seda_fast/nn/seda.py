@@ -309,9 +309,9 @@ class SeDA(nn.Module):
     def set_label_share(self, share: float) -> None:
         """What labels count for in training, beside what their texts say by the textual head at its start.
 
-        In the kernel head ``share``, in the networks' class terms twice that and at most all: their passes are few, and
-        what half a label less was worth to them was seen where labels are wrong, not where classes are alike
-        (docs/method.md). Not saved with the model.
+        In the kernel head ``share``, in the networks' class terms twice that and at most 1: networks of few passes
+        gained by less where labels are wrong, and not where labels are right and classes alike (docs/method.md). Not
+        saved with the model.
         """
         self.label_share = share
         self.opinion = TextOpinion(self.translator.head, 2 * share) if share < 1 / 2 else None
