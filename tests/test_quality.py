@@ -389,7 +389,7 @@ def own_set(folder: Path, rng: np.random.Generator, **others: object) -> None:
 
 
 def test_a_set_of_one_s_own_is_measured_for_itself(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SeDA's training, which takes long, is stood in for by a linear probe's."""
     aligned = dict.fromkeys(("frechet", "frechet_floor", "cosine", "recall_at_1", "recall_at_10"), 1.0)
@@ -413,6 +413,18 @@ def test_a_set_of_one_s_own_is_measured_for_itself(
     assert f"python -m benchmarks.quality --data {tmp_path} --sets mine --regimes tail" in page
     assert "What was asked of it" not in page
     assert "fashion_products" not in page
+
+    # Its records are found by its name: those of another file would make one table of two.
+    assert command.main([*chosen, "--seeds", "2"]) == 0
+    capsys.readouterr()
+    records = tmp_path / "root" / "runs" / "quality_own" / "runs.jsonl"
+    before = records.read_text()
+    own_set(tmp_path, rng)
+    assert command.main([*chosen, "--seeds", "3"]) == 2
+    refused = capsys.readouterr().err
+    assert "has records of another mine.npz" in refused and refused.count("\n") == 1
+    assert records.read_text() == before
+    assert command.main([*chosen, "--seeds", "1", "--runs", str(tmp_path / "other.jsonl")]) == 0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ of its own; so are sets measured that are not the published ones (``--data FOLDE
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
@@ -147,12 +148,33 @@ def _refusal(chosen: argparse.Namespace) -> str:
     return ""
 
 
+def _other_file(chosen: argparse.Namespace, runs: Runs) -> str:
+    """Why records of sets of one's own are not of the files that are there now, in one sentence; else notes these.
+
+    Records are found by a set's name, and a table of two files would lie.
+    """
+    place = chosen.runs.with_suffix(".files.json")
+    known = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    measured = {record.job.set for record in runs}
+    for name in set(chosen.sets) - set(SETS):
+        file = chosen.data / f"{name}.npz"
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if name in measured and known.get(name, digest) != digest:
+            return f"{chosen.runs} has records of another {name}.npz than {file}; name another file by --runs"
+        known[name] = digest
+    if chosen.own:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; 2 with one sentence where the data is missing or refused."""
     chosen = arguments(argv)
     runs, selected = Runs(chosen.runs), read_selected(chosen.selected)
     if not chosen.report_only:
-        refusal = _refusal(chosen)
+        refusal = _refusal(chosen) or _other_file(chosen, runs)
         if refusal:
             print(f"benchmarks.quality: {refusal}", file=sys.stderr)
             return 2
