@@ -42,7 +42,8 @@ class TextOpinion(nn.Module):
         """
         opinion: Tensor = self(text)
         classes = opinion.shape[1]
-        label = (1 - smoothing) * F.one_hot(labels.clamp(min=0), classes).to(opinion) + smoothing / classes
+        chosen = labels[:, None] == torch.arange(classes, device=labels.device)
+        label = (1 - smoothing) * chosen.to(opinion) + smoothing / classes
         return (1 - self.share) * (opinion - label) * ((labels >= 0) & paired)[:, None]
 
 
