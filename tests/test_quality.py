@@ -65,6 +65,10 @@ def test_regimes_change_what_they_name_and_nothing_else(task: Task) -> None:
     assert np.bincount(apply("samples-8", task, 1).train.labels).tolist() == [8] * K
     half = apply("half-text", task, 1).train
     assert np.isnan(half.text).all(1).sum() == 45
+    wrong = apply("wrong-labels", task, 1).train
+    assert wrong.visual is whole.visual and wrong.text is whole.text
+    moved = (wrong.labels - whole.labels) % K
+    assert (moved == 0).sum() == 63 and np.bincount(moved)[1:].min() >= 8
     noisy = apply("noise", task, 1)
     for part, clean in ((noisy.train, whole), (noisy.test, task.test)):
         assert np.std((part.visual - clean.visual) / whole.visual.std(0)) == pytest.approx(0.5, abs=0.1)
@@ -427,6 +431,33 @@ def test_a_set_of_one_s_own_is_measured_for_itself(
     assert command.main([*chosen, "--seeds", "1", "--runs", str(tmp_path / "other.jsonl")]) == 0
 
 
+def test_on_a_set_of_one_s_own_settings_are_chosen_for_the_others_alone(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SeDA has its defaults there whatever other settings would give."""
+    own_set(tmp_path, rng)
+    monkeypatch.setattr(command, "ROOT", tmp_path / "root")
+
+    def make(runs: Runs, wanted: Sequence[Job], *rest: object) -> None:
+        for job in wanted:
+            metrics = {"top1": int(job.key, 16) % 997 / 10, **{weight_name(w): 1.0 for w in VISUAL_WEIGHTS}}
+            runs.add(Record(job, metrics, None, None, np.zeros(30, bool), 1.0))
+
+    monkeypatch.setattr(workers, "make", make)
+    chosen = ["--data", str(tmp_path), "--sets", "mine", "--regimes", "tail"]
+    assert command.main([*chosen, "--select", "5"]) == 0
+    root = tmp_path / "root" / "runs" / "quality_own"
+    found = json.loads((root / "selected.json").read_text())
+    assert {name: (f["tried"], f["settings"]) for name, f in found.items() if name == "seda"} == {"seda": (1, {})}
+    assert {name: f["tried"] for name, f in found.items() if name in ("mlp on mine", "bridge on mine")} == {
+        "mlp on mine": 5, "bridge on mine": 5,
+    }  # fmt: skip
+    assert {json.dumps(dict(r.job.settings)) for r in Runs(root / "runs.jsonl") if r.job.method == "seda"} == {"{}"}
+    page = (root / "quality.md").read_text()
+    assert "SeDA has its defaults, and nothing else was tried of it" in page
+    assert f"{tmp_path} --sets mine --select 5`, which chooses" in page
+
+
 @pytest.mark.parametrize(
     ("others", "said"),
     [
@@ -592,10 +623,12 @@ def test_page_says_where_it_helps_and_how_to_make_it_again() -> None:
         keys = ("frechet", "frechet_floor", "cosine", "recall_at_1", "recall_at_10")
         r["methods"]["seda"]["alignment"] = dict.fromkeys(keys, 1.0)  # type: ignore[index]
         r["best_baseline"] = "mlp"
-    text = page.markdown(rows, {}, "python -m benchmarks.quality", (7, 2.6))
+    chosen = {"settings": {}, "top1": 81.0, "default_top1": 81.0, "standard_error": 0.0, "tried": 20}
+    of_seda = {"seda": {**chosen, "precision": "bf16"}}
+    text = page.markdown(rows, of_seda, "python -m benchmarks.quality", (7, 2.6))
     assert "| full | +0.2 | cub10 | wikipedia | fashion_products |" in text
     assert "| `python -m benchmarks.quality --regimes full` | 6 | 3 |" in text
-    assert "--select-precision bf16`, which chooses the settings below | 7 | 3, their sum |" in text
+    assert "quality --select 20 --select-precision bf16`, which chooses the settings below | 7 | 3, their sum |" in text
     assert "![full](quality/full.png)" in text
     assert "| seda |\n|---|\n| 4.2 |" in text
 

@@ -54,7 +54,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="two small sets, two regimes, three methods, one seed, all anew, into runs/quality_quick",
     )
-    parser.add_argument("--select", type=int, default=0, metavar="N", help="first choose settings among N by folds")
+    parser.add_argument(
+        "--select",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first choose settings among N by folds; SeDA's only where no set is one's own",
+    )
     parser.add_argument("--folds", type=int, default=3, help="folds of that choice")
     parser.add_argument("--repeats", type=int, default=2, help="partitions into folds of that choice's last round")
     parser.add_argument(
@@ -118,7 +124,16 @@ def select(chosen: argparse.Namespace, runs: Runs) -> Selected:
         workers.make(runs, wanted, chosen.data, chosen.workers, "selection")
         return runs
 
-    found = selection.select(chosen.sets, chosen.select, chosen.folds, chosen.repeats, ready, chosen.select_precision)
+    found = selection.select(
+        chosen.sets,
+        chosen.select,
+        chosen.folds,
+        chosen.repeats,
+        ready,
+        chosen.select_precision,
+        # On a set of one's own SeDA has its defaults whatever others would give: only its time is needed.
+        ours=1 if chosen.own else None,
+    )
     selected = {**read_selected(chosen.selected), **found}
     chosen.selected.parent.mkdir(parents=True, exist_ok=True)
     chosen.selected.write_text(json.dumps(selected, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ REGIMES = (
     "noise",
     "tail",
     "half-text",
+    "wrong-labels",
 )
 ABOUT = {
     "full": "every training row with label and text",
@@ -38,6 +39,7 @@ ABOUT = {
     "noise": "half a standard deviation of Gaussian noise on all visual features, test part included",
     "tail": "class sizes fall geometrically from the largest to a 50th of it",
     "half-text": "half of the texts missing",
+    "wrong-labels": "30 % of the training rows, drawn at random, have the label of another class, each as likely",
 }
 # Of the published sets.
 ABOUT_TAIL = (
@@ -46,6 +48,7 @@ ABOUT_TAIL = (
 )
 IMBALANCE = 50
 NOISE = 0.5
+WRONG = 0.3
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,10 @@ def apply(regime: str, task: Task, seed: int) -> Task:
     if regime == "half-text":
         missing = rng.permutation(len(train.labels)) < len(train.labels) // 2
         return replace(task, train=replace(train, text=np.where(missing[:, None], np.float32(np.nan), train.text)))
+    if regime == "wrong-labels":
+        wrong = rng.permutation(len(train.labels)) < round(WRONG * len(train.labels))
+        others = (train.labels + rng.integers(1, task.n_classes, len(train.labels))) % task.n_classes
+        return replace(task, train=replace(train, labels=np.where(wrong, others, train.labels)))
     raise ValueError(f"regime must be one of {', '.join(REGIMES)}, not {regime!r}")
 
 
