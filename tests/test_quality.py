@@ -365,6 +365,39 @@ def test_selected_settings_are_used_by_baselines_and_not_by_seda(folder: Path) -
     assert row["methods"]["mlp"]["top1"] == 50
 
 
+def test_folds_that_nothing_was_chosen_on_are_measured_and_shown(folder: Path) -> None:
+    chosen = command.arguments(["--sets", "cub10", "--regimes", "full", "--cross-validate", "4", "--folds", "2"])
+    wanted = command.jobs(chosen, {"mlp on cub10": {"settings": {"epochs": 3}}})
+    assert {(job.part, job.seed) for job in wanted} == {(f"fresh {k}/2", k) for k in range(4)}
+    data = load("cub10", folder)
+    # Folds of one partition are each other's rest, and neither partition is one that settings were chosen on.
+    held = [
+        {row.tobytes() for row in selection.task_of(job, data).test.visual} for job in wanted if job.method == "mlp"
+    ]
+    assert not held[0] & held[1] and held[0] | held[1] == held[2] | held[3] and held[0] not in held[2:]
+    choice = [fold(data, k, 2, seed=s).test.visual for s in range(6) for k in range(2)]
+    assert not any({row.tobytes() for row in rows} in held for rows in choice)
+
+    def record(method: str, part: str, top1: float, settings: Any = None) -> Record:
+        job = Job("cub10", "full", method, part, 0, settings or {})
+        return Record(job, {"top1": top1}, None, None, np.ones(4, bool), 60.0)
+
+    records = [record("seda", f"fresh {k}/2", top1) for k, top1 in enumerate((80.0, 84.0, 90.0))]
+    records += [record("mlp", f"fresh {k}/2", top1) for k, top1 in enumerate((79.0, 81.0))]
+    records += [record("linear", f"fresh {k}/2", top1) for k, top1 in enumerate((70.0, 81.0, 99.0))]
+    records += [record("mlp", "fresh 2/2", 99.0, {"epochs": 3}), record("mlp", "cv 2/2", 99.0)]
+    (found,) = summary.cross_validated(records, {})
+    assert found == {
+        "set": "cub10", "regime": "full", "folds": 2, "top1": {"seda": 82.0, "mlp": 80.0, "linear": 75.5},
+        "best_baseline": "mlp", "difference": 2.0, "standard_error": pytest.approx(1.0),
+    }  # fmt: skip
+    assert summary.cost_of_selection(records) == (1, 1.0)
+    assert summary.summarise(records, {}) == []
+    text = page.markdown([], {}, "make it", (0, 0.0), [found])
+    assert "`make it --cross-validate 2 --regimes full`" in text
+    assert "| cub10 full | 82.0 | 75.5 | 80.0 | - | - | - | - | +2.0 ± 1.0 | 2 |" in text
+
+
 def test_command_writes_tables_and_pictures_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "out"
     paths = ["--runs", str(out / "runs.jsonl"), "--out", str(out / "quality.json"), "--docs", str(out / "docs")]

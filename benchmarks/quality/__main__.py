@@ -22,7 +22,7 @@ from .methods import ABLATIONS, METHODS, MLP_PSEUDO, SEDA
 from .page import markdown
 from .plots import plot
 from .regimes import REGIMES, SETS, load
-from .runs import TEST, Job, Runs
+from .runs import FRESH, TEST, Job, Runs
 from .selection import Selected
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="first choose settings among N by folds; SeDA's only where no set is one's own",
     )
-    parser.add_argument("--folds", type=int, default=3, help="folds of that choice")
+    parser.add_argument("--folds", type=int, default=3, help="folds of a partition")
+    parser.add_argument(
+        "--cross-validate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure N folds of fresh partitions of the training parts, not the test parts",
+    )
     parser.add_argument("--repeats", type=int, default=2, help="partitions into folds of that choice's last round")
     parser.add_argument(
         "--select-precision",
@@ -97,14 +104,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def jobs(chosen: argparse.Namespace, selected: Selected) -> list[Job]:
-    """Every training on a test part's set, seeds outermost, so that a stopped command leaves a whole table.
+    """Every training that is to be measured, seeds or folds outermost, so that a stopped command leaves a whole table.
 
     Baselines have the settings that selection chose for the set; SeDA always has its defaults, the same for all sets:
     where selection finds better ones, it is the defaults that must change. Ablations are measured on the full set and
     with few labels, where the parts that they remove matter.
     """
     found = []
-    for seed in range(chosen.seeds):
+    parts = [(TEST, seed) for seed in range(chosen.seeds)]
+    if chosen.cross_validate:
+        parts = [(f"{FRESH} {k}/{chosen.folds}", k) for k in range(chosen.cross_validate)]
+    for part, seed in parts:
         for name in chosen.sets:
             for regime in chosen.regimes:
                 for method in chosen.methods:
@@ -113,7 +123,7 @@ def jobs(chosen: argparse.Namespace, selected: Selected) -> list[Job]:
                     if method == MLP_PSEUDO and not regime.startswith("labels"):
                         continue  # nothing is unlabelled, so it is the MLP itself
                     settings = {} if method.startswith(SEDA) else selection.settings_of(selected, method, name, regime)
-                    found.append(Job(name, regime, method, TEST, seed, settings))
+                    found.append(Job(name, regime, method, part, seed, settings))
     return found
 
 
@@ -198,16 +208,24 @@ def main(argv: list[str] | None = None) -> int:
             runs = Runs(chosen.runs)
         if chosen.select:
             selected = select(chosen, runs)
-        workers.make(runs, jobs(chosen, selected), chosen.data, chosen.workers, "test parts")
+        title = "folds" if chosen.cross_validate else "test parts"
+        workers.make(runs, jobs(chosen, selected), chosen.data, chosen.workers, title)
+    print(_written(chosen, runs, selected))
+    return 0
+
+
+def _written(chosen: argparse.Namespace, runs: Runs, selected: Selected) -> str:
+    """Write the table, the page and the pictures; returns the page."""
     rows, cost = summary.summarise(list(runs), selected), summary.cost_of_selection(runs)
+    folds = summary.cross_validated(runs, selected)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps({"selected": selected, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    table = {"selected": selected, "rows": rows, "cross_validated": folds}
+    chosen.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     chosen.docs.mkdir(parents=True, exist_ok=True)
-    text = markdown(rows, selected, _command(chosen), cost)
+    text = markdown(rows, selected, _command(chosen), cost, folds)
     (chosen.docs / "quality.md").write_text(text, encoding="utf-8")
     plot(rows, chosen.docs / "quality")
-    print(text)
-    return 0
+    return text
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from . import methods
 from .regimes import Task
 
 TEST = "test"
+# Folds of partitions that no setting was chosen on, and of those that were.
+FRESH, CHOICE = "fresh", "cv"
 # Weights that SeDA's heads are also combined with, which needs no training of its own: of the visual head among the
 # three that are trained, the other two sharing the rest, and of the kernel head beside these three.
 VISUAL_WEIGHTS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

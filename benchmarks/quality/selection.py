@@ -15,7 +15,7 @@ from seda_fast.engine import PrecisionName
 
 from .methods import BRIDGE, LINEAR, MLP, MLP_PSEUDO, ONE_STEP, ONE_STEP_MSE, SEDA
 from .regimes import DataSet, Task, apply, fold
-from .runs import TEST, VISUAL_WEIGHTS, Job, Runs, weight_name
+from .runs import CHOICE, TEST, VISUAL_WEIGHTS, Job, Runs, weight_name
 
 # The defaults come first; the others are drawn from these, the same for a seed.
 SPACES: dict[str, dict[str, Sequence[Any]]] = {
@@ -62,6 +62,7 @@ SPACES[BRIDGE] = {
 }
 SELECTED = (SEDA, MLP, ONE_STEP, ONE_STEP_MSE, BRIDGE, LINEAR)
 FEW_LABELS = "labels-8"
+_FRESH_PARTITIONS = 1000  # far above the partitions of any choice
 REGIMES = ("full", FEW_LABELS)
 # Passes of a network among the baselines where no setting says how many.
 DEFAULT_EPOCHS: int = inspect.signature(fit_baseline).parameters["epochs"].default
@@ -93,7 +94,7 @@ def jobs(
     """Trainings of the settings ``tried`` by group (see `group`) on some ``folds``: fold k is the k % of-th of the
     (k // of)-th partition, so that more than ``of`` of them are a repeated cross-validation."""
     return [
-        Job(name, regime, method, f"cv {k}/{of}", k, settings, precision if method == SEDA else "fp32")
+        Job(name, regime, method, f"{CHOICE} {k}/{of}", k, settings, precision if method == SEDA else "fp32")
         for name in sets
         for regime in REGIMES
         for method in SELECTED
@@ -120,8 +121,10 @@ def task_of(job: Job, data: DataSet) -> Task:
     """The part that a job names, in its regime: the whole set with its test part, or a fold of its training part."""
     if job.part == TEST:
         return apply(job.regime, data.task, job.seed)
-    index, folds = map(int, job.part.removeprefix("cv ").split("/"))
-    return apply(job.regime, fold(data, index % folds, folds, seed=index // folds), job.seed)
+    kind, _, number = job.part.partition(" ")
+    index, folds = map(int, number.split("/"))
+    partition = index // folds + (0 if kind == CHOICE else _FRESH_PARTITIONS)
+    return apply(job.regime, fold(data, index % folds, folds, seed=partition), job.seed)
 
 
 def ranked(runs: Runs, wanted: Sequence[Job]) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .methods import ABLATIONS, BASELINES, BRIDGE, METHODS, SEDA
 from .regimes import REGIMES, SETS
-from .runs import TEST, Record, of, weight_name
+from .runs import CHOICE, FRESH, TEST, Record, of, weight_name
 from .selection import Selected, settings_of
 
 _RESAMPLES = 10_000
@@ -85,6 +85,40 @@ def summarise(records: Sequence[Record], selected: Selected) -> list[dict[str, A
     return rows
 
 
+def cross_validated(records: Iterable[Record], selected: Selected) -> list[dict[str, Any]]:
+    """What `summarise` gives for test parts, in short, for folds of training parts that no setting was chosen on.
+
+    A row for each set and regime: by method the mean ``top1`` in percent over the folds that all its methods have, how
+    many ``folds`` these are, the ``best_baseline`` by that mean, SeDA's ``difference`` to it in points and the
+    ``standard_error`` of that over folds.
+    """
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for r in records:
+        if r.job.part.startswith(FRESH) and _counts(r, selected):
+            methods = found.setdefault((r.job.set, r.job.regime), {})
+            methods.setdefault(r.job.method, {})[r.job.part] = r.metrics["top1"]
+    rows = []
+    for (name, regime), methods in sorted(found.items(), key=lambda x: _place(*x[0])):
+        shared = sorted(set.intersection(*(set(of_method) for of_method in methods.values())))
+        top1 = {m: np.array([of_method[part] for part in shared]) for m, of_method in methods.items()}
+        others = [m for m in BASELINES if m in top1]
+        if SEDA not in top1 or not others or len(shared) < 2:
+            continue
+        best = max(others, key=lambda m: float(top1[m].mean()))
+        gaps = top1[SEDA] - top1[best]
+        rows.append({
+            "set": name, "regime": regime, "folds": len(shared), "top1": {m: float(x.mean()) for m, x in top1.items()},
+            "best_baseline": best, "difference": float(gaps.mean()),
+            "standard_error": float(gaps.std(ddof=1) / np.sqrt(len(gaps))),
+        })  # fmt: skip
+    return rows
+
+
+def _place(name: str, regime: str) -> tuple[int, str, int]:
+    """Sets and regimes in their usual order, sets of one's own last."""
+    return (list(SETS).index(name) if name in SETS else len(SETS)), name, REGIMES.index(regime)
+
+
 def _counts(record: Record, selected: Selected) -> bool:
     job = record.job
     wanted = {} if job.method.startswith(SEDA) else settings_of(selected, job.method, job.set, job.regime)
@@ -119,7 +153,7 @@ def _deviation(values: Sequence[float]) -> float | None:
 
 def cost_of_selection(records: Iterable[Record]) -> tuple[int, float]:
     """How many trainings chose settings, and the minutes that they took."""
-    seconds = [r.seconds for r in records if r.job.part != TEST]
+    seconds = [r.seconds for r in records if r.job.part.startswith(CHOICE)]
     return len(seconds), sum(seconds) / 60
 
 
