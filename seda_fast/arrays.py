@@ -38,10 +38,16 @@ def rows(array: Features, index: Index) -> NDArray[np.float32]:
 
 
 def mean_and_scale(array: Features, rows: Index | None = None) -> tuple[Moments, Moments]:
+    """`mean_and_deviation` with a deviation of 1 where a dimension never changes."""
+    mean, deviation = mean_and_deviation(array, rows)
+    return mean, np.where(deviation > 0, deviation, 1.0)
+
+
+def mean_and_deviation(array: Features, rows: Index | None = None) -> tuple[Moments, Moments]:
     """Mean and population standard deviation per dimension, (D,) float64 each, in one pass over blocks.
 
-    rows: those to use, all by default. Rows with a NaN (missing text) are left out; a dimension that never
-    changes gets scale 1. Raises DataError when no row is left.
+    rows: those to use, all by default. Rows with a NaN (missing text) are left out. Raises DataError when no row is
+    left.
     """
     chosen = np.arange(len(array))[slice(None) if rows is None else rows]
     count, origin = 0, None
@@ -64,8 +70,7 @@ def mean_and_scale(array: Features, rows: Index | None = None) -> tuple[Moments,
         count = total
     if origin is None:
         raise DataError("there is no row to take a mean of")
-    scale = np.sqrt(spread / count)
-    return origin + mean, np.where(scale > 0, scale, 1.0)
+    return origin + mean, np.sqrt(spread / count)
 
 
 def release(array: Features) -> None:

@@ -16,7 +16,7 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-FOUND = -1.0  # a label_share that is left to `nn.kernel_head.label_share`
+FOUND = -1.0  # a label_share or a scaling that is left to `nn.kernel_head.label_share` or `nn.scaling.best_power`
 
 ConditionName = Literal["both", "semantic", "visual"]
 SamplerName = Literal["ddim", "renoise"]
@@ -132,6 +132,12 @@ class TrainConfig:
         "share of a label beside what the row's text says of its class, 0 .. 1, in the kernel head; in the networks "
         "twice that, at most 1; -1: found by leaving rows out",
     )
+    visual_scaling: float = setting(
+        -1.0,
+        "power of its deviation that a visual dimension is divided by, 0 .. 1: 1 standardises, 0 leaves the dimensions "
+        "as they are to each other; -1: found by leaving rows out",
+    )
+    text_scaling: float = setting(-1.0, "the same of the textual features")
     centre_weight: float = setting(1.0, "w1: distance of s to its category centre")
     semantic_weight: float = setting(1.0, "w2: cross entropy of the semantic head")
     text_weight: float = setting(1.0, "w3: distance of t_ to the paired text")
@@ -154,8 +160,9 @@ class TrainConfig:
         shares = ("warmup", "ema_decay", "dropout", "condition_dropout", "visual_dropout", "visual_input_dropout")
         for name in (*shares, "label_smoothing"):
             check_range(self, name, 0 <= getattr(self, name) < 1, "in 0 .. 1, 1 excluded")
-        share = self.label_share
-        check_range(self, "label_share", share == FOUND or 0 <= share <= 1, "in 0 .. 1, or -1 to have it found")
+        for name in ("label_share", "visual_scaling", "text_scaling"):
+            share = getattr(self, name)
+            check_range(self, name, share == FOUND or 0 <= share <= 1, "in 0 .. 1, or -1 to have it found")
         translator = self.translator_dropout
         check_range(
             self, "translator_dropout", translator == -1 or 0 <= translator < 1,

@@ -29,6 +29,7 @@ from .files import DataError, atomic_path, check_writable, naming
 from .loop import train
 from .nn import SeDA
 from .nn.multi_label import THRESHOLD
+from .nn.scaling import Scaling
 from .outputs import first_nan
 from .prepare import prepare
 
@@ -147,7 +148,9 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         ids = np.arange(len(X), dtype=np.int64)
         parts = (X, text if classes is None else text[:, :0], labels, X[:0], labels[:0], None, names, ids, ids[:0])
         data = FeatureSet(*parts, "SeDAClassifier.fit", classes)
-        model, rows = prepare(data, config, self.seed_, choose_device(self.device), label_share=settings.label_share)
+        scaling = Scaling(settings.visual_scaling, settings.text_scaling)
+        device = choose_device(self.device)
+        model, rows = prepare(data, config, self.seed_, device, label_share=settings.label_share, scaling=scaling)
         self.model_, history = train(model, rows, settings)
         self.history_ = [epoch.row() for epoch in history]
         return self

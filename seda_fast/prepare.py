@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import mean_and_scale, release
+from .arrays import Moments, mean_and_deviation, release
 from .arrays import rows as float_rows
 from .config import FOUND, ConfigError, SeDAConfig
 from .data import FeatureSet
 from .files import DataError
 from .loop import TrainingSet
 from .nn import SeDA, centres_of, class_sums
-from .nn.kernel_head import SHARES, kernel_rows
+from .nn.kernel_head import RIDGE_ROWS, SHARES, judged_rows, kernel_rows
+from .nn.scaling import POWERS, ROWS, Scaling, best_power, scale_of
 from .nn.teacher import teacher_rows
-from .nn.text_opinion import opinion_rows
 from .nn.textual_head import textual_head_rows
 from .ranks import ALONE, Ranks
 from .streaming import RowReader, StreamedSet, free_memory
@@ -31,6 +31,7 @@ MEMORY_SHARE = 0.5
 _BLOCK = 2**22
 # Threads that read a batch's rows for a GPU.
 READERS = 4
+FIND_SCALING = Scaling(FOUND, FOUND)
 
 
 def processors() -> int:
@@ -52,33 +53,28 @@ def prepare(
     ranks: Ranks = ALONE,
     memory_share: float = MEMORY_SHARE,
     label_share: float = FOUND,
+    scaling: Scaling = FIND_SCALING,
 ) -> tuple[SeDA, TrainingSet | StreamedSet]:
     """A new model carrying the data's statistics, and the standardised training set on ``device``.
 
     Rows without text keep zeros there, which nothing reads. Where the features would take more than ``memory_share``
     of the device's free memory they are streamed instead (the ranks of a host share that of its CPUs); those that lie
     in the memory of a CPU already never are.
-    Each of the ranks sums its part of the rows for the category centres. ``label_share`` as in `TrainConfig`. Raises
-    DataError when no row is labelled, and ConfigError where a given ``label_share`` has no meaning.
+    Each of the ranks sums its part of the rows for the category centres. ``label_share`` as in `TrainConfig`, as are
+    the parts of ``scaling``. Raises DataError when no row is labelled, and ConfigError where a given ``label_share``
+    has no meaning.
     """
     if not data.labelled_train.any():
         raise DataError(f"{data.source}: 'label_train' has no labelled row")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SeDA(config, data.class_names)
-    visual_mean, visual_scale = (torch.from_numpy(m).float() for m in mean_and_scale(data.visual_train))
-    text_mean, text_scale = torch.zeros(data.text_dim), torch.ones(data.text_dim)
-    if data.text_classes is not None:
-        # Those of the rows' texts: a class counts as often as it has rows.
-        text_moments = mean_and_scale(data.text_classes, data.label_train[data.labelled_train])
-        text_mean, text_scale = (torch.from_numpy(m).float() for m in text_moments)
-    elif data.paired_train.any():
-        text_moments = mean_and_scale(data.text_train, np.flatnonzero(data.paired_train))
-        text_mean, text_scale = (torch.from_numpy(m).float() for m in text_moments)
+    of_visual, of_text = mean_and_deviation(data.visual_train), _text_moments(data)
+    model.scaling = _found_scaling(data, (of_visual, of_text), scaling, seed, ranks)
+    moments = (*_scaled(of_visual, model.scaling.visual), *_scaled(of_text, model.scaling.text))
     about = (torch.from_numpy(np.asarray(a)) for a in (data.label_train, data.paired_train, data.ids_train))
-    moments = (visual_mean, visual_scale, text_mean, text_scale)
     texts = None if data.text_classes is None else torch.from_numpy(data.text_classes)
-    standardised = None if texts is None else (texts - text_mean) / text_scale
+    standardised = None if texts is None else (texts - moments[2]) / moments[3]
     threads = reading_threads(device, ranks)
     readers = (RowReader(data.visual_train, threads), RowReader(data.text_train, threads))
     streamed = dataclasses.replace(StreamedSet(*readers, *moments, *about), text_classes=standardised)
@@ -89,6 +85,44 @@ def prepare(
     if texts is not None:
         model.set_class_texts(texts)
     return model.to(device), _to(rows, device)
+
+
+def _text_moments(data: FeatureSet) -> tuple[Moments, Moments]:
+    """Mean and deviation of the texts, (Dt,) each; 0 and 0 without one."""
+    if data.text_classes is not None:
+        # Those of the rows' texts: a class counts as often as it has rows.
+        return mean_and_deviation(data.text_classes, data.label_train[data.labelled_train])
+    if data.paired_train.any():
+        return mean_and_deviation(data.text_train, np.flatnonzero(data.paired_train))
+    return np.zeros(data.text_dim), np.zeros(data.text_dim)
+
+
+def _scaled(moments: tuple[Moments, Moments], power: float) -> tuple[Tensor, Tensor]:
+    mean, deviation = moments
+    return torch.from_numpy(mean).float(), torch.from_numpy(scale_of(deviation, power)).float()
+
+
+def _found_scaling(
+    data: FeatureSet, moments: tuple[tuple[Moments, Moments], ...], wanted: Scaling, seed: int, ranks: Ranks
+) -> Scaling:
+    """``wanted`` with what is to be found in it found, the same on all ranks; ``moments`` of both features.
+
+    Multi-label features stay standardised: no classifier of several classes a row has leave-one-out predictions here.
+    So do class texts, of which a class has one.
+    """
+    powers, paired = list(wanted), np.asarray(data.paired_train)
+    parts = ((data.visual_train, np.ones_like(paired)), (data.text_train, paired & (data.text_classes is None)))
+    for i, ((features, usable), (mean, deviation)) in enumerate(zip(parts, moments, strict=True)):
+        if wanted[i] != FOUND:
+            continue
+        found = POWERS[0]
+        labels = torch.from_numpy(np.asarray(data.label_train))
+        if not data.multi_label and len(judged := judged_rows(labels, torch.from_numpy(usable), ROWS, seed)):
+            x = (float_rows(features, judged.numpy()) - mean) / scale_of(deviation, 1.0)
+            release(features)
+            found = best_power(torch.from_numpy(x), deviation, labels[judged], data.n_classes)
+        powers[i] = POWERS[ranks.largest([POWERS.index(found)])[0]]
+    return Scaling(*powers)
 
 
 def _too_large(data: FeatureSet, device: torch.device, memory_share: float, ranks: Ranks) -> bool:
@@ -152,7 +186,7 @@ def _fit(
     if not model.kernel.absence:
         visual, text, labels, paired, _ = rows.rows(compared)
         share = model.set_kernel_head(visual, text, labels, paired, seed, shares)
-    elif len(shares) > 1 and len(judged := opinion_rows(rows.labels, rows.paired, seed)):
+    elif len(shares) > 1 and len(judged := judged_rows(rows.labels, rows.paired, RIDGE_ROWS, seed)):
         visual, text, labels, _, _ = rows.rows(judged)
         share = model.find_label_share(visual, text, labels, seed)
     else:

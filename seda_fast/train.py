@@ -38,6 +38,7 @@ from .interrupt import Interrupts
 from .loop import Epoch, Keeping, Telling, Trainer, TrainingSet
 from .measure import alignment, class_metrics, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
 from .nn import SeDA
+from .nn.scaling import Scaling
 from .outputs import Outputs
 from .prepare import prepare
 from .profiling import Profile, profiled
@@ -284,6 +285,22 @@ def fit(
     }  # fmt: skip
 
 
+def _prepared(
+    data: FeatureSet, config: SeDAConfig, settings: Settings, device: torch.device, ranks: Ranks
+) -> tuple[SeDA, Rows]:
+    chosen = settings.train
+    return prepare(
+        data,
+        config,
+        chosen.seed,
+        device,
+        ranks=ranks,
+        memory_share=settings.run.memory_share,
+        label_share=chosen.label_share,
+        scaling=Scaling(chosen.visual_scaling, chosen.text_scaling),
+    )
+
+
 def train_and_evaluate(
     settings: Settings, draft: Path | None, keeping: Keeping, ranks: Ranks = ALONE, events: EventLog | None = None
 ) -> str:
@@ -298,15 +315,7 @@ def train_and_evaluate(
     if ranks.first and data.split is None and settings.run.test_fraction != RunConfig().test_fraction:
         report(PROGRAM, f"test_fraction is not used: {data.source} has a test part of its own")
     config = settings.model_config(data)
-    model, rows = prepare(
-        data,
-        config,
-        settings.train.seed,
-        device,
-        ranks=ranks,
-        memory_share=settings.run.memory_share,
-        label_share=settings.train.label_share,
-    )
+    model, rows = _prepared(data, config, settings, device, ranks)
     if settings.run.baselines and not isinstance(rows, TrainingSet):
         raise ConfigError(
             "the training part is larger than memory_share allows and stays in its files, but the baselines would "
@@ -325,6 +334,7 @@ def train_and_evaluate(
     absence = {"reason": model.kernel.absence} if model.kernel.absence else {}
     metrics["kernel_head"] = {"rows": len(model.kernel.rows), **absence}
     metrics["label_share"] = model.label_share
+    metrics["scaling"] = model.scaling._asdict() if model.scaling else {}
     arrays = {**outputs.arrays(), "labels": part.labels, "ids": part.ids}
     metrics["baselines"] = {}
     if settings.run.baselines and isinstance(rows, TrainingSet):

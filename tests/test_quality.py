@@ -138,7 +138,7 @@ def test_the_bridge_draws_and_classifies_by_its_settings_from_one_training(task:
 @pytest.mark.parametrize("regime", ["full", "labels-8", "half-text"])
 def test_a_mapping_that_regimes_share_is_that_of_the_library(task: Task, regime: str) -> None:
     """Bit for bit, with each of the probe's settings."""
-    made = methods.standardised(apply(regime, task, 0))
+    made = methods.standardised(apply(regime, task, 0), 0)
     rows = made.train
     for other in ({}, {"l2_grid": [0.01]}, {"epochs": 3}):
         expected = fit_baseline("one_step_mse", rows.visual, rows.text, rows.labels, n_classes=K, seed=0, **other)  # type: ignore[arg-type]

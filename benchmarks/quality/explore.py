@@ -27,7 +27,7 @@ from seda_fast.nn.schedule import NoiseSchedule, Sampler
 
 from . import workers
 from .explored import DEFAULTS, PREFIX, REGIMES, markdown
-from .methods import seda_predictions, standardised, train_seda
+from .methods import seda_predictions, train_seda
 from .regimes import SETS, Task
 from .runs import Job, Record, Runs, recorded
 from .variants import VARIANTS
@@ -155,7 +155,7 @@ def _other_predictions(model: SeDA, task: Task) -> dict[str, float]:
     for name, (_, predict) in PREDICTIONS.items():
         metrics = classification_metrics(predict(model, task), task.test.labels)
         found |= {f"{key}_{name}": round(metrics[key], 4) for key in ("top1", "ece")}
-    text = standardised(task).test.text
+    text = model.standardise_text(torch.from_numpy(task.test.text)).numpy()
     for sampler, steps in SAMPLINGS:
         with torch.inference_mode(), _textual(model, sampler):
             mapped = model.align(torch.from_numpy(task.test.visual), steps=steps)[1].numpy()

@@ -17,11 +17,14 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
 from seda_fast import SeDA, SeDAConfig, TrainConfig
+from seda_fast.arrays import mean_and_deviation
 from seda_fast.baselines import Baseline, LinearSettings, fit_baseline
 from seda_fast.data import FeatureSet
 from seda_fast.engine import PrecisionName
 from seda_fast.loop import Trainer
 from seda_fast.nn.interaction import PFIN
+from seda_fast.nn.kernel_head import judged_rows
+from seda_fast.nn.scaling import POWERS, ROWS, best_power, scale_of
 from seda_fast.nn.schedule import NoiseSchedule
 from seda_fast.prepare import prepare
 
@@ -68,17 +71,41 @@ class Fitted:
         return kernel_weight * self.heads[3] + (1 - kernel_weight) * three
 
 
-def standardised(task: Task) -> Task:
-    """The task in the units of its training rows, as SeDA itself standardises."""
-
-    def scale(values: Float) -> tuple[Float, Float]:
-        known = values[~np.isnan(values).any(1)].astype(np.float64)
-        deviation = known.std(0)
-        return known.mean(0).astype(np.float32), np.where(deviation > 0, deviation, 1).astype(np.float32)
-
-    v, t = scale(task.train.visual), scale(task.train.text)
+def standardised(task: Task, seed: int) -> Task:
+    """The task in the units of its training rows, as SeDA with this ``seed`` itself standardises and scales."""
+    v, t = (_mean_and_scale(_Known.of(values, task, seed)) for values in (task.train.visual, task.train.text))
     train, test = (Rows((r.visual - v[0]) / v[1], (r.text - t[0]) / t[1], r.labels) for r in (task.train, task.test))
     return Task(train, test, task.n_classes)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Features without missing rows, told from others by ``digest``, the labels of these rows, and a seed."""
+
+    digest: str
+    seed: int
+    values: Float = field(compare=False, repr=False)
+    labels: NDArray[np.int64] = field(compare=False, repr=False)
+    n_classes: int = field(compare=False)
+
+    @classmethod
+    def of(cls, values: Float, task: Task, seed: int) -> _Known:
+        """The rows of ``values`` (N, D), one of the two features of ``task.train``."""
+        known = ~np.isnan(values).any(1)
+        values, labels = values[known], task.train.labels[known]
+        digest = hashlib.sha256(str(values.shape).encode() + values.tobytes() + labels.tobytes()).hexdigest()
+        return cls(digest, seed, values, labels, task.n_classes)
+
+
+@lru_cache(maxsize=8)
+def _mean_and_scale(known: _Known) -> tuple[Float, Float]:
+    mean, deviation = mean_and_deviation(known.values)
+    labels, power = torch.from_numpy(known.labels), POWERS[0]
+    judged = judged_rows(labels, torch.ones_like(labels, dtype=torch.bool), ROWS, known.seed)
+    if len(judged):
+        rows = (known.values[judged.numpy()] - mean) / scale_of(deviation, 1.0)
+        power = best_power(torch.from_numpy(rows), deviation, labels[judged], known.n_classes)
+    return mean.astype(np.float32), scale_of(deviation, power).astype(np.float32)
 
 
 def fit(method: str, task: Task, seed: int, settings: Settings, precision: PrecisionName = "fp32") -> Fitted:
@@ -89,7 +116,7 @@ def fit(method: str, task: Task, seed: int, settings: Settings, precision: Preci
     name, _, ablation = method.partition(":")
     if name == SEDA:
         return _seda(task, seed, settings, ablation, precision)
-    task = standardised(task)
+    task = standardised(task, seed)
     if name == MLP_PSEUDO:
         return _baseline(MLP, Task(_pseudo_labelled(task.train), task.test, task.n_classes), seed, settings)
     if name == ONE_STEP_MSE:

@@ -132,7 +132,7 @@ def measure(job: Job, task: Task) -> Record:
 def recorded(job: Job, task: Task, fitted: methods.Fitted) -> Record:
     """How good a job's predictions on ``task.test`` are."""
     labels = task.test.labels
-    text = methods.standardised(task).test.text
+    text = methods.standardised(task, job.seed).test.text
     log_proba = np.nan_to_num(fitted.log_proba, neginf=-1e4)
     known = ("top1", "top5", "balanced_accuracy", "ece")
     found = classification_metrics(log_proba - np.logaddexp.reduce(log_proba, axis=1, keepdims=True), labels)

@@ -27,7 +27,6 @@ from seda_fast.nn.seda import FIRST_DROPOUT, Losses
 from seda_fast.nn.visual import GaussianDropout
 from seda_fast.ops import embed_condition
 
-from .methods import standardised
 from .regimes import Task
 
 
@@ -264,11 +263,13 @@ def _self_condition(model: SeDA, task: Task) -> None:
 
 def _prototypes(model: SeDA, task: Task) -> None:
     """Mean text of each class, from labelled pairs, as the memory of both networks."""
-    rows = standardised(task).train
+    rows = task.train
     known = (rows.labels >= 0) & ~np.isnan(rows.text).any(1)
     assert model.text_classes is not None
     for label in np.unique(rows.labels[known]):
-        model.text_classes[label] = torch.from_numpy(rows.text[known & (rows.labels == label)].mean(0))
+        model.text_classes[label] = model.standardise_text(
+            torch.from_numpy(rows.text[known & (rows.labels == label)])
+        ).mean(0)
 
 
 def _class(kind: type[SeDA]) -> Callable[[SeDA, Task], None]:

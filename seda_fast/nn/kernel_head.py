@@ -58,6 +58,19 @@ def kernel_rows(labels: Tensor, paired: Tensor, taught: bool, n_classes: int) ->
     return rows, ""
 
 
+def judged_rows(labels: Tensor, usable: Tensor, most: int, seed: int) -> Tensor:
+    """``most`` labelled rows that are ``usable``, to be told by others of them: int64 (n,), ascending; or none.
+
+    ``labels`` (N,) int64, -1 unlabelled, ``usable`` (N,) bool.
+    """
+    rows = ((labels >= 0) & usable).nonzero()[:, 0]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:most]
+    rows = rows[order.to(rows.device)].sort().values
+    # Where no class has two rows nothing can be left out and still be told.
+    classes = len(labels[rows].unique())
+    return rows if 1 < classes < len(rows) else rows[:0]
+
+
 def tangent_kernel(x: Tensor, y: Tensor) -> Tensor:
     """Neural tangent kernel of a hidden ReLU layer of infinite width, both layers trained: (n, D), (m, D) -> (n, m).
 
@@ -150,16 +163,29 @@ def label_share(visual: Tensor, targets: Tensor, opinions: Tensor, seed: int) ->
     return _best_ridge(_some(seed, x, y, told, counts), SHARES)[1]
 
 
-def _distinct(visual: Tensor, targets: Tensor, opinions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Distinct rows at a mean squared length of 1, their two kinds of targets, their counts, and the scale, float64.
+def distinct(x: Tensor, targets: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct of the rows ``x`` (n, D), the mean of each one's ``targets`` (n, k), one or several sets of
+    ``n_classes`` probabilities, and how often it is there.
 
     What is left out may be told without an error, which would make the head infinitely sure: it is judged as if one row
     more had been of all classes in equal parts (Platt 1999 does so with two).
     """
+    x, targets, counts = _merged(x, targets)
+    return x, (len(targets) * targets + 1 / n_classes) / (len(targets) + 1), counts
+
+
+def left_out_losses(x: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+    """Negative log-likelihood of rows as `distinct` gives them, (n,), by the kernel classifier that is best at telling
+    those it has not seen. The size of ``x`` does not matter."""
+    length = (counts @ x.square().sum(1) / counts.sum()).sqrt().clamp(min=_EPS)
+    return _left_out((x / length, targets, targets, counts), (1.0,))[1.0][2]
+
+
+def _distinct(visual: Tensor, targets: Tensor, opinions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Distinct rows at a mean squared length of 1, their two kinds of targets, their counts, and the scale, float64."""
     x, k = visual.double(), targets.shape[1]
     scale = x.square().sum(1).mean().sqrt().clamp(min=_EPS)
-    x, both, counts = _merged(x / scale, torch.cat((targets, opinions), 1).double())
-    both = (len(both) * both + 1 / k) / (len(both) + 1)
+    x, both, counts = distinct(x / scale, torch.cat((targets, opinions), 1).double(), k)
     return x, both[:, :k], both[:, k:], counts, scale
 
 
@@ -183,7 +209,22 @@ def _merged(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _best_ridge(rows: Sequence[Tensor], shares: tuple[float, ...]) -> tuple[float, float]:
-    """Of `RIDGES` and ``shares`` those whose leave-one-out predictions, as sharp as is best, explain ``targets`` best.
+    """Of `RIDGES` and ``shares`` those whose leave-one-out predictions explain the targets best; ``rows`` as in
+    `_left_out`. Of shares that are within one standard error of it, the largest."""
+    found, counts = _left_out(rows, shares), rows[3]
+    best, part = min(found.values(), key=lambda one: one[0])[2], counts / counts.sum()
+
+    def close(losses: Tensor) -> bool:
+        worse = losses - best
+        return bool(part @ worse <= (part.square() @ (worse - part @ worse).square()).sqrt())
+
+    # In falling order of the shares; the best is close to itself.
+    return next((ridge, share) for share, (_, ridge, losses) in found.items() if close(losses))
+
+
+def _left_out(rows: Sequence[Tensor], shares: tuple[float, ...]) -> dict[float, tuple[float, float, Tensor]]:
+    """For each of ``shares`` the least loss that leave-one-out predictions have, as sharp as is best, with its ridge
+    of `RIDGES` and the losses of single rows (n,).
 
     ``rows``: x (n, D), targets (n, K), opinions (n, K) and counts (n,) as `_distinct` gives them. A row that is there c
     times has a c-th of the ridge: scaled by the roots of these all have the same. A prediction is linear in what it is
@@ -204,14 +245,7 @@ def _best_ridge(rows: Sequence[Tensor], shares: tuple[float, ...]) -> tuple[floa
             factor, loss = _sharpest(predicted, targets, counts)
             if share not in found or loss < found[share][0]:
                 found[share] = loss, ridge, F.cross_entropy(factor * predicted, targets, reduction="none")
-    best = min(found.values(), key=lambda one: one[0])[2]
-
-    def close(losses: Tensor) -> bool:
-        worse = losses - best
-        return bool(part @ worse <= (part.square() @ (worse - part @ worse).square()).sqrt())
-
-    # In falling order of the shares; the best is close to itself.
-    return next((ridge, share) for share, (_, ridge, losses) in found.items() if close(losses))
+    return found
 
 
 def _ridge_regression(x: Tensor, targets: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from .interaction import PFIN, Dropout
 from .kernel_head import KernelHead, label_share
 from .linear import placeless_linear
 from .multi_label import binary_class_terms, binary_divergence, labelled_rows, rate_logits, with_centre
+from .scaling import Scaling
 from .schedule import NoiseSchedule, Sampler
 from .space import category_centres
 from .teacher import PairTeacher, fit_teacher, teacher_rows
@@ -184,6 +185,8 @@ class SeDA(nn.Module):
         self.teacher: PairTeacher | BinaryPairTeacher | None = None
         self.opinion: TextOpinion | None = None
         self.label_share = 1.0
+        # How `prepare` scaled the features; not saved, as what it comes to is.
+        self.scaling: Scaling | None = None
         self.register_buffer("visual_mean", torch.zeros(config.visual_dim))
         self.register_buffer("visual_scale", torch.ones(config.visual_dim))
         self.register_buffer("text_mean", torch.zeros(config.text_dim))
@@ -302,7 +305,7 @@ class SeDA(nn.Module):
 
     @torch.no_grad()
     def find_label_share(self, visual: Tensor, text: Tensor, labels: Tensor, seed: int) -> float:
-        """How far labels are to be believed beside the textual head at its start, on the rows of `opinion_rows`."""
+        """How far labels are to be believed beside the textual head at its start, on rows of `judged_rows`."""
         targets = F.one_hot(labels, self.config.n_classes).to(visual.dtype)
         return label_share(visual, targets, self.translator.head(text).softmax(1), seed)
 
@@ -317,11 +320,11 @@ class SeDA(nn.Module):
         self.opinion = TextOpinion(self.translator.head, 2 * share) if share < 1 / 2 else None
 
     def standardise_visual(self, visual: Tensor) -> Tensor:
-        """Raw (B, Dv) -> zero mean and unit deviation on the training part."""
+        """Raw (B, Dv) -> zero mean and, with a scaling of 1, unit deviation on the training part."""
         return (visual - self.visual_mean) / self.visual_scale
 
     def standardise_text(self, text: Tensor) -> Tensor:
-        """Raw (B, Dt) -> zero mean and unit deviation on the training part."""
+        """Raw (B, Dt) -> zero mean and, with a scaling of 1, unit deviation on the training part."""
         return (text - self.text_mean) / self.text_scale
 
     # ---- training ------------------------------------------------------------------------------------------------

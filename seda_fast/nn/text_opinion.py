@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernel_head import RIDGE_ROWS
-
 
 class TextOpinion(nn.Module):
     """What the texts of labelled rows say of their classes, by the classifier that the textual head started at.
@@ -45,16 +43,3 @@ class TextOpinion(nn.Module):
         chosen = labels[:, None] == torch.arange(classes, device=labels.device)
         label = (1 - smoothing) * chosen.to(opinion) + smoothing / classes
         return (1 - self.share) * (opinion - label) * ((labels >= 0) & paired)[:, None]
-
-
-def opinion_rows(labels: Tensor, paired: Tensor, seed: int) -> Tensor:
-    """Rows to find the labels' share on where no kernel head finds it: int64 (n,), ascending, bounded; or none.
-
-    ``labels`` (N,) int64, -1 unlabelled, ``paired`` (N,) bool.
-    """
-    rows = ((labels >= 0) & paired).nonzero()[:, 0]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:RIDGE_ROWS]
-    rows = rows[order.to(rows.device)].sort().values
-    # Where no class has two rows nothing can be left out and still be told.
-    classes = len(labels[rows].unique())
-    return rows if 1 < classes < len(rows) else rows[:0]

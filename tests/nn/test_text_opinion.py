@@ -12,10 +12,17 @@ from torch.nn import functional
 
 from seda_fast import FeatureSet, SeDA, SeDAConfig, TrainConfig
 from seda_fast.config import ConfigError
-from seda_fast.nn import kernel_head, text_opinion
-from seda_fast.nn.kernel_head import RIDGES, SHARES, SHARPNESS, KernelHead, label_share, tangent_kernel
+from seda_fast.nn import kernel_head
+from seda_fast.nn.kernel_head import (
+    RIDGES,
+    SHARES,
+    SHARPNESS,
+    KernelHead,
+    judged_rows,
+    label_share,
+    tangent_kernel,
+)
 from seda_fast.nn.seda import Shard
-from seda_fast.nn.text_opinion import opinion_rows
 from seda_fast.prepare import prepare
 from seda_fast.train import main as train
 
@@ -224,13 +231,12 @@ def test_a_share_that_nothing_stands_beside_is_refused() -> None:
             TrainConfig(label_share=value)
 
 
-def test_rows_to_judge_by_are_bounded_and_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_to_judge_by_are_bounded_and_can_tell() -> None:
     labels, paired = torch.tensor([0, 1, -1, 1, 0, 2]), torch.tensor([True, True, True, False, True, True])
-    assert opinion_rows(labels, paired, 0).tolist() == [0, 1, 4, 5]
-    assert opinion_rows(labels, labels == 0, 0).tolist() == [], "one class"
-    assert opinion_rows(torch.arange(6), paired, 0).tolist() == [], "no class of two rows"
-    monkeypatch.setattr(text_opinion, "RIDGE_ROWS", 3)
-    assert len(opinion_rows(labels, paired, 1)) in (0, 3)
+    assert judged_rows(labels, paired, 9, 0).tolist() == [0, 1, 4, 5]
+    assert judged_rows(labels, labels == 0, 9, 0).tolist() == [], "one class"
+    assert judged_rows(torch.arange(6), paired, 9, 0).tolist() == [], "no class of two rows"
+    assert len(judged_rows(labels, paired, 3, 1)) in (0, 3)
 
 
 def test_a_run_tells_the_share(tmp_path: Path) -> None:
