@@ -119,3 +119,14 @@ def test_features_of_an_image_are_the_same_for_any_size(tmp_path: Path) -> None:
     small, large = (outside.image_features(tmp_path / f"{side}.png") for side in (64, 640))
     assert small.shape == (2212,)
     np.testing.assert_allclose(small, large, atol=1e-6)
+
+
+def test_an_image_lies_in_one_part_whatever_folders_it_lies_in() -> None:
+    rng = np.random.default_rng(0)
+    own, shared = rng.standard_normal((40, 3)).astype(np.float32), rng.standard_normal((10, 3)).astype(np.float32)
+    visual = np.concatenate([own, own, shared, shared])
+    labels = np.array([*np.arange(40) % 2, *np.arange(40) % 2, *[0] * 10, *[1] * 10])
+    test = outside._held_out(visual, labels)
+    assert np.array_equal(test[:40], test[40:80]) and np.array_equal(test[80:90], test[90:])
+    assert all(0.25 < test[labels == label].mean() < 0.6 for label in (0, 1))
+    assert np.array_equal(test, outside._held_out(visual, labels))

@@ -6,7 +6,7 @@ of that name in Debian's openclipart-png and openclipart-svg, ``tuxpaint``, that
 ``oxygen``, that in oxygen-icon-theme; what is absent is named and left out.
 
 Features are plain: gradients' orientations and colours of an image, then principal components; weighted counts of a
-text's words, then singular vectors. All are fitted on the training part, 70 % of each class.
+text's words, then singular vectors. All are fitted on the training part, 70 % of each class's images.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+
+from seda_fast.nn.copies import first_copies
 
 Float = NDArray[np.float32]
 Found = tuple[Path, str, str]  # an image, its text, its class
@@ -146,11 +149,8 @@ def write(out: Path, found: Iterator[Found], least: int) -> str:
     names = sorted(name for name, size in sizes.items() if size >= least)
     kept = [entry for entry in entries if entry[2] in names]
     labels = np.array([names.index(name) for *_, name in kept])
-    test, rng = np.zeros(len(labels), dtype=bool), np.random.default_rng(0)
-    for label in range(len(names)):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        test[members[: max(1, round(0.3 * len(members)))]] = True
     visual = np.stack([image_features(file) for file, *_ in kept])
+    test = _held_out(visual, labels)
     visual = PCA(min(VISUAL_DIM, *visual[~test].shape), random_state=0).fit(visual[~test]).transform(visual)
     texts = [text for _, text, _ in kept]
     counts = TfidfVectorizer(sublinear_tf=True, min_df=2, stop_words="english")
@@ -161,6 +161,16 @@ def write(out: Path, found: Iterator[Found], least: int) -> str:
     parts = {f"{k}_{part}": v[rows] for k, v in arrays.items() for part, rows in (("train", ~test), ("test", test))}
     np.savez(out, **parts, class_names=np.array(names))
     return f"{out.name}: {(~test).sum()} and {test.sum()} rows, {len(names)} classes"
+
+
+def _held_out(visual: Float, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """A mask of 30 % of each class's images; rows of one image, which may lie in several folders, go together."""
+    rng, images = np.random.default_rng(0), first_copies(torch.from_numpy(visual)).numpy()
+    test = np.zeros(len(labels), dtype=bool)
+    for label in range(int(labels.max()) + 1):
+        of_class = rng.permutation(np.unique(images[labels == label]))
+        test |= np.isin(images, of_class[: max(1, round(0.3 * len(of_class)))])
+    return test
 
 
 def main(argv: list[str] | None = None) -> int:
