@@ -19,7 +19,7 @@ from ._dispatch import implement
 
 # The operators read float32 and bfloat16 and calculate in float32.
 DTYPES = (torch.float32, torch.bfloat16)
-PRODUCTS_RULE = "float32: seda_fast's own on AMD CPUs from AVX2 on, for 64 rows or more; else PyTorch's"
+PRODUCTS_RULE = "own: float32 on AMD from AVX2 on, 64 rows or more; else PyTorch's"
 RULE = "float32 and bfloat16, the same for all operands of a call; the rest goes to the reference"
 
 _OPERATORS = (
