@@ -48,7 +48,7 @@ def unavailable(device_type: str) -> str | None:
             return f"its kernels need compute capability 8.0, the device has {_weakest_capability()}"
         return None
     if os.environ.get("TRITON_INTERPRET") != "1" or not _kernels("philox").INTERPRETED:
-        return "it runs there in its interpreter alone: TRITON_INTERPRET=1 before it is imported"
+        return "it runs there in its interpreter alone, with TRITON_INTERPRET=1 set first"
     return None
 
 
