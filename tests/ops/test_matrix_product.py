@@ -165,7 +165,7 @@ def test_the_rule_is_shown_and_can_be_decided_otherwise() -> None:
             [sys.executable, "-c", told], env=os.environ | variables, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    assert shown(SEDA_FAST_CPU_PRODUCTS="own").startswith("seda_fast's (float32: seda_fast's own on AMD CPUs")
+    assert shown(SEDA_FAST_CPU_PRODUCTS="own").startswith("seda_fast's (own: float32 on AMD from AVX2 on")
     assert shown(SEDA_FAST_CPU_PRODUCTS="pytorch").startswith("PyTorch's (")
     amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and cpp_status()["cpu_features"]["avx2"]
     assert shown(SEDA_FAST_CPU_PRODUCTS="").startswith("seda_fast's (" if amd else "PyTorch's (")
