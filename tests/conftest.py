@@ -27,8 +27,24 @@ hypothesis.settings.register_profile("seda_fast", deadline=None, derandomize=boo
 hypothesis.settings.load_profile("seda_fast")
 
 
+def slow_last(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """``items`` so that each of pytest-xdist's workers, which are given equal stretches of them, ends with slow ones.
+
+    Where time is up before all have run it is slow ones that are left out, and no quick one waits for them.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+
+    def share(part: list[pytest.Item], worker: int) -> list[pytest.Item]:
+        return part[len(part) * worker // workers : len(part) * (worker + 1) // workers]
+
+    return [item for worker in range(workers) for item in share(quick, worker) + share(slow, worker)]
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has put together what shares a fixture
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run; the reason names the test, so that pytest -ra lists each one."""
+    """Slow ones last; skips of what this machine cannot run name the test, so that pytest -ra lists each one."""
+    items[:] = slow_last(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=f"{item.nodeid} needs a CUDA device"))
