@@ -37,12 +37,6 @@ def rows(array: Features, index: Index) -> NDArray[np.float32]:
         return np.array(array[index], dtype=np.float32, order="C")
 
 
-def mean_and_scale(array: Features, rows: Index | None = None) -> tuple[Moments, Moments]:
-    """`mean_and_deviation` with a deviation of 1 where a dimension never changes."""
-    mean, deviation = mean_and_deviation(array, rows)
-    return mean, np.where(deviation > 0, deviation, 1.0)
-
-
 def mean_and_deviation(array: Features, rows: Index | None = None) -> tuple[Moments, Moments]:
     """Mean and population standard deviation per dimension, (D,) float64 each, in one pass over blocks.
 

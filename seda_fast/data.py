@@ -37,7 +37,7 @@ from .arrays import (
     check_visual,
     has_text,
     labelled_rows,
-    mean_and_scale,
+    mean_and_deviation,
     rows,
 )
 from .files import DataError, naming, read_arrays, read_npy, refuse_too_large
@@ -51,7 +51,7 @@ __all__ = [
     "FeatureSet",
     "VisualRows",
     "load_visual",
-    "mean_and_scale",
+    "mean_and_deviation",
     "rows",
     "split_rows",
 ]
@@ -595,9 +595,11 @@ def split_rows(labels: Labels, test_fraction: float, seed: int, images: Labels |
     unlabelled. None: each row is an image of its own.
 
     Raises:
-        DataError: there are too few rows of some class.
+        DataError: no row is labelled, or there are too few rows of some class.
     """
     every, known = np.arange(len(labels)), labelled_rows(labels)
+    if not known.any():
+        raise DataError("no row is labelled, so no test part can be split off")
     images = every if images is None else images
     # One row an image is drawn, and the others follow.
     drawn_from = np.flatnonzero(known & (images == every) & ~np.isin(images, images[~known]))
@@ -621,7 +623,7 @@ def _too_few(labels: Labels, rows: Labels, test_fraction: float) -> str:
 def _drawn_rows(labels: Labels, labelled: Labels, test_fraction: float, seed: int) -> Labels:
     """A stratified share of the rows ``labelled``, one of each image."""
     classes, of_rows = np.unique(labels[labels >= 0], return_counts=True)
-    of_images = np.bincount(labels[labelled], minlength=len(classes) and classes[-1] + 1)[classes]
+    of_images = np.bincount(labels[labelled], minlength=classes[-1] + 1)[classes]
     if of_images.min() < 2:
         worst = int(np.argmin(of_images))
         # Rows of an image that has unlabelled ones as well stay in training.

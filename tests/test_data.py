@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from seda_fast import digits
-from seda_fast.data import KEYS, DataError, FeatureSet, load_visual, mean_and_scale, rows
+from seda_fast.data import KEYS, DataError, FeatureSet, load_visual, mean_and_deviation, rows, split_rows
 from seda_fast.files import atomic_path, check_writable, read_arrays
 
 NAMES = ("cat", "dog", "eel")
@@ -121,13 +121,13 @@ def test_a_map_is_checked_and_measured_without_loading_it(tmp_path):
     np.save(folder / "label_train.npy", np.arange(100_000) % 3)
     code = (
         "import sys, resource\n"
-        "from seda_fast.data import FeatureSet, mean_and_scale\n"
+        "from seda_fast.data import FeatureSet, mean_and_deviation\n"
         "used = lambda: int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize()\n"
         "limit = used() + 60_000_000\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))\n"
         "found = FeatureSet.load(sys.argv[1])\n"
-        "mean, scale = mean_and_scale(found.visual_train)\n"
-        "assert mean[7] == 7 and scale[7] == 1\n"
+        "mean, deviation = mean_and_deviation(found.visual_train)\n"
+        "assert mean[7] == 7 and deviation[7] == 0\n"
     )
     root = Path(__file__).resolve().parents[1]
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -231,6 +231,11 @@ def test_the_split_is_stratified_seeded_and_keeps_the_unlabelled_in_training():
 def test_splits_that_cannot_be(labels, fraction, words):
     visual = np.arange(2.0 * len(labels)).reshape(-1, 2)
     assert words in refusal(FeatureSet.from_arrays, visual, visual, labels, test_fraction=fraction)
+
+
+def test_unlabelled_rows_cannot_be_split():
+    assert "no row is labelled" in refusal(split_rows, np.full(9, -1), 0.2, 0)
+    assert "no row is labelled" in refusal(split_rows, np.full((9, 3), -1), 0.2, 0)
 
 
 def test_rows_of_an_image_are_never_in_both_parts():
@@ -614,7 +619,7 @@ def test_load_visual_of_one_array(tmp_path):
 # ---- standardising ----
 
 
-def test_mean_and_scale_against_numpy(monkeypatch):
+def test_mean_and_deviation_against_numpy(monkeypatch):
     random = np.random.default_rng(0)
     array = (random.normal(size=(1000, 5)) * [1, 1e-3, 1e3, 1, 1] + [0, 1e3, -5, 0, 0]).astype(np.float32)
     array[:, 3] = 0.1
@@ -622,15 +627,15 @@ def test_mean_and_scale_against_numpy(monkeypatch):
     sound = array[~np.isnan(array[:, 0])].astype(np.float64)
     for block in (5, 37 * 5, 2**20):
         monkeypatch.setattr("seda_fast.arrays._BLOCK", block)
-        mean, scale = mean_and_scale(array)
+        mean, deviation = mean_and_deviation(array)
         np.testing.assert_allclose(mean, sound.mean(axis=0), rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(np.delete(scale, 3), np.delete(sound.std(axis=0), 3), rtol=1e-10)
-        assert scale[3] == 1 and mean.dtype == scale.dtype == np.float64
+        np.testing.assert_allclose(np.delete(deviation, 3), np.delete(sound.std(axis=0), 3), rtol=1e-10)
+        assert deviation[3] == 0 and mean.dtype == deviation.dtype == np.float64
         picked = np.flatnonzero(np.arange(1000) % 3 == 0)
         for chosen in (picked, np.arange(1000) % 3 == 0):
             part = array[picked][~np.isnan(array[picked, 0])].astype(np.float64)
-            np.testing.assert_allclose(mean_and_scale(array, chosen)[0], part.mean(axis=0), rtol=1e-12, atol=1e-14)
-    assert "no row" in refusal(mean_and_scale, array[:1])
+            np.testing.assert_allclose(mean_and_deviation(array, chosen)[0], part.mean(axis=0), rtol=1e-12, atol=1e-14)
+    assert "no row" in refusal(mean_and_deviation, array[:1])
 
 
 # ---- the embedded set ----
@@ -735,9 +740,9 @@ def test_real_sets(name, shared_data, tmp_path):
     for key in KEYS[:-1]:
         np.testing.assert_array_equal(getattr(found, key), content[key])
     assert found.class_names == tuple(content["class_names"])
-    mean, scale = mean_and_scale(found.visual_train)
+    mean, deviation = mean_and_deviation(found.visual_train)
     np.testing.assert_allclose(mean, content["visual_train"].mean(axis=0, dtype=np.float64), atol=1e-12)
-    assert (scale > 0).all()
+    assert (deviation > 0).all()
     np.testing.assert_array_equal(load_visual(path).visual, content["visual_test"])
     if name != "fashion_products":
         copies = [FeatureSet.load(write(kind, tmp_path / kind, content)) for kind in ("safetensors", "folder")]

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seda_fast import DataError, FeatureSet, SeDAConfig, prepare, streaming, train
-from seda_fast.arrays import check_visual, mean_and_scale, release
+from seda_fast.arrays import check_visual, mean_and_deviation, release
 from seda_fast.ops import read_rows, reads_rows
 from seda_fast.prepare import reading_threads
 from seda_fast.ranks import Ranks
@@ -276,7 +276,7 @@ def test_passes_over_a_map_leave_none_of_it_in_memory(tmp_path: Path) -> None:
     array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="r")
     before = resident()
     check_visual("a", array)
-    mean_and_scale(array)
+    mean_and_deviation(array)
     assert resident() - before < 64e6
     assert array.sum() == 0  # maps all of it
     assert resident() - before > 200e6

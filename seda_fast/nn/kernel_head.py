@@ -80,6 +80,9 @@ def tangent_kernel(x: Tensor, y: Tensor) -> Tensor:
     product = x @ y.mT + BIAS
     lengths = (x.square().sum(1) + BIAS).sqrt()[:, None] * (y.square().sum(1) + BIAS).sqrt()
     cosine = (product / lengths).clamp(-1, 1)
+    if cosine.requires_grad:
+        # Between a row and itself the kernel has a kink: 0 is one of its slopes there, what autograd gives no number.
+        cosine = torch.where(cosine.abs() < 1, cosine, cosine.detach())
     sine = (1 - cosine.square()).sqrt()
     return (lengths * sine + 2 * product * (math.pi - torch.acos(cosine))) / math.pi
 

@@ -50,6 +50,23 @@ def test_kernel_is_that_of_a_very_wide_hidden_layer() -> None:
     torch.testing.assert_close(tangent_kernel(x, x).diagonal(), 2 * (x.square().sum(1) + BIAS))
 
 
+def test_kernel_has_a_gradient_between_a_row_and_itself() -> None:
+    x = torch.randn(6, DV, dtype=torch.float64)
+    y = torch.cat((x[:3], -x[3:4], torch.randn(2, DV, dtype=torch.float64)))
+    wanted = x.clone().requires_grad_()
+    tangent_kernel(wanted, y).sum().backward()
+    assert wanted.grad is not None
+    # The kernel's kink is even about a row, so that differences to both sides of it leave the slope that is taken.
+    step = 1e-4 * torch.eye(DV, dtype=x.dtype)
+    slopes = [(tangent_kernel(x + step[i], y) - tangent_kernel(x - step[i], y)).sum(1) / 2e-4 for i in range(DV)]
+    torch.testing.assert_close(wanted.grad, torch.stack(slopes, 1), rtol=1e-3, atol=1e-3)
+    head = fitted(*clouds(30, 1.0))
+    rows = head.rows * head.scale
+    rows.requires_grad_()
+    head(rows).square().sum().backward()
+    assert rows.grad is not None and rows.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("rows_together", [7, 512])
 def test_what_is_left_out_is_told_as_by_a_fit_without_it(monkeypatch: pytest.MonkeyPatch, rows_together: int) -> None:
     monkeypatch.setattr(kernel_head, "_ROWS_TOGETHER", rows_together)
