@@ -10,13 +10,6 @@ from .regimes import ABOUT, ABOUT_TAIL, REGIMES, SETS
 from .selection import Selected
 from .summary import targets
 
-_NOT_YET = [
-    "In fashion_products' rows of labels-N and samples-N, and in seeds 1 and 3 of cub10's labels-4 and samples-4, all",
-    "methods have standardised features, as everywhere else. Today's code finds another scaling there (method.md,",
-    "section 8, has its first seed), with which these 34 draws are still to be measured.",
-    "",
-]
-
 
 def markdown(
     rows: Sequence[dict[str, Any]],
@@ -45,7 +38,6 @@ def markdown(
             if any(name in (row["regime"], row["regime"].rpartition("-")[0] + "-N") for row in rows)
         ),
         "",
-        *(_NOT_YET if published else []),
     ]
     lines += [*_where_it_helps(rows), *(_target_table(rows) if published else []), *_fold_table(folds, command)]
     for name in sets:
