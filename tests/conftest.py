@@ -27,12 +27,14 @@ hypothesis.settings.register_profile("seda_fast", deadline=None, derandomize=boo
 hypothesis.settings.load_profile("seda_fast")
 
 
-def slow_last(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+def slow_last(items: list[pytest.Item], workers: int, first: int = 0) -> list[pytest.Item]:
     """``items`` so that each of pytest-xdist's workers, which are given equal stretches of them, ends with slow ones.
 
-    Where time is up before all have run it is slow ones that are left out, and no quick one waits for them.
+    Where time is up before all have run it is slow ones that are left out, and no quick one waits for them. The slow
+    ones begin with the one of number ``first``, after the last comes the first again: others are left out each time.
     """
     slow = [item for item in items if item.get_closest_marker("slow")]
+    slow = slow[(start := first % max(1, len(slow))) :] + slow[:start]
     quick = [item for item in items if not item.get_closest_marker("slow")]
 
     def share(part: list[pytest.Item], worker: int) -> list[pytest.Item]:
@@ -44,7 +46,8 @@ def slow_last(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
 @pytest.hookimpl(trylast=True)  # after pytest has put together what shares a fixture
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow ones last; skips of what this machine cannot run name the test, so that pytest -ra lists each one."""
-    items[:] = slow_last(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    workers, first = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"), os.environ.get("SLOW_TESTS_FROM", "0")
+    items[:] = slow_last(items, int(workers), int(first))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=f"{item.nodeid} needs a CUDA device"))
@@ -53,9 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """After the second of the epoch that ``SLOW_TESTS_UNTIL`` names no slow test begins; unset, all run."""
-    until = os.environ.get("SLOW_TESTS_UNTIL")
-    if until and item.get_closest_marker("slow") and time.time() > float(until):
+    """No slow test begins that would not end before ``SLOW_TESTS_UNTIL``, a second of the epoch; unset, all run."""
+    until, slow = os.environ.get("SLOW_TESTS_UNTIL"), item.get_closest_marker("slow")
+    if until and slow and time.time() + slow.kwargs.get("seconds", 0) > float(until):
         pytest.skip(f"{item.nodeid} is slow, and the time that SLOW_TESTS_UNTIL gives is over")
 
 

@@ -283,7 +283,7 @@ def test_a_later_run_keeps_what_an_earlier_one_measured_of_other_workloads(
     assert len(harness.with_earlier(harness.as_json(contest, repository), file)["rows"]) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=420)
 def test_a_quick_run_prints_one_table_and_writes_nothing(repository: Path, tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "--results", str(tmp_path)]

@@ -328,7 +328,7 @@ def test_a_threshold_is_refused_by_a_model_of_one_class_a_row(
     assert "'label_test' holds multi-label rows" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["torch-export", "onnx"])
+@pytest.mark.parametrize("kind", ["torch-export", pytest.param("onnx", marks=pytest.mark.slow(seconds=160))])
 def test_an_exported_graph_gives_the_same_sets(trained: Path, kind: str, request: pytest.FixtureRequest) -> None:
     if kind == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):

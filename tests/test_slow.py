@@ -11,13 +11,13 @@ import pytest
 SLOW = "tests/test_slow.py::test_one_that_is_called_slow"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_one_that_is_called_slow() -> None:
     pass
 
 
-@pytest.mark.parametrize("until, outcome", [(None, "1 passed"), (60, "1 passed"), (-60, "1 skipped")])
-def test_no_slow_test_begins_after_its_time(repository: Path, until: int | None, outcome: str) -> None:
+@pytest.mark.parametrize("until, outcome", [(None, "1 passed"), (300, "1 passed"), (20, "1 skipped")])
+def test_no_slow_test_begins_that_would_not_end_in_time(repository: Path, until: int | None, outcome: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "SLOW_TESTS_UNTIL"}
     if until is not None:
         environment["SLOW_TESTS_UNTIL"] = str(int(time.time()) + until)
@@ -25,7 +25,7 @@ def test_no_slow_test_begins_after_its_time(repository: Path, until: int | None,
     ended = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
     assert outcome in ended.stdout, ended.stdout + ended.stderr
     assert ended.returncode == 0
-    if until == -60:
+    if until == 20:
         assert f"{SLOW} is slow, and the time that SLOW_TESTS_UNTIL gives is over" in " ".join(ended.stdout.split())
 
 
@@ -44,6 +44,9 @@ def test_each_worker_ends_with_its_slow_tests(request: pytest.FixtureRequest, wo
     assert sorted(map(id, found)) == sorted(map(id, items))
     for slow in (False, True):  # in their order
         assert [item for item in found if item.slow == slow] == [item for item in items if item.slow == slow]
+    slow_ones = [item for item in items if item.slow]
+    later = [item for item in conftest.slow_last(items, workers, len(slow_ones) + 5) if item.slow]
+    assert later == slow_ones[5:] + slow_ones[:5]
     size = len(items) / workers
     for worker in range(workers):
         # Equal stretches are of whole tests: one at a border may be the neighbour's.
