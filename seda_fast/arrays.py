@@ -33,8 +33,11 @@ def rows(array: Features, index: Index) -> NDArray[np.float32]:
 
     This is where memory maps of another dtype are cast. What overflows becomes infinite; checks refuse it.
     """
+    found = array[index]
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.array(array[index], dtype=np.float32, order="C")
+        cast = np.asarray(found, dtype=np.float32, order="C")
+    # Rows that are picked one by one are a copy already; another one of a large set might be one too many.
+    return cast.copy() if np.may_share_memory(cast, array) else cast
 
 
 def mean_and_deviation(array: Features, rows: Index | None = None) -> tuple[Moments, Moments]:
@@ -68,11 +71,14 @@ def mean_and_deviation(array: Features, rows: Index | None = None) -> tuple[Mome
 
 
 def release(array: Features) -> None:
-    """Give back the memory of a memory map's pages; the next access reads them anew. Nothing for other arrays."""
+    """Give back the memory of a memory-mapped file's pages; the next access reads them anew. Nothing for other arrays,
+    nor for a copy-on-write map (``mmap_mode="c"``), whose changes lie in memory alone."""
     base: Any = array
     while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        if isinstance(base, np.memmap) and base.mode == "c":
+            return
+        array, base = base, base.base
+    if isinstance(array, np.memmap) and isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         base.madvise(mmap.MADV_DONTNEED)
 
 

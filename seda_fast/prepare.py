@@ -141,13 +141,14 @@ def _too_large(data: FeatureSet, device: torch.device, memory_share: float, rank
     if device.type == "cpu" and not isinstance(data.visual_train, np.memmap):
         return False
     needed = 4 * (data.visual_train.size + data.text_train.size)
-    if device.type == "cpu":
-        needed *= ranks.on_host
-    return needed > memory_share * free_memory(device)
+    if device.type != "cpu" and needed > memory_share * free_memory(device):
+        return True
+    # What goes to a GPU is standardised on the host, by every rank.
+    return needed * ranks.on_host > memory_share * free_memory(torch.device("cpu"))
 
 
 def _loaded(data: FeatureSet, rows: StreamedSet) -> TrainingSet:
-    everything = np.arange(len(data.visual_train))
+    everything = slice(None)
     # In place: a second array of this size might be one too many.
     visual = torch.from_numpy(float_rows(data.visual_train, everything)).sub_(rows.visual_mean).div_(rows.visual_scale)
     release(data.visual_train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import queue
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,16 +26,40 @@ from .ops import read_rows, reads_rows
 _AHEAD = 2
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that could be had on ``device`` now; of a CPU, the machine's available memory."""
+def free_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes that could be had on ``device`` now; of a CPU, the memory available on the machine or in its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
+    free = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    meminfo = root / "proc/meminfo"
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+                free = int(line.split()[1]) * 1024
+    return min([free, *_left_in_containers(root)])
+
+
+def _left_in_containers(root: Path) -> Iterator[int]:
+    """Bytes that the limit of each control group (version 2) around this process leaves; files it has read, which the
+    system drops when it must, count as left."""
+    try:
+        told = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    own = next((line.removeprefix("0::/") for line in told if line.startswith("0::/")), None)
+    if own is None:
+        return
+    top = root / "sys/fs/cgroup"
+    for group in (top / own, *(top / own).parents):
+        try:
+            limit, used = ((group / f"memory.{what}").read_text().strip() for what in ("max", "current"))
+            files = re.findall(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), flags=re.M)
+            if limit != "max":
+                yield max(0, int(limit) - int(used) + sum(map(int, files)))
+        except (OSError, ValueError):
+            pass  # the top has no limit, and what lies outside of a container cannot be seen
+        if group == top:
+            return
 
 
 class RowReader:
@@ -50,8 +75,11 @@ class RowReader:
         self._array, self._threads = array, threads
         self._file: int | None = None
         base: Any = array.base
-        # Only a whole map: a part of one starts elsewhere in the file than it says.
-        if isinstance(array, np.memmap) and isinstance(base, mmap.mmap) and array.flags.c_contiguous:
+        # Only a whole map: a part of one starts elsewhere in the file than it says. A copy-on-write map may differ from
+        # its file.
+        changed = getattr(array, "mode", None) == "c"
+        whole = isinstance(base, mmap.mmap) and array.flags.c_contiguous and not changed
+        if isinstance(array, np.memmap) and whole:
             self._file = os.open(str(array.filename), os.O_RDONLY)
 
     def __del__(self) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,69 @@ def test_ranks_of_a_host_share_its_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_free_memory_is_what_the_system_says() -> None:
     assert 0 < free_memory(torch.device("cpu")) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "left"),
+    [
+        ((900, 500, 100), None, 500),
+        ((900, 500, 0), (700, 600, 50), 150),
+        (("max", 1, 0), None, 4096),
+        ((9, 50, 3), None, 0),
+    ],
+)
+def test_free_memory_is_what_a_container_leaves(
+    tmp_path: Path, inner: tuple[Any, int, int], outer: tuple[int, int, int] | None, left: int
+) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 4 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text("1:cpu:/x\n0::/a/b\n")
+    for path, told in (("a/b", inner), ("a", outer)):
+        group = tmp_path / "sys" / "fs" / "cgroup" / path
+        group.mkdir(parents=True, exist_ok=True)
+        if told is not None:
+            for name, value in zip(("max", "current", "stat"), told, strict=True):
+                (group / f"memory.{name}").write_text(f"inactive_file {value}\n" if name == "stat" else f"{value}\n")
+    assert free_memory(torch.device("cpu"), tmp_path) == left
+
+
+def test_what_was_changed_in_a_copy_on_write_map_is_kept_and_trained_on(tmp_path: Path) -> None:
+    """Its pages are the user's own: given back to the system, they would be the file's again."""
+    folder = folder_of(tmp_path / "data")
+    changed = np.load(folder / "visual_train.npy", mmap_mode="c")
+    changed[:] = 3 * changed + 5
+    expected = np.array(changed)
+    check_visual("a", changed)
+    mean, _ = mean_and_deviation(changed[:])
+    target = np.empty((3, changed.shape[1]), np.float32)
+    RowReader(changed).into(target, np.array([4, 1, 80]))
+    release(changed)
+    np.testing.assert_array_equal(changed, expected)
+    np.testing.assert_allclose(mean, expected.mean(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(target, expected[[4, 1, 80]])
+
+
+def test_rows_take_no_more_memory_than_they_have() -> None:
+    array = np.random.default_rng(0).normal(size=(4000, 200)).astype(np.float32)
+    for index in (slice(None), np.arange(4000)):
+        tracemalloc.start()
+        found = float_rows(array, index)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        np.testing.assert_array_equal(found, array)
+        assert not np.shares_memory(found, array)
+        assert most < 1.2 * array.nbytes
+    assert float_rows(array[:, ::2], slice(None)).flags.c_contiguous
+    assert float_rows(array.astype(np.float64), slice(5)).dtype == np.float32
+
+
+def test_a_set_fits_a_gpu_only_where_it_fits_the_host_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = FeatureSet.load(folder_of(tmp_path / "data"), unpaired="keep")
+    needed = 4 * 90 * (8 + 5)
+    for host, gpu, too_large in ((3, 3, False), (3, 1, True), (1, 3, True)):
+        free = {"cpu": host * needed, "cuda": gpu * needed}
+        monkeypatch.setattr(prepare, "free_memory", lambda device, free=free: free[device.type])
+        assert prepare._too_large(data, torch.device("cuda"), 0.5, Ranks()) == too_large
 
 
 MEASURED = """

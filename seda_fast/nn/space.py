@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BLOCK = 2**20  # elements summed together
+
 
 def category_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     """Category centres C: the mean feature of each class (SeDA, DCSL), exact, in one pass with float64 sums.
@@ -30,15 +32,22 @@ def class_sums(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor
     if labels.ndim == 2:
         if labels.shape[1] != n_classes:
             raise ValueError(f"labels have {labels.shape[1]} columns but there are {n_classes} classes")
-        carried = labels > 0
-        return carried.double().T @ features.double(), carried.sum(0)
+        together = max(1, _BLOCK // max(1, features.shape[1]))
+        sums = features.new_zeros(n_classes, features.shape[1], dtype=torch.float64)
+        for some, carried in zip(features.split(together), (labels > 0).split(together), strict=True):
+            sums += carried.double().T @ some.double()
+        return sums, (labels > 0).sum(0)
     labelled = labels >= 0
     target = labels[labelled]
     counts = torch.bincount(target, minlength=n_classes)
     if len(counts) > n_classes:
         raise ValueError(f"labels reach {len(counts) - 1} but there are {n_classes} classes")
     sums = torch.zeros(n_classes, features.shape[1], dtype=torch.float64, device=features.device)
-    sums.index_add_(0, target, features[labelled].double())
+    # Some rows at a time: in float64 all of them would be three times the features' memory.
+    together = max(1, _BLOCK // max(1, features.shape[1]))
+    for some, classes in zip(features.split(together), labels.split(together), strict=True):
+        carried = classes >= 0
+        sums.index_add_(0, classes[carried], some[carried].double())
     return sums, counts
 
 

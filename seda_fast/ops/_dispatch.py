@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 
@@ -214,6 +216,48 @@ def _autocasting(op: Callable[..., Any], device_type: str, places: Collection[in
         given = [cast(value, dtype) if place in places else value for place, value in enumerate(args)]
         with torch.autocast(device_type, enabled=False):
             return op(*given)
+
+    return run
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Lets gradients through; whoever differentiates them is told that this operation has no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, anchor: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(gradient.view_as(gradient) for gradient in found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            f"{ctx.name} cannot be differentiated twice: its gradients come of a formula of their own, which has none; "
+            "the functions of seda_fast.reference can"
+        )
+
+
+def differentiable_once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` of the operation ``name`` for `torch.library.register_autograd`, refusing a second derivative.
+
+    Saved gradients and opaque backward ops look like constants to autograd, which would leave out their part of a
+    Hessian without a word. Gradients themselves may be asked for with ``create_graph=True``.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        anchor = next((t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad), None)
+        if anchor is None:
+            return found
+        leaves, structure = pytree.tree_flatten(found)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        marked = _OnlyOnce.apply(name, anchor, *(leaves[i] for i in places))  # type: ignore[no-untyped-call]
+        for i, gradient in zip(places, marked, strict=True):
+            leaves[i] = gradient
+        return pytree.tree_unflatten(leaves, structure)
 
     return run
 

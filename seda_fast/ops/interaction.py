@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import as_counter, check_stream, check_tensor, define
+from ._dispatch import as_counter, check_stream, check_tensor, define, differentiable_once
 from ._triton import implement_with_triton
 
 
@@ -36,14 +36,14 @@ def _reference(
     stream: int,
     statistics: Tensor | None,
     leave_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     # The given statistics are for backends that read h tile by tile; here the norm sees whole rows anyway.
     keep = _keep(gate, dropout, seed, step, sample_ids, stream)
     results = reference.interaction_block_forward(
         h, gate, timesteps, shift, scale, alpha, w_h, b_h, w_o, b_o, keep, dropout
     )
     left = reference.row_statistics(results[0]) if leave_statistics else h.new_empty((0,), dtype=torch.float32)
-    return *results, left
+    return _contiguous((*results, left))
 
 
 def _reference_backward(
@@ -67,9 +67,15 @@ def _reference_backward(
     statistics: Tensor | None,
 ) -> tuple[Tensor, ...]:
     keep = _keep(gate, dropout, seed, step, sample_ids, stream)
-    return reference.interaction_block_backward(
+    results = reference.interaction_block_backward(
         grad, h, gate, timesteps, shift, scale, alpha, w_h, w_o, residual, pre, hidden, keep, dropout
     )
+    return _contiguous(results)
+
+
+def _contiguous(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """As all backends leave them and as the fakes say; PyTorch's own keep the strides of what they are given."""
+    return tuple(result.contiguous() for result in results)
 
 
 def _fake(h: Tensor, gate: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -173,7 +179,9 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Te
     return d_h, d_gate, None, d_shift, d_scale, d_alpha, d_w_h, d_b_h, d_w_o, d_b_o, *(None,) * 7
 
 
-torch.library.register_autograd("seda_fast::interaction_block", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "seda_fast::interaction_block", differentiable_once("interaction_block", _backward), setup_context=_setup_context
+)
 
 
 def interaction_block(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import as_counter, check_stream, check_tensor, define
+from ._dispatch import as_counter, check_stream, check_tensor, define, differentiable_once
 from ._triton import implement_with_triton
 from .reverse_chain import ChainWeights, check_weights
 
@@ -122,7 +122,11 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[An
     )
 
 
-torch.library.register_autograd("seda_fast::interaction_network", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "seda_fast::interaction_network",
+    differentiable_once("interaction_network", _backward),
+    setup_context=_setup_context,
+)
 
 
 def interaction_network(

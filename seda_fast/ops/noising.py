@@ -22,7 +22,12 @@ def _reference(
     sample_ids: Tensor,
     stream: int,
 ) -> Tensor:
-    return reference.q_sample(x0, timesteps, signal, noise, seed=seed, step=step, sample_ids=sample_ids, stream=stream)
+    keys: dict[str, Any] = {"seed": seed, "step": step, "sample_ids": sample_ids, "stream": stream}
+    return reference.q_sample(x0, timesteps, signal, noise, **keys).contiguous()
+
+
+def _reference_backward(grad: Tensor, timesteps: Tensor, signal: Tensor) -> Tensor:
+    return reference.q_sample_backward(grad, timesteps, signal).contiguous()
 
 
 def _fake(x0: Tensor, *rest: Any) -> Tensor:
@@ -44,7 +49,7 @@ _op = define(
 _backward_op = define(
     "q_sample_backward",
     "(Tensor grad, Tensor timesteps, Tensor signal) -> Tensor",
-    reference.q_sample_backward,
+    _reference_backward,
     _fake_backward,
 )
 implement_with_triton("q_sample", "noising", "q_sample")
@@ -60,7 +65,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _backward_op(grad, timesteps, signal), *(None,) * 7
 
 
+def _setup_context_of_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Each element of a gradient is scaled, and so is that of its own gradient.
+    return _backward_op(grad, *ctx.saved_tensors), None, None
+
+
 torch.library.register_autograd("seda_fast::q_sample", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "seda_fast::q_sample_backward", _backward_of_backward, setup_context=_setup_context_of_backward
+)
 
 
 def q_sample(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import check_tensor, define, forced
+from ._dispatch import check_tensor, define, differentiable_once, forced
 from ._triton import implement_with_triton
 
 
@@ -191,7 +191,11 @@ def _add_centre_gradient(
     total.addcmul_(away, (pull * labelled)[:, None].to(features.dtype))
 
 
-torch.library.register_autograd("seda_fast::semantic_projection", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "seda_fast::semantic_projection",
+    differentiable_once("semantic_projection", _backward),
+    setup_context=_setup_context,
+)
 
 
 def semantic_projection(
@@ -227,6 +231,8 @@ def semantic_projection(
     check_tensor(features, "features", (None, None), None, "floating")
     (batch, dim), device = features.shape, features.device
     check_tensor(labels, "labels", (batch,), device, "integer")
+    if not torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max:
+        raise ValueError(f"ignore_index is {ignore_index}, which no label of {labels.dtype} can be")
     check_tensor(weight, "weight", (None, dim), device, "floating")
     check_tensor(bias, "bias", (weight.shape[0],), device, "floating")
     if dim == 0 or weight.shape[0] == 0:

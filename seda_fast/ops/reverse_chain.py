@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import as_counter, check_stream, check_tensor, define
+from ._dispatch import as_counter, check_stream, check_tensor, define, differentiable_once
 from ._triton import implement_with_triton
 
 
@@ -48,9 +48,10 @@ def _reference(*args: Any) -> Tensor:
     *operands, seed, step, sample_ids, stream, noisy = args
     # The chain's own autograd formula is below; drawing a graph here would only cost memory.
     with torch.no_grad():
-        return reference.reverse_chain(
+        result = reference.reverse_chain(
             *operands, seed=seed, step=step, sample_ids=sample_ids, stream=stream, noisy=noisy
         )
+    return result.contiguous()
 
 
 def _fake(initial: Tensor, *rest: Any) -> Tensor:
@@ -91,7 +92,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *shaped, *(None,) * 5
 
 
-torch.library.register_autograd("seda_fast::reverse_chain", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "seda_fast::reverse_chain", differentiable_once("reverse_chain", _backward), setup_context=_setup_context
+)
 
 
 def check_weights(

@@ -98,6 +98,26 @@ def test_values_and_gradients(lane: Any, case: Case, no_worse_than_eager: Callab
         compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradients_of_rows_that_are_nearly_certain(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, recomputed: bool
+) -> None:
+    """A class of probability 0.9987 leaves p - 1 = -0.0013: stored in half precision, p would be 1 or 0.996."""
+    if recomputed:
+        monkeypatch.setattr("seda_fast.ops.projection._wants_gradient", lambda *operands: (False, False))
+    for dtype in lane.dtypes():
+        eye = torch.eye(8, device=lane.device, dtype=dtype)
+        given = {
+            "features": eye.repeat(8, 1),
+            "labels": torch.arange(64, device=lane.device) % 8,
+            "centres": None,
+            "weight": 8.625 * eye,
+            "bias": torch.zeros(8, device=lane.device, dtype=dtype),
+        }
+        for smoothing in (0.0, 0.001):
+            compare(given, {"label_smoothing": smoothing}, no_worse_than_eager, f"in {dtype}")
+
+
 def test_large_tiles_compute_the_same(
     lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,15 +46,20 @@ static void logits_backward_rows(const LogitsArguments& a, const SegmentedSums& 
   for (int64_t i = begin; i < end; ++i) {
     T* logits = new_row_of<T>(a.logits, i);
     const float grad = a.labels[i] < 0 ? 0.0f : a.grad;
+    const int64_t label = a.labels[i] - a.first_class;
+    const bool here = label >= 0 && label < a.columns;
+    const float own = here ? to_scalar(logits[label]) * a.scale : 0.0f;
     over_row(a.columns, [&](int64_t j, auto part) {
       const F x = load(logits + j, part) * a.scale;
       const F g = grad == 0.0f ? F{} : (exponential(x - a.log_normaliser[i]) - a.smoothing) * grad;
       store(logits + j, g, part);
       store(bias + j, load(bias + j, part) + g, part);
     });
-    const int64_t label = a.labels[i] - a.first_class;
-    if (label < 0 || label >= a.columns) continue;
-    logits[label] = from_scalar<T>(to_scalar(logits[label]) - a.certainty * grad);
+    if (!here) continue;
+    // Of a sure row p - 1 is what remains of two numbers near 1: a p that was stored in half precision would leave
+    // nothing of it.
+    logits[label] =
+        from_scalar<T>((__builtin_expf(own - a.log_normaliser[i]) - a.smoothing - a.certainty) * grad);
     bias[label] -= a.certainty * grad;
   }
 }

@@ -1,0 +1,116 @@
+"""All operations that have gradients: operands that lie otherwise in memory, and derivatives of derivatives."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from seda_fast.ops import (
+    ChainWeights,
+    interaction_block,
+    interaction_network,
+    q_sample,
+    reverse_chain,
+    semantic_projection,
+)
+
+OPERATION = "q_sample"
+ROWS, DIM, WIDTH, HIDDEN, BLOCKS, STEPS = 6, 4, 8, 16, 2, 10
+
+
+class Operation(NamedTuple):
+    """``call`` maps (ROWS, width) to a tensor."""
+
+    name: str
+    width: int
+    call: Callable[[Tensor], Tensor]
+
+
+def operations(dtype: torch.dtype, device: str) -> list[Operation]:
+    def draw(*shape: int) -> Tensor:
+        return (0.5 * torch.randn(shape, dtype=torch.float64, device=device)).to(dtype)
+
+    ids = torch.arange(ROWS, device=device)
+    per_block = [
+        [draw(*shape) for _ in range(BLOCKS)] for shape in ((HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,))
+    ]
+    ends = [
+        draw(WIDTH, DIM),
+        draw(WIDTH),
+        draw(WIDTH, DIM),
+        draw(WIDTH),
+        draw(BLOCKS * HIDDEN, WIDTH),
+        draw(BLOCKS * HIDDEN),
+    ]
+    weights = ChainWeights(*ends, *per_block, draw(DIM, WIDTH), draw(DIM))
+    modulation, coefficients = draw(STEPS, BLOCKS, 3, WIDTH), draw(STEPS, 5).abs()
+    tables, gate, condition = modulation[:, 0].unbind(1), draw(ROWS, HIDDEN), draw(ROWS, DIM)
+    signal, noise = draw(STEPS).abs(), draw(STEPS).abs()
+    block = (per_block[0][0], per_block[1][0], per_block[2][0], per_block[3][0])
+    classes, bias, centres = draw(4, DIM), draw(4), draw(4, DIM)
+    keys: dict[str, Any] = {"seed": 0, "step": 0, "sample_ids": ids}
+    return [
+        Operation("q_sample", DIM, lambda x: q_sample(x, ids, signal, noise, **keys)),
+        Operation("interaction_block", WIDTH, lambda x: interaction_block(x, gate, ids, *tables, *block)),
+        Operation("interaction_network", DIM, lambda x: interaction_network(x, [condition], ids, modulation, weights)),
+        Operation("semantic_projection", DIM, lambda x: sum(semantic_projection(x, ids % 4, centres, classes, bias))),
+        Operation(
+            "reverse_chain",
+            DIM,
+            lambda x: reverse_chain(x, condition, condition, coefficients, modulation, weights, **keys, stream=4),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_second_derivative_is_right_or_refused(lane: Any, place: int) -> None:
+    """Never a Hessian from which the operation's part is missing."""
+    operation = operations(torch.float32, lane.device)[place]
+    x = torch.randn(ROWS, operation.width, device=lane.device)
+    leaf = x.clone().requires_grad_()
+    plain = torch.autograd.grad(operation.call(leaf).square().sum(), leaf)[0]
+    (gradient,) = torch.autograd.grad(operation.call(leaf).square().sum() + leaf.pow(3).sum(), leaf, create_graph=True)
+    torch.testing.assert_close(gradient.detach(), plain + 3 * x.square())
+    if operation.name != "q_sample":
+        with pytest.raises(RuntimeError, match=f"{operation.name} cannot be differentiated twice"):
+            gradient.square().sum().backward()
+        return
+    (found,) = torch.autograd.grad(gradient.square().sum(), leaf)
+    exact = x.double().requires_grad_()
+    (slope,) = torch.autograd.grad(
+        # The factor of x0, and what is added to it, are constants: read off by two calls.
+        (
+            (operation.call(torch.ones_like(x)) - operation.call(torch.zeros_like(x))).double() * exact
+            + operation.call(torch.zeros_like(x)).double()
+        )
+        .square()
+        .sum()
+        + exact.pow(3).sum(),
+        exact,
+        create_graph=True,
+    )
+    (expected,) = torch.autograd.grad(slope.square().sum(), exact)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_compiled_code_takes_operands_in_columns(lane: Any, place: int) -> None:
+    """A fake that promises other strides than the operation leaves makes compiled code refuse or misread its result."""
+    torch._dynamo.reset()  # at each of these tests the same function is compiled anew, and it is so eight times at most
+    # In the interpreter a call takes seconds.
+    for dtype in lane.dtypes()[: 1 if lane.backend == "triton" else None]:
+        operation = operations(dtype, lane.device)[place]
+        x = torch.randn(operation.width, ROWS, device=lane.device).to(dtype).t()
+
+        def doubled(x: Tensor, operation: Operation = operation) -> Tensor:
+            return 2 * operation.call(x)
+
+        leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
+        results = (doubled(leaves[0]), torch.compile(doubled, fullgraph=True, backend="aot_eager")(leaves[1]))
+        assert operation.call(x).is_contiguous()
+        torch.testing.assert_close(results[1], results[0])
+        for result in results:
+            result.float().square().sum().backward()
+        torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
