@@ -25,6 +25,7 @@ from .files import DataError, atomic_path
 KEPT = 2
 _FORMAT = 1
 _TENSORS, _STATE = ".safetensors", ".json"
+_JOB = "job"
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,36 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all checkpoints and what interrupted writes left behind."""
+        (self.folder / _JOB).unlink(missing_ok=True)
         for step in self.steps():
             self._path(step).with_suffix(_STATE).unlink(missing_ok=True)
         for pattern in (f"step-*{_TENSORS}", ".step-*"):
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
+
+    def start_anew(self, job: str | None) -> None:
+        """Remove what an earlier run left, before the first checkpoint of this one.
+
+        ``job`` names the job of which the run is a part, where one may have to begin once more (see `begun_by`).
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        try:
+            self.clear()
+            if job is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with atomic_path(self.folder / _JOB) as draft:
+                    draft.write_text(job, encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"the folder {self.folder} cannot be written: {_reason(error)}") from error
+
+    def begun_by(self, job: str | None) -> bool:
+        """Whether what is here, be it only a beginning without any checkpoint, is of ``job``."""
+        try:
+            return job is not None and (self.folder / _JOB).read_text(encoding="utf-8") == job
+        except (OSError, UnicodeDecodeError):
+            return False
 
     def newest_path(self) -> Path | None:
         """Where the newest finished checkpoint lies; None where there is none."""

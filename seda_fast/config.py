@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,10 @@ FOUND = -1.0  # a label_share or a scaling that is left to `nn.kernel_head.label
 
 ConditionName = Literal["both", "semantic", "visual"]
 SamplerName = Literal["ddim", "renoise"]
+
+
+# Both networks' blocks and three noises of conditions and heads have streams of their own from 6 on, of 256 in all.
+_MOST_BLOCKS = 123
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,7 @@ class SeDAConfig:
             check_range(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("width", "visual_width", "blocks", "expansion"):
             check_range(self, name, getattr(self, name) >= 1, "at least 1")
+        check_range(self, "blocks", self.blocks <= _MOST_BLOCKS, f"at most {_MOST_BLOCKS}")
         for name in ("semantic_steps", "textual_steps", "classification_steps"):
             check_range(self, name, getattr(self, name) >= 1, "at least 1")
         check_range(
@@ -213,11 +219,16 @@ def check_types(config: Any) -> None:
             if value not in get_args(hint):
                 raise ConfigError(f"{f.name} must be one of {', '.join(get_args(hint))}, not {value!r}")
         elif hint is float:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ConfigError(f"{f.name} must be a number, not {value!r}")
+            if not math.isfinite(value):
+                raise ConfigError(f"{f.name} must be a finite number, not {value!r}")
             object.__setattr__(config, f.name, float(value))
         elif hint in (int, bool, str) and type(value) is not hint:
             raise ConfigError(f"{f.name} must be of type {hint.__name__}, not {value!r}")
+        elif hint is str and any("\ud800" <= letter <= "\udfff" for letter in value):
+            # Bytes of a file's name that are no UTF-8: what is written about a run could not hold it.
+            raise ConfigError(f"{f.name} must be UTF-8 text, not {value!r}")
 
 
 def check_range(config: Any, name: str, good: bool, expected: str) -> None:

@@ -68,13 +68,14 @@ def _check_split(folder: Path, part: EvaluationRows) -> None:
     """Raises DataError where ``part`` was cut from other rows than those that the model's own test part was: some of it
     would be rows that the model was trained on."""
     path = folder / METRICS_FILE
-    if part.split is None or not path.exists():
+    if part.split is None:
         return
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8")).get("split")
+        recorded = json.loads(path.read_text(encoding="utf-8")).get("split") if path.exists() else None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise DataError(f"{path}: not the metrics of a training run ({error})") from error
-    if recorded not in (None, part.split):
+    # None: the model's own test part was not cut from its training rows, or nothing tells from which it was.
+    if recorded != part.split:
         raise DataError(
             f"{part.source}: its rows are not those of the model's training, so the test part cannot be found again; "
             "give data with visual_test and label_test"

@@ -30,10 +30,15 @@ class EventLog:
         self._writer: Any = None
         self._step = 0
 
-    def start(self, done: int) -> None:
-        """Begin after step ``done``; what an earlier, interrupted part of the run said of later steps is void."""
+    def start(self, done: int, anew: bool = False) -> None:
+        """Begin after step ``done``; what an earlier, interrupted part of the run said of later steps is void.
+
+        ``anew``: what lies in the folder is of another run, and goes.
+        """
         self._step = done
         if self._folder is not None:
+            for path in self._folder.glob(_FILES) if anew else ():
+                path.unlink()
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
             self._writer = writer(str(self._folder), purge_step=done + 1, flush_secs=_FLUSH_SECONDS)
 
@@ -84,9 +89,6 @@ def event_log(folder: Path | None, *, overwrite: bool, resume: bool) -> Iterator
             raise DataError(
                 f"the folder {folder} holds the events of an earlier run; give --overwrite or another --out"
             )
-        if not resume:
-            for path in earlier:
-                path.unlink()
     log = EventLog(folder)
     try:
         yield log

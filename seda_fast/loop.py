@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +28,8 @@ from .ranks import ALONE, Ranks
 # Looks for losses gone bad, and, of several ranks with GPUs, for signals: after so many seconds, as a signal has to be
 # heard, and what a GPU was told before be done, within `interrupt.GRACE_SECONDS`; and after so many steps at most.
 LOOK_SECONDS, LOOK_STEPS = 1.0, 50
+# Rows by which a checkpoint tells its data from other data.
+_TOLD_BY = 64
 
 
 class TrainingError(RuntimeError):
@@ -104,11 +109,13 @@ class Keeping:
         checkpoints: where to, and from where `Trainer.resume` takes the newest; None on all ranks but the first.
         every: epochs between checkpoints; a fraction for several an epoch.
         interrupts: asked after each step whether to stop.
+        resume: whether to go on from the newest checkpoint, where there is one. All ranks have the same.
     """
 
     checkpoints: Checkpoints | None
     every: float = 1.0
     interrupts: Interrupts | None = None
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -329,7 +336,8 @@ class Trainer:
         if not newest:
             self._refuse_non_finite()
         self._refuse_bad_state()
-        tensors, state = {**self.stepper.tensors(), "order": self._order_state}, self._state()
+        tensors = {**self.stepper.tensors(), **self._some_rows, "order": self._order_state}
+        state = self._state()
         tensors["untold"] = self._untold()
         tensors["sums"] = self.stepper.gather_sums()
         if keeping.checkpoints is not None:
@@ -366,6 +374,7 @@ class Trainer:
             "scaler": self.stepper.scaler.state_dict(),
             "fallbacks": self.stepper.fallbacks,
             "rows": len(self.data),
+            "labels": self._labels_digest,
             "settings": {
                 "train": dataclasses.asdict(self.settings),
                 "model": dataclasses.asdict(self.model.config),
@@ -425,18 +434,34 @@ class Trainer:
         self._say(f"continuing after step {self.stepper.done} of {self.total_steps}, from {self._last_checkpoint}")
         return True
 
+    @cached_property
+    def _labels_digest(self) -> str:
+        """What tells the rows' labels, and which of them have a text, from those of other data."""
+        parts = (self.data.labels.cpu().numpy(), self.data.paired.cpu().numpy())
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+
+    @cached_property
+    def _some_rows(self) -> dict[str, Tensor]:
+        """Standardised features and texts of some rows, spread over the training part, by their names there."""
+        index = torch.linspace(0, len(self.data) - 1, min(len(self.data), _TOLD_BY)).long()
+        visual, text, *_ = self.data.rows(index.to(self.data.device))
+        return {"some_visual": visual, "some_text": text}
+
     def _check_same_run(self, found: Checkpoint) -> None:
         state = found.state
         own = self._state()
+        if any(state.get(name, own[name]) != own[name] for name in ("rows", "labels")):
+            raise DataError(f"the checkpoint {found.path} is of a run on other data")
         for section, settings in own["settings"].items():
             _refuse_difference(settings, state.get("settings", {}).get(section, {}), found.path)
         statistics = ["visual_mean", "visual_scale", "text_mean", "text_scale", "centres"]
         statistics += ["text_classes"] if self.model.config.class_text else []
-        same = state.get("rows") == len(self.data) and all(
+        told = {f"model.{name}": getattr(self.model, name) for name in statistics} | self._some_rows
+        same = all(
             # Ranks in another number add up in another order.
-            torch.allclose(found.tensors[f"model.{name}"].to(value.device), value, rtol=1e-4, atol=1e-5)
-            for name, value in ((name, getattr(self.model, name)) for name in statistics)
-            if f"model.{name}" in found.tensors
+            torch.allclose(found.tensors[name].to(value.device), value, rtol=1e-4, atol=1e-5)
+            for name, value in told.items()
+            if name in found.tensors
         )
         if not same:
             raise DataError(f"the checkpoint {found.path} is of a run on other data")

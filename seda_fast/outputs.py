@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .arrays import release
 from .arrays import rows as float_rows
 from .data import EvaluationRows, VisualRows
 from .files import DataError
@@ -59,6 +60,42 @@ def model_outputs(
 
     ``on_rows`` is called with the number of rows done since the last call.
     """
+
+    def everything(visual: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        combined, s, t, v, *kernel = model.predict_log_proba(visual, ids, seed=seed, heads=True)
+        semantic, aligned = model.align(visual, ids, seed=seed)
+        _, point = model.align(visual, ids, steps=model.config.classification_steps, seed=seed)
+        return combined, s, t, v, semantic, aligned, point, *kernel
+
+    return Outputs(*_of_chunks(model, rows, everything, on_rows))
+
+
+def model_log_proba(
+    model: SeDA,
+    rows: EvaluationRows | VisualRows,
+    *,
+    seed: int = PREDICTION_SEED,
+    on_rows: Callable[[int], object] = lambda rows: None,
+) -> Float:
+    """The combined log-probabilities (M, K) alone, the same bits as those of `model_outputs`, in a half to a quarter of
+    its time: nothing is aligned but what the heads look at."""
+
+    def combined(visual: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = model.predict_log_proba(visual, ids, seed=seed)
+        assert isinstance(found, torch.Tensor)
+        return (found,)
+
+    (found,) = _of_chunks(model, rows, combined, on_rows)
+    return found
+
+
+def _of_chunks(
+    model: SeDA,
+    rows: EvaluationRows | VisualRows,
+    function: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
+    on_rows: Callable[[int], object],
+) -> list[Float]:
+    """What ``function`` makes of features (m, Dv) and sample ids (m,), some rows at a time, put together."""
     device = model.centres.device
     # The model fills whole blocks.
     chunk_rows = max(_CHUNK_ROWS, BLOCK_ROWS[device.type])
@@ -68,14 +105,11 @@ def model_outputs(
             index = np.arange(start, min(start + chunk_rows, len(rows.visual)))
             visual = torch.from_numpy(float_rows(rows.visual, index)).to(device)
             ids = torch.from_numpy(np.asarray(rows.ids[index])).to(device)
-            combined, s, t, v, *kernel = model.predict_log_proba(visual, ids, seed=seed, heads=True)
-            semantic, aligned = model.align(visual, ids, seed=seed)
-            _, point = model.align(visual, ids, steps=model.config.classification_steps, seed=seed)
-            found = (combined, s, t, v, semantic, aligned, point, *kernel)
-            parts.append(tuple(part.cpu() for part in found))
+            parts.append(tuple(part.cpu() for part in function(visual, ids)))
+            release(rows.visual)
             _refuse_nan(rows, index, parts[-1])
             on_rows(len(index))
-    return Outputs(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
+    return [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
 
 
 def first_nan(outputs: Sequence[torch.Tensor]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -18,9 +18,10 @@ from .data import VisualRows, load_visual
 from .files import DataError, atomic_path, output_file
 from .nn import WEIGHTS_FILE, SeDA
 from .nn.multi_label import THRESHOLD
-from .outputs import PREDICTION_SEED, Outputs
+from .outputs import PREDICTION_SEED, Float, Outputs
 from .ranks import Ranks, joined
-from .sharded import sharded_outputs
+from .results import RESULTS
+from .sharded import sharded_log_proba, sharded_outputs
 
 PROGRAM = "seda_fast.predict"
 HEADER = ("label", "class_name", "probability", "top5")
@@ -34,29 +35,29 @@ def samples(rows: VisualRows) -> list[tuple[Any, ...]]:
     return [("id", "name"), *zip(rows.ids.tolist(), rows.names, strict=True)]
 
 
-def write_csv(file: IO[str], outputs: Outputs, rows: VisualRows, class_names: Sequence[str]) -> None:
-    """A row per sample: its id (and name), predicted label, its name and probability, and ``label:probability`` of the
-    best five."""
+def write_csv(file: IO[str], log_proba: Float, rows: VisualRows, class_names: Sequence[str]) -> None:
+    """A row per sample of ``log_proba`` (M, K): its id (and name), predicted label, its name and probability, and
+    ``label:probability`` of the best five."""
     writer = csv.writer(file)
     header, *called = samples(rows)
     writer.writerow((*header, *HEADER))
     # A stable sort, so that equal probabilities rank as arg max does.
-    ranks = np.argsort(-outputs.log_proba, axis=1, kind="stable")[:, :5]
-    for sample, log_proba, best in zip(called, outputs.log_proba, ranks, strict=True):
-        p = np.exp(log_proba[best])
+    ranks = np.argsort(-log_proba, axis=1, kind="stable")[:, :5]
+    for sample, row, best in zip(called, log_proba, ranks, strict=True):
+        p = np.exp(row[best])
         top = " ".join(f"{label}:{value:.6f}" for label, value in zip(best.tolist(), p.tolist(), strict=True))
         writer.writerow((*sample, int(best[0]), class_names[best[0]], f"{p[0]:.6f}", top))
 
 
 def write_multi_label_csv(
-    file: IO[str], outputs: Outputs, rows: VisualRows, class_names: Sequence[str], threshold: float
+    file: IO[str], log_proba: Float, rows: VisualRows, class_names: Sequence[str], threshold: float
 ) -> None:
-    """A row per sample: its id (and name), the numbers of the classes whose probability reaches ``threshold``,
-    separated by spaces, their names, separated by "; ", and the probability of each class."""
+    """A row per sample of ``log_proba`` (M, K): its id (and name), the numbers of the classes whose probability reaches
+    ``threshold``, separated by spaces, their names, separated by "; ", and the probability of each class."""
     writer = csv.writer(file)
     header, *called = samples(rows)
     writer.writerow((*header, *MULTI_LABEL_HEADER, *(f"probability:{name}" for name in class_names)))
-    for sample, p in zip(called, np.exp(outputs.log_proba), strict=True):
+    for sample, p in zip(called, np.exp(log_proba), strict=True):
         carried = np.flatnonzero(p >= threshold).tolist()
         names = "; ".join(class_names[k] for k in carried)
         writer.writerow((*sample, " ".join(map(str, carried)), names, *(f"{value:.6f}" for value in p.tolist())))
@@ -96,36 +97,51 @@ def write(config: PredictConfig, ranks: Ranks) -> None:
     out = output_file(config.out, "--out", (".csv",)) if config.out else None
     features = output_file(config.features, "--features", (".npz", ".safetensors")) if config.features else None
     folder = Path(config.model)
-    for option, path in (("--out", out), ("--features", features)):
-        for read in (folder / WEIGHTS_FILE, Path(config.data)):
-            if path is not None and path.exists() and read.exists() and path.samefile(read):
-                raise DataError(f"{option} {path} is what is read")
+    _refuse_own_files(folder, config.data, {"--out": out, "--features": features})
     model = SeDA.from_pretrained(folder, choose_device(config.device))
     if config.threshold != THRESHOLD and not model.config.multi_label:
         raise ConfigError("threshold is for multi-label models; this one gives each row one class")
     fraction, split_seed = split_settings(folder) or (0.2, 0)
     rows = load_visual(config.data, visual_dim=model.config.visual_dim, test_fraction=fraction, seed=split_seed)
+    outputs = None
     with progress(len(rows.visual), "predicting") as bar:
-        outputs = sharded_outputs(model, rows, ranks, seed=config.seed, on_rows=bar.update)
+        if features is None:
+            log_proba = sharded_log_proba(model, rows, ranks, seed=config.seed, on_rows=bar.update)
+        else:
+            outputs = sharded_outputs(model, rows, ranks, seed=config.seed, on_rows=bar.update)
+            log_proba = outputs.log_proba
     if not ranks.first:
         return
     for path in (out, features):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    if features is not None:
+    if features is not None and outputs is not None:
         write_features(features, outputs, rows.ids)
 
     def write_table(file: IO[str]) -> None:
         if model.config.multi_label:
-            write_multi_label_csv(file, outputs, rows, model.class_names, config.threshold)
+            write_multi_label_csv(file, log_proba, rows, model.class_names, config.threshold)
         else:
-            write_csv(file, outputs, rows, model.class_names)
+            write_csv(file, log_proba, rows, model.class_names)
 
     if out is None:
         write_table(sys.stdout)
         return
     with atomic_path(out) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         write_table(file)
+
+
+def _refuse_own_files(folder: Path, data: str, written: Mapping[str, Path | None]) -> None:
+    """Raises DataError where a file to be written is one that is read, or that the training of the model wrote."""
+    for option, path in written.items():
+        if path is None or not path.exists():
+            continue
+        for read in (folder / WEIGHTS_FILE, Path(data)):
+            if read.exists() and path.samefile(read):
+                raise DataError(f"{option} {path} is what is read")
+        for name in RESULTS:
+            if (folder / name).exists() and path.samefile(folder / name):
+                raise DataError(f"{option} {path} is of the model's training; give another name")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

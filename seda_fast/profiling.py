@@ -68,7 +68,7 @@ def profiled(trace: Path | None, device: torch.device, steps: int, found: Profil
         trace: where the trace goes, for chrome://tracing or Perfetto; None looks at nothing.
         found: takes the result.
     """
-    if trace is None:
+    if trace is None or steps == 0:
         yield Recorder(None)
         return
     skipped = min(_SKIPPED, max(0, steps - 2))

@@ -104,9 +104,17 @@ class Ranks:
 ALONE = Ranks()
 
 
-def restarted() -> bool:
-    """Whether ``torchrun`` started these processes anew after one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def job() -> str | None:
+    """What ``torchrun`` calls the job that these processes are of, the same after a restart; None without it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def restarted(ranks: Ranks) -> bool:
+    """Whether ``torchrun`` started these processes anew after one of them died; all ranks must ask.
+
+    On several hosts only that where it died counts it.
+    """
+    return bool(ranks.largest([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))])[0])
 
 
 def _own_gpu() -> int:
@@ -116,6 +124,14 @@ def _own_gpu() -> int:
     if ranks > gpus:
         raise ConfigError(f"{ranks} ranks on this host need a GPU each, and it has {gpus}; start fewer, or use the CPU")
     return rank
+
+
+def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors. This package's own may have any word in them, as of a folder's name."""
+    if isinstance(error, dist.DistError):
+        return True
+    names = ("gloo", "nccl", "connection closed", "connection reset")
+    return type(error) is RuntimeError and any(name in str(error).lower() for name in names)
 
 
 @contextmanager
@@ -138,15 +154,16 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     # torchrun's store may outlive a restart, and with it the addresses of processes that are no more.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         yield Ranks(rank, world)
     except RuntimeError as error:
-        if not any(name in str(error).lower() for name in ("gloo", "nccl", "connection closed", "connection reset")):
+        if not _tells_of_a_lost_rank(error):
             raise
         raise RankLost("another rank has ended, so this one cannot go on") from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         # gloo's threads live on, and let go of the last tensors only after we have their values, for which they need
         # Python's lock: at its exit, that ends the process (3 of 48 processes without this pause).
         time.sleep(_LETTING_GO)

@@ -28,7 +28,7 @@ CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.toml", "metrics.json", "histor
 OUTPUTS_FILE = "outputs.safetensors"
 TRACE_FILE, REPORT_FOLDER = "trace.json", "report"
 # What a run may write to its folder, and what the other commands and the estimator make of its model there.
-_RESULTS = (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, HISTORY_FILE, OUTPUTS_FILE, TRACE_FILE, REPORT_FOLDER)
+RESULTS = (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, HISTORY_FILE, OUTPUTS_FILE, TRACE_FILE, REPORT_FOLDER)
 _DERIVED = ("model.pt2", "model.onnx", "report.html", "estimator.json")
 _LOCK_FILE, _DRAFT_FOLDER = "lock", "draft"
 
@@ -44,10 +44,12 @@ def results_folder(
 ) -> Iterator[tuple[Path, Checkpoints]]:
     """A draft folder whose files move to ``out`` when the block ends well and vanish otherwise, and the checkpoints.
 
-    The checkpoints stay when the block ends otherwise, for ``resume``; a finished run has none.
+    The checkpoints stay when the block ends otherwise, for ``resume``; a finished run has none. Those that a run finds
+    and does not resume are its own to remove when it begins to train (`Checkpoints.start_anew`): until then it may turn
+    out that its data cannot be used.
 
     Args:
-        overwrite: replace the results and drop the unfinished run that are there.
+        overwrite: replace the results that are there; an unfinished run that is there may be dropped.
         resume: the checkpoints that are there are this run's.
         report: called with a sentence on what was found and put right (a stale lock, a damaged checkpoint).
 
@@ -60,7 +62,7 @@ def results_folder(
     with _locked(place, out, report):
         checkpoints = Checkpoints(place, report)
         unfinished = bool(checkpoints.steps())
-        finished = [name for name in _RESULTS if (out / name).exists()]
+        finished = [name for name in RESULTS if (out / name).exists()]
         # A run that was killed while its results moved has both.
         if finished and not overwrite and not (resume and unfinished):
             raise DataError(
@@ -71,24 +73,30 @@ def results_folder(
             raise DataError(f"an unfinished run to {out} is there; --resume continues it, --overwrite drops it")
         draft = place / _DRAFT_FOLDER
         try:
-            shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
-            if not resume:
-                checkpoints.clear()
-            draft.mkdir()
+            with _writing(out):
+                shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+                draft.mkdir()
             yield draft, checkpoints
-            if finished:  # else what has the names of what is made of a model is the user's own
-                _remove_stale(draft, out)
-            _move(draft, out)
-            checkpoints.clear()
-        except OSError as error:
-            raise DataError(f"the folder {out} cannot be written: {error.strerror or error}") from error
+            with _writing(out):
+                if finished:  # else what has the names of what is made of a model is the user's own
+                    _remove_stale(draft, out)
+                _move(draft, out)
+                checkpoints.clear()
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
 
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"the folder {out} cannot be written: {error.strerror or error}") from error
+
+
 def _remove_stale(draft: Path, out: Path) -> None:
     """What an earlier run left in ``out`` and the new one in ``draft`` does not replace: it is of another model."""
-    for name in (*_RESULTS, *_DERIVED):
+    for name in (*RESULTS, *_DERIVED):
         if (out / name).is_dir() and not (out / name).is_symlink():
             shutil.rmtree(out / name)
         elif not (draft / name).exists():

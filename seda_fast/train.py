@@ -27,6 +27,7 @@ from . import _eval_extra  # noqa: F401 - checks first that what measuring needs
 from .arrays import labelled_rows
 from .arrays import rows as float_rows
 from .baselines import BASELINES, Baseline, enough_epochs, fit_baseline
+from .checkpoint import Checkpoints
 from .command import choose_device, progress, report, run, settings_of
 from .config import ConfigError, SeDAConfig, TrainConfig, check_given, check_range, check_types, setting
 from .data import EvaluationRows, FeatureSet
@@ -42,7 +43,7 @@ from .nn.scaling import Scaling
 from .outputs import Outputs
 from .prepare import prepare
 from .profiling import Profile, profiled
-from .ranks import ALONE, Ranks, joined, restarted
+from .ranks import ALONE, Ranks, job, joined, restarted
 from .results import (
     CONFIG_FILE,
     HISTORY_FILE,
@@ -51,6 +52,7 @@ from .results import (
     REPORT_FOLDER,
     TRACE_FILE,
     results_folder,
+    unfinished_folder,
     write_history,
     write_settings,
 )
@@ -243,11 +245,14 @@ def fit(
         telling=None if events is None else Telling(settings.run.log_every, events.losses),
         say=say,
     )
-    if (settings.run.resume or restarted()) and not trainer.resume():
+    resumed = keeping.resume and trainer.resume()
+    if keeping.resume and not resumed:
         say(f"there is no unfinished run to {settings.run.out}; starting at the beginning")
+    if not resumed and keeping.checkpoints is not None:
+        keeping.checkpoints.start_anew(job())
     resumed_after, before = trainer.stepper.done, trainer.seconds
     if events is not None:
-        events.start(resumed_after)
+        events.start(resumed_after, anew=not keeping.resume)
     started = time.perf_counter()
     assert keeping.interrupts is not None
     found = Profile({})
@@ -381,19 +386,21 @@ def run_on(settings: Settings, ranks: Ranks, interrupts: Interrupts) -> None:
     out, options = Path(settings.run.out), settings.run
     if options.tensorboard:
         require_tensorboard()
+    say, again = partial(report, PROGRAM), restarted(ranks)
+    # What torchrun starts anew has the arguments that it had, and must not drop what it did.
+    goes_on = again and ranks.first and Checkpoints(unfinished_folder(out), say).begun_by(job())
+    resume = bool(ranks.largest([options.resume or goes_on])[0])
+    keeping = Keeping(None, options.checkpoint_every, interrupts, resume)
     if not ranks.first:
         silent = EventLog(None) if options.tensorboard else None
-        train_and_evaluate(settings, None, Keeping(None, options.checkpoint_every, interrupts), ranks, silent)
+        train_and_evaluate(settings, None, keeping, ranks, silent)
         return
-    # What torchrun starts anew has the arguments that it had, and must not drop what it did.
-    resume = options.resume or restarted()
-    overwrite, say = options.overwrite and not restarted(), partial(report, PROGRAM)
     told = Path(options.tensorboard) / out.absolute().name if options.tensorboard else None
     with (
-        results_folder(out, overwrite=overwrite, resume=resume, report=say) as (draft, checkpoints),
-        event_log(told, overwrite=overwrite, resume=resume) as events,
+        results_folder(out, overwrite=options.overwrite, resume=resume, report=say) as (draft, checkpoints),
+        event_log(told, overwrite=options.overwrite, resume=resume) as events,
     ):
-        keeping = Keeping(checkpoints, options.checkpoint_every, interrupts)
+        keeping = dataclasses.replace(keeping, checkpoints=checkpoints)
         shown = train_and_evaluate(settings, draft, keeping, ranks, events if told is not None else None)
     print(shown)
     print(f"\nresults: {out}")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -440,6 +441,20 @@ def test_predict_writes_what_the_model_says(trained: Path, tmp_path: Path) -> No
             np.testing.assert_array_equal(found[name], saved[name])
 
 
+def test_predictions_alone_align_nothing_more_and_are_the_same(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--model", str(trained / "run"), "--data", str(trained / "data.npz")]
+    assert predict.main([*given, "--out", str(tmp_path / "a.csv"), "--features", str(tmp_path / "f.npz")]) == 0
+
+    def never(*given: object, **named: object) -> None:
+        raise AssertionError("nobody asked for aligned features")
+
+    monkeypatch.setattr(SeDA, "align", never)
+    assert predict.main([*given, "--out", str(tmp_path / "b.csv")]) == 0
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
 def test_predict_needs_visual_features_alone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     visual = np.load(trained / "data.npz")["visual_test"]
     np.savez(tmp_path / "only.npz", visual=visual)
@@ -800,6 +815,14 @@ def test_rows_that_a_model_was_trained_on_are_not_taken_for_a_test_part(
         np.savez(tmp_path / "changed.npz", **changed)
         assert evaluate.main(["--model", str(split / "run"), "--data", str(tmp_path / "changed.npz")]) == 2
         assert "its rows are not those of the model's training" in capsys.readouterr().err
+    # A model whose test part was not cut from its training rows, and one of which nothing tells from what it was.
+    make_set(tmp_path / "whole.npz")
+    assert train.main(["--data", str(tmp_path / "whole.npz"), "--out", str(tmp_path / "run"), *TINY]) == 0
+    capsys.readouterr()
+    shutil.copytree(split / "run", tmp_path / "bare", ignore=shutil.ignore_patterns("metrics.json"))
+    for model in ("run", "bare"):
+        assert evaluate.main(["--model", str(tmp_path / model), "--data", str(split / "data.npz")]) == 2
+        assert "its rows are not those of the model's training" in capsys.readouterr().err
 
 
 def test_a_prediction_that_is_no_number_is_refused_with_its_row(
@@ -879,6 +902,11 @@ def test_an_output_does_not_replace_what_is_read(
         assert predict.main(given) == 2
         assert f"--features {path} is what is read" in capsys.readouterr().err
         assert path.read_bytes() == before
+    before, path = (run / "outputs.safetensors").read_bytes(), run / "outputs.safetensors"
+    given = ["--model", str(run), "--data", str(trained / "data.npz"), "--features", str(path)]
+    assert predict.main(given) == 2
+    assert f"--features {path} is of the model's training; give another name" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_shortened_options_are_unknown(capsys: pytest.CaptureFixture[str]) -> None:

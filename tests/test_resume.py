@@ -293,6 +293,66 @@ def test_an_unfinished_run_is_neither_overwritten_nor_resumed_unasked(
     assert not unfinished_folder(out).exists()
 
 
+def test_a_run_that_cannot_begin_drops_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever mistypes --data beside --overwrite still has the unfinished run and its events."""
+    out, told = tmp_path / "out", tmp_path / "events" / "out"
+    arguments = unfinished(data, out, monkeypatch)
+    told.mkdir(parents=True)
+    (told / "events.out.tfevents.1.host.1.0").write_text("")
+    before = sorted(unfinished_folder(out).iterdir())
+    wrong = ["--data", str(tmp_path / "typo.npz"), *arguments[2:], "--overwrite"]
+    assert train.main([*wrong, "--tensorboard", str(told.parent)]) == 2
+    assert "typo.npz: does not exist" in capfd.readouterr().err
+    assert sorted(unfinished_folder(out).iterdir()) == before
+    assert len(list(told.iterdir())) == 1
+    assert train.main([*arguments, "--resume"]) == 0
+
+
+def test_what_torchrun_starts_anew_goes_on_with_its_own_run_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With --overwrite, which every attempt is given: results and checkpoints of an earlier run are not its own."""
+    out = tmp_path / "out"
+    assert train.main(["--data", str(data), *SMALL, "--epochs", "1", "--out", str(out)]) == 0
+    earlier = (out / "model.safetensors").read_bytes()
+    arguments = [*unfinished(data, out, monkeypatch, "--overwrite"), "--resume"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    capfd.readouterr()
+    # The first attempt ended before it began to train: what is here is another run's.
+    unfinished(data, out, monkeypatch, "--overwrite")
+    assert "continuing" not in capfd.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == earlier
+    # This one did begin.
+    assert train.main([option for option in arguments if option != "--resume"]) == 0
+    assert "continuing after step 18 of 18" in capfd.readouterr().err
+    assert (out / "model.safetensors").read_bytes() != earlier
+    assert not unfinished_folder(out).exists()
+
+
+@pytest.mark.parametrize("change", ["labels", "texts of other rows", "rows"])
+def test_other_data_do_not_resume_although_their_moments_are_the_same(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], change: str
+) -> None:
+    arguments = unfinished(data, tmp_path / "out", monkeypatch)
+    with np.load(data) as source:
+        arrays = dict(source)
+    order = np.random.default_rng(0).permutation(len(arrays["label_train"]))
+    if change == "labels":
+        same_class = np.flatnonzero(arrays["label_train"] == arrays["label_train"][0])[:2]
+        arrays["label_train"][same_class[0]] = (arrays["label_train"][same_class[0]] + 1) % 3
+    elif change == "rows":
+        arrays = {name: value[:-1] if name.endswith("_train") else value for name, value in arrays.items()}
+    else:
+        arrays["text_train"] = arrays["text_train"][order]
+    np.savez(tmp_path / "other.npz", **arrays)
+    capfd.readouterr()
+    assert train.main(["--data", str(tmp_path / "other.npz"), *arguments[2:], "--resume"]) == 2
+    assert "is of a run on other data" in capfd.readouterr().err
+
+
 def test_a_trained_run_resumes_to_its_evaluation(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
