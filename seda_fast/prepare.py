@@ -20,7 +20,7 @@ from .loop import TrainingSet
 from .nn import SeDA, centres_of, class_sums
 from .nn.kernel_head import RIDGE_ROWS, SHARES, judged_rows, kernel_rows
 from .nn.scaling import POWERS, ROWS, Scaling, best_power, scale_of
-from .nn.teacher import teacher_rows
+from .nn.teacher import lone_rows, teacher_rows
 from .nn.textual_head import textual_head_rows
 from .ranks import ALONE, Ranks
 from .streaming import RowReader, StreamedSet, free_memory
@@ -185,7 +185,9 @@ def _fit(
     model.teacher = None
     if len(taught):
         visual, text, labels, _, _ = rows.rows(taught)
-        model.set_teacher(visual, text, labels, seed)
+        lone, _, lone_labels, _, _ = rows.rows(lone_rows(rows.labels, rows.paired, seed))
+        model.set_teacher(visual, text, labels, seed, (lone, lone_labels))
+    model.set_unseen(rows.labels, rows.paired)
     told = textual_head_rows(rows.labels, rows.paired, model.config.text_dim, classes, seed)
     if len(told):
         _, text, labels, _, _ = rows.rows(told)

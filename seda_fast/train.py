@@ -40,6 +40,7 @@ from .loop import Epoch, Keeping, Telling, Trainer, TrainingSet
 from .measure import alignment, class_metrics, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
 from .nn import SeDA
 from .nn.scaling import Scaling
+from .nn.unseen import classes_without_pairs
 from .outputs import Outputs
 from .prepare import prepare
 from .profiling import Profile, profiled
@@ -216,6 +217,18 @@ def lines(trainer: Trainer, say: Callable[[str], None]) -> Callable[[int, int], 
     return line
 
 
+def _begin(trainer: Trainer, keeping: Keeping, events: EventLog | None, nothing: str) -> None:
+    """Go on where the run was left, if that is asked for and it was (if it was not, say ``nothing``); else drop what an
+    earlier one has left, as now nothing but the training can fail."""
+    resumed = keeping.resume and trainer.resume()
+    if keeping.resume and not resumed and keeping.checkpoints is not None:
+        report(PROGRAM, nothing)
+    if not resumed and keeping.checkpoints is not None:
+        keeping.checkpoints.start_anew(job())
+    if events is not None:
+        events.start(trainer.stepper.done, anew=not keeping.resume)
+
+
 def fit(
     model: SeDA,
     rows: Rows,
@@ -245,14 +258,8 @@ def fit(
         telling=None if events is None else Telling(settings.run.log_every, events.losses),
         say=say,
     )
-    resumed = keeping.resume and trainer.resume()
-    if keeping.resume and not resumed:
-        say(f"there is no unfinished run to {settings.run.out}; starting at the beginning")
-    if not resumed and keeping.checkpoints is not None:
-        keeping.checkpoints.start_anew(job())
+    _begin(trainer, keeping, events, f"there is no unfinished run to {settings.run.out}; starting at the beginning")
     resumed_after, before = trainer.stepper.done, trainer.seconds
-    if events is not None:
-        events.start(resumed_after, anew=not keeping.resume)
     started = time.perf_counter()
     assert keeping.interrupts is not None
     found = Profile({})
@@ -306,6 +313,17 @@ def _prepared(
     )
 
 
+def _without_text(rows: Rows, config: SeDAConfig) -> str:
+    """A sentence on classes that no text shows, empty where there are none."""
+    lone = None if config.class_text else classes_without_pairs(rows.labels, rows.paired, config.n_classes)
+    if lone is None or not rows.paired.any():
+        return ""
+    return (
+        f"{len(lone)} of {config.n_classes} classes have labelled rows but none with a text; "
+        "what has learned from texts is not asked about them"
+    )
+
+
 def train_and_evaluate(
     settings: Settings, draft: Path | None, keeping: Keeping, ranks: Ranks = ALONE, events: EventLog | None = None
 ) -> str:
@@ -321,6 +339,8 @@ def train_and_evaluate(
         report(PROGRAM, f"test_fraction is not used: {data.source} has a test part of its own")
     config = settings.model_config(data)
     model, rows = _prepared(data, config, settings, device, ranks)
+    if ranks.first and (lone := _without_text(rows, config)):
+        report(PROGRAM, lone)
     if settings.run.baselines and not isinstance(rows, TrainingSet):
         raise ConfigError(
             "the training part is larger than memory_share allows and stays in its files, but the baselines would "

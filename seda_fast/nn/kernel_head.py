@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .copies import first_copies
-from .linear import placeless_linear
+from .linear import placeless_linear, placeless_product
 from .multi_label import labelled_rows
 
 # Variance of the hidden layer's bias, where a feature's rows have a mean squared length of 1. 0, 0.1 and 1 gave the
@@ -32,6 +32,7 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the labels, beside what texts say
 # (fashion_products' 3 500 rows by 2048 of them: 2 points less).
 MOST_ROWS = 8192
 _MOST_TARGETS = 2**24  # rows times classes
+NOTHING_TO_LEAVE_OUT = "it needs two classes, and one with two rows that differ"
 # The best ridge hardly depends on the rows: it is found on these many of them, by one eigendecomposition.
 RIDGE_ROWS = 2048
 _ROWS_TOGETHER = 512
@@ -54,7 +55,7 @@ def kernel_rows(labels: Tensor, paired: Tensor, taught: bool, n_classes: int) ->
     classes = len(labels[known].unique())
     # Where no class has two rows nothing can be left out and still be told.
     if classes < 2 or classes == len(rows):
-        return rows[:0], "it needs two classes, and one with two rows"
+        return rows[:0], NOTHING_TO_LEAVE_OUT
     return rows, ""
 
 
@@ -77,7 +78,7 @@ def tangent_kernel(x: Tensor, y: Tensor) -> Tensor:
     With u the cosine of the angle a between x and y, each with a coordinate `BIAS`^(1/2) more, it is
     ``|x||y| (sin a + 2 u (pi - a)) / pi`` (Jacot, Gabriel & Hongler 2018; Bietti & Mairal 2019, eq. 4).
     """
-    product = x @ y.mT + BIAS
+    product = placeless_product(x, y) + BIAS
     lengths = (x.square().sum(1) + BIAS).sqrt()[:, None] * (y.square().sum(1) + BIAS).sqrt()
     cosine = (product / lengths).clamp(-1, 1)
     if cosine.requires_grad:
@@ -128,11 +129,15 @@ class KernelHead(nn.Module):
 
         Equal rows are kept once, and left out together. Deterministic for a seed, which chooses the rows that the ridge
         is found on. With ``opinions`` (n, K), what the rows' texts say of their classes, it is fitted on a mixture of
-        both, and the share of ``targets`` in it is returned, the one of ``shares`` that `label_share` tells.
+        both, and the share of ``targets`` in it is returned, the one of ``shares`` that `label_share` tells. Where no
+        class has two rows that differ there is no such head.
         """
         if opinions is None:
             opinions, shares = targets, (1.0,)
         x, y, told, counts, scale = _distinct(visual, targets, opinions)
+        if not _told_by_others(y).any():
+            self.absence = NOTHING_TO_LEAVE_OUT
+            return shares[0]
         ridge, share = _best_ridge(_some(seed, x, y, told, counts), shares)
         mixed = share * y + (1 - share) * told
         mean = (share * targets + (1 - share) * opinions).double().mean(0)
@@ -213,9 +218,17 @@ def _merged(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _best_ridge(rows: Sequence[Tensor], shares: tuple[float, ...]) -> tuple[float, float]:
     """Of `RIDGES` and ``shares`` those whose leave-one-out predictions explain the targets best; ``rows`` as in
-    `_left_out`. Of shares that are within one standard error of it, the largest."""
+    `_left_out`. Of shares that are within one standard error of it, the largest.
+
+    Shares are judged by rows whose class has another: what is left without a class's only row cannot tell it, and an
+    opinion that says little of any class would be the best that there is.
+    """
     found, counts = _left_out(rows, shares), rows[3]
-    best, part = min(found.values(), key=lambda one: one[0])[2], counts / counts.sum()
+    judged = counts * _told_by_others(rows[1])
+    if not judged.any():
+        return found[shares[0]][1], shares[0]
+    part = judged / judged.sum()
+    best = min((losses for _, _, losses in found.values()), key=lambda losses: float(part @ losses))
 
     def close(losses: Tensor) -> bool:
         worse = losses - best
@@ -223,6 +236,12 @@ def _best_ridge(rows: Sequence[Tensor], shares: tuple[float, ...]) -> tuple[floa
 
     # In falling order of the shares; the best is close to itself.
     return next((ridge, share) for share, (_, ridge, losses) in found.items() if close(losses))
+
+
+def _told_by_others(targets: Tensor) -> Tensor:
+    """Of which rows of ``targets`` (n, K) the likeliest class is another row's, too, (n,) bool."""
+    classes = targets.argmax(dim=1)
+    return torch.bincount(classes, minlength=targets.shape[1])[classes] > 1
 
 
 def _left_out(rows: Sequence[Tensor], shares: tuple[float, ...]) -> dict[float, tuple[float, float, Tensor]]:

@@ -39,9 +39,9 @@ class Scaling(NamedTuple):
 def scale_of(deviation: Deviation, power: float) -> Deviation:
     """What dimensions of these deviations (D,) are divided by; the mean square of all stays that of standardised ones.
 
-    1 where a dimension never changes.
+    1 where a dimension never changes, or by less than float32 can tell from 0.
     """
-    changes = deviation > 0
+    changes = deviation >= np.finfo(np.float32).tiny
     if power == 1 or not changes.any():
         return np.where(changes, deviation, 1.0)
     common = np.sqrt(np.mean(np.square(deviation[changes])))

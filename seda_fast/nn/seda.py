@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,10 @@ from .multi_label import binary_class_terms, binary_divergence, labelled_rows, r
 from .scaling import Scaling
 from .schedule import NoiseSchedule, Sampler
 from .space import category_centres
-from .teacher import PairTeacher, fit_teacher, teacher_rows
+from .teacher import PairTeacher, fit_teacher, lone_rows, teacher_rows
 from .text_opinion import TextOpinion
 from .textual_head import fitted_textual_head
+from .unseen import beyond_the_seen, classes_without_pairs
 from .visual import GaussianDropout, VisualHead
 
 # Stream ids of the randomness contract.
@@ -168,6 +169,8 @@ class SeDA(nn.Module):
     text_scale: Tensor
     centres: Tensor
     text_classes: Tensor | None
+    unseen: Tensor | None
+    seen: Tensor | None
     signal: Tensor
     noise: Tensor
 
@@ -183,6 +186,8 @@ class SeDA(nn.Module):
         self.visual = VisualHead(config)
         self.kernel = KernelHead(config.visual_dim, config.n_classes)
         self.teacher: PairTeacher | BinaryPairTeacher | None = None
+        self.register_buffer("unseen", None, persistent=False)
+        self.register_buffer("seen", None, persistent=False)
         self.opinion: TextOpinion | None = None
         self.label_share = 1.0
         # How `prepare` scaled the features; not saved, as what it comes to is.
@@ -261,7 +266,9 @@ class SeDA(nn.Module):
         Shapes as in `losses`. The teacher serves training alone and is not saved with the model.
         """
         rows = teacher_rows(labels, paired, seed)
-        self.set_teacher(visual[rows], text[rows], labels[rows], seed)
+        lone = lone_rows(labels, paired, seed)
+        self.set_teacher(visual[rows], text[rows], labels[rows], seed, (visual[lone], labels[lone]))
+        self.set_unseen(labels, paired)
 
     @torch.no_grad()
     def set_textual_head(self, text: Tensor, labels: Tensor) -> None:
@@ -270,14 +277,39 @@ class SeDA(nn.Module):
         self.translator.head.weight.copy_(start.weight)
         self.translator.head.bias.copy_(start.bias)
 
-    def set_teacher(self, visual: Tensor, text: Tensor, labels: Tensor, seed: int) -> None:
-        """Set ``teacher`` from the rows of `teacher_rows` alone; no row removes it."""
+    def set_teacher(
+        self,
+        visual: Tensor,
+        text: Tensor,
+        labels: Tensor,
+        seed: int,
+        alone: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Set ``teacher`` from the rows of `teacher_rows`; no row removes it. ``alone``: see `fit_teacher`."""
         if not len(labels):
             self.teacher = None
         elif self.config.multi_label:
             self.teacher = fit_binary_teacher(visual, text, labels, seed)
         else:
-            self.teacher = fit_teacher(visual, text, labels, self.config.n_classes, seed)
+            self.teacher = fit_teacher(visual, text, labels, self.config.n_classes, seed, alone)
+
+    @torch.no_grad()
+    def set_unseen(self, labels: Tensor, paired: Tensor) -> None:
+        """Find the classes of labelled rows of which none has a text; ``labels`` (N,) or (N, K), ``paired`` (N,) bool.
+
+        The textual head does not see them, but where a teacher of pairs names them. ``unseen`` (K,) bool marks them,
+        ``seen`` holds the numbers of all others; both are None where there are none.
+        """
+        lone = None
+        if not self.config.class_text and (self.teacher is None or self.config.multi_label):
+            lone = classes_without_pairs(labels, paired, self.config.n_classes)
+        self._mark_unseen(torch.zeros(0, dtype=torch.int64) if lone is None else lone)
+
+    def _mark_unseen(self, classes: Tensor) -> None:
+        device = self.centres.device
+        marked = torch.zeros(self.config.n_classes, dtype=torch.bool, device=device)
+        marked[classes.to(device)] = True
+        self.unseen, self.seen = (marked, (~marked).nonzero()[:, 0]) if len(classes) else (None, None)
 
     @torch.no_grad()
     def set_kernel_head(
@@ -441,16 +473,20 @@ class SeDA(nn.Module):
     def _teacher(self, s: Tensor, t: Tensor, text: Tensor, row_weights: Tensor, temperature: float) -> Tensor:
         """Mean divergence of the two heads from the text's, softened; the text itself learns nothing from it."""
         with torch.no_grad():
-            logits = self.translator.head(text).to(row_weights.dtype) / temperature
+            logits = self._of_seen(self.translator.head(text)).to(row_weights.dtype) / temperature
             target = logits if self.config.multi_label else F.log_softmax(logits, dim=1)
         divergence = torch.zeros_like(row_weights)
         for student in (self.learner.head(s), self.translator.head(t)):
-            softened = student.to(row_weights.dtype) / temperature
+            softened = self._of_seen(student).to(row_weights.dtype) / temperature
             if self.config.multi_label:
                 divergence = divergence + binary_divergence(target, softened)
             else:
                 divergence = divergence + (target.exp() * (target - F.log_softmax(softened, dim=1))).sum(1)
         return temperature**2 / 2 * (divergence * row_weights).sum()
+
+    def _of_seen(self, logits: Tensor) -> Tensor:
+        """The columns of ``logits`` (B, K) of classes that the textual head has seen; of others it teaches nothing."""
+        return logits if self.seen is None else logits.index_select(1, self.seen)
 
     # ---- prediction ----------------------------------------------------------------------------------------------
 
@@ -554,9 +590,24 @@ class SeDA(nn.Module):
         weights = self.config.head_weights(len(logits))
         heads = [self._log_proba(head) for head in logits]
         # Normalised over yes and no, the product of powers of two-valued distributions has the weighted logits.
-        mixed = logits if self.config.multi_label else heads
+        mixed = list(logits) if self.config.multi_label else list(heads)
+        if self.unseen is not None:
+            mixed[1] = self._beyond_the_seen(mixed, weights, self.unseen)
         product = sum((w * x for w, x in zip(weights, mixed, strict=True)), torch.zeros_like(heads[0]))
         return self._log_proba(product), heads[0], heads[1]
+
+    def _beyond_the_seen(self, heads: Sequence[Tensor], weights: Sequence[float], unseen: Tensor) -> Tensor:
+        """What takes the textual head's place among ``heads`` (B, K) where it has not seen all classes.
+
+        It would give the ``unseen`` (K,) nothing, and all heads together would never choose them. Of these the others
+        tell, by their own product; among the rest, which have what the others leave to them, the textual head tells.
+        """
+        textual, rest = heads[1], sum(weights) - weights[1]
+        told = [(w / rest if rest else 0.0) * x for i, (w, x) in enumerate(zip(weights, heads, strict=True)) if i != 1]
+        others = sum(told, torch.zeros_like(textual))
+        if self.config.multi_label:
+            return torch.where(unseen, others, textual)
+        return beyond_the_seen(textual, F.log_softmax(others, dim=1), unseen)
 
     def forward(self, visual: Tensor, sample_ids: Tensor | None = None) -> Tensor:
         """Class log-probabilities, (B, Dv) -> (B, K); see `predict_log_proba`."""
@@ -650,7 +701,9 @@ class SeDA(nn.Module):
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        about = {"config": dataclasses.asdict(self.config), "class_names": list(self.class_names)}
+        about: dict[str, Any] = {"config": dataclasses.asdict(self.config), "class_names": list(self.class_names)}
+        if self.unseen is not None:
+            about["unseen"] = self.unseen.nonzero()[:, 0].tolist()
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         path = directory / WEIGHTS_FILE
         with atomic_path(path) as draft:
@@ -675,9 +728,10 @@ class SeDA(nn.Module):
             about = json.loads(metadata[_METADATA_KEY])
             model = cls(SeDAConfig(**about["config"]), about["class_names"])
             model.load_state_dict(load_file(path))
+            model._mark_unseen(torch.tensor(about.get("unseen", []), dtype=torch.int64))
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path}: not a readable safetensors file ({error})") from error
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, DataError):
                 raise
             # PyTorch names the tensors below its first line.

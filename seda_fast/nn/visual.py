@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import SeDAConfig, TrainConfig
 from ..ops import q_sample
+from .linear import placeless_linear
 
 
 class GaussianDropout(NamedTuple):
@@ -85,5 +86,4 @@ class VisualHead(nn.Module):
 
     def forward(self, visual: Tensor) -> Tensor:
         """Logits without dropout, (B, Dv) -> (B, K)."""
-        logits: Tensor = self.head(self.hidden(visual))
-        return logits
+        return placeless_linear(self.hidden(visual), self.head.weight, self.head.bias)

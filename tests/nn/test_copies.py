@@ -13,6 +13,11 @@ def test_each_row_is_led_to_the_first_that_equals_it() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         assert first_copies(rows.to(dtype)[:, :1].expand(8, 3)).tolist() == [0, 1, 1, 1, 1, 0, 1, 1]
     assert first_copies(rows[:0]).tolist() == []
+    # Rows of one length, which differ in the signs of their numbers alone.
+    signs = torch.randint(0, 2, (400, 16), generator=torch.Generator().manual_seed(0)).mul(2).sub(1).unique(dim=0)
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        twice = torch.cat((signs, signs)).to(dtype)
+        assert torch.equal(first_copies(twice), torch.arange(len(signs)).repeat(2))
     torch.manual_seed(0)
     many = torch.randn(5000, 7)  # more than are looked at together
     assert torch.equal(first_copies(many), torch.arange(5000))

@@ -188,7 +188,7 @@ def test_which_rows_it_is_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert of() == ([0, 2, 3, 5], "")
     assert of(taught=True) == ([0, 1, 2, 3, 5], ""), "unlabelled pairs have a teacher"
-    too_few = "it needs two classes, and one with two rows"
+    too_few = "it needs two classes, and one with two rows that differ"
     assert of(torch.zeros(6, dtype=torch.int64)) == of(torch.tensor([0, 1, 2])) == ([], too_few)
     assert of(torch.zeros(6, K, dtype=torch.int64)) == ([], "its targets are one class a row")
     assert of(classes=2**23) == ([], "it takes at most 2 rows, and there are 4"), "rows times classes"
@@ -286,3 +286,34 @@ def test_a_row_does_not_see_its_place(length: int) -> None:
     for _ in range(10):
         order = torch.randperm(64)
         assert torch.equal(placeless_linear(x[order], weight, bias), found[order])
+
+
+def test_where_each_class_has_one_image_there_is_no_head_and_labels_stand() -> None:
+    """Its captions make rows of it, but none of them is another image: left out, nothing is left to tell it."""
+    visual, labels = torch.randn(10, DV), torch.arange(10)
+    captions = visual.repeat_interleave(5, 0), functional.one_hot(labels, 10).float().repeat_interleave(5, 0)
+    flat = torch.full((50, 10), 0.1)
+    head = KernelHead(DV, 10)
+    assert head.fit(*captions, 0, flat, kernel_head.SHARES) == 1.0
+    assert not head.fitted
+    assert head.absence == kernel_head.NOTHING_TO_LEAVE_OUT
+    assert kernel_head.label_share(*captions, flat, 0) == 1.0
+
+
+def test_rows_that_are_alone_in_their_class_do_not_condemn_labels() -> None:
+    """Without its only row a class is never told, and what says little of any class would be believed."""
+    visual, labels = clouds(60, 0.3)
+    many = torch.cat((visual, 3 * torch.randn(40, DV, generator=torch.Generator().manual_seed(0))))
+    targets = functional.one_hot(torch.cat((labels, torch.arange(K, K + 40))), K + 40).float()
+    assert kernel_head.label_share(many, targets, torch.full_like(targets, 1 / (K + 40)), 0) == 1.0
+
+
+def test_a_prediction_does_not_depend_on_its_place() -> None:
+    """Of features whose number is no multiple of 16."""
+    visual, labels = clouds(60, 0.5)
+    wide = torch.cat((visual, torch.randn(60, 508)), dim=1)
+    head = fitted(wide, labels)
+    for rows in (8, 37):
+        found = head(wide[:rows])
+        for turn in range(1, rows):
+            assert torch.equal(head(wide[:rows].roll(turn, 0)), found.roll(turn, 0))

@@ -176,3 +176,20 @@ def test_few_rows_of_many_components_are_told_apart_and_a_run_says_how(tmp_path:
         assert metrics["scaling"] == scaling
         top1.append(metrics["top1"])
     assert top1[0] > top1[1] + 10
+
+
+def test_a_dimension_that_changes_less_than_float32_can_tell_is_one_that_never_does(tmp_path: Path) -> None:
+    """A column of zeros and one subnormal number: its deviation would be 0 in float32, and rows no numbers."""
+    assert scale_of(np.array([0.0, 1e-46, 2.0]), 1.0).tolist() == [1.0, 1.0, 2.0]
+    assert scale_of(np.array([0.0, 1e-46, 2.0]), 0.5)[1] == 1.0
+    rng = np.random.default_rng(0)
+    visual, text = (rng.normal(size=(60, 4)).astype(np.float32) for _ in range(2))
+    visual[:, 2] = text[:, 1] = 0
+    visual[7, 2] = text[7, 1] = 1e-45
+    labels = np.arange(60) % 3
+    data = FeatureSet.from_arrays(
+        visual_train=visual, label_train=labels, text_train=text, visual_test=visual, label_test=labels
+    )
+    config = SeDAConfig(visual_dim=4, text_dim=4, n_classes=3, width=16, blocks=1)
+    model, _ = prepare(data, config, 0, torch.device("cpu"))
+    assert model(torch.from_numpy(visual)).isfinite().all()
