@@ -118,12 +118,13 @@ def fastest(
     launch: Callable[[Tile], object],
     measure: Callable[[Callable[[], object]], float] = triton.testing.do_bench,
 ) -> Tile:
-    """The tile with the least time; one that does not fit the device's shared memory is passed over."""
+    """The tile with the least time; one that does not fit the device's shared memory is passed over. Where none fits it
+    is the first, whose launch says so."""
     times = {}
     for tile in tiles:
         with contextlib.suppress(triton.runtime.errors.OutOfResources):
             times[tile] = measure(functools.partial(launch, tile))
-    return min(times, key=lambda tile: times[tile])
+    return min(times, key=lambda tile: times[tile], default=tiles[0])
 
 
 def cache_file(device_name: str) -> Path:

@@ -129,7 +129,9 @@ class Checkpoints:
                 continue
             return found
         if steps:
-            raise DataError(f"none of the {len(steps)} checkpoints in {self.folder} can be used")
+            raise DataError(
+                f"none of the {len(steps)} checkpoints in {self.folder} can be used; --overwrite drops them"
+            )
         return None
 
     def steps(self) -> list[int]:

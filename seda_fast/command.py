@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import io
 import os
 import sys
 import tomllib
@@ -20,11 +21,12 @@ from tqdm import tqdm
 
 from .config import ConfigError
 from .files import DataError
-from .interrupt import Interrupted
+from .interrupt import Interrupted, Interrupts
 from .loop import TrainingError
 from .ranks import RankLost
 
 BAD_INPUT = 2
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # What helps a command whose memory ran out.
 _FOR_MEMORY = {
     "seda_fast.train": "give a smaller --batch-size or a smaller model, or --precision bf16 on a GPU",
@@ -138,9 +140,14 @@ def choose_device(name: str) -> torch.device:
 
 def run(command: Callable[[], None], program: str) -> int:
     """Run a command's body; expected failures become one sentence on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A letter that the terminal's encoding lacks must not cost the table that it stands in.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        command()
-        sys.stdout.flush()
+        with Interrupts():
+            command()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
     except (DataError, ConfigError, TrainingError, RankLost) as error:
         report(program, str(error))
         return BAD_INPUT
@@ -158,7 +165,7 @@ def run(command: Callable[[], None], program: str) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _NO_ROOM:
             raise
         report(program, f"the output cannot be written: {error.strerror}")
         # What is left of it would fail once more when the process ends.
@@ -181,12 +188,13 @@ def report(program: str, sentence: str) -> None:
     """A sentence on stderr; of several ranks, all but the first say which they are."""
     rank = os.environ.get("RANK", "0")
     who = program if rank == "0" else f"{program} (rank {rank})"
-    print(f"{who}: {sentence}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # else print would take the standard output
+        print(f"{who}: {sentence}", file=sys.stderr, flush=True)
 
 
 def progress(total: int, label: str) -> tqdm[NoReturn]:
     """A progress bar on stderr, silent when that is not a terminal, and on all ranks but the first."""
-    silent = True if os.environ.get("RANK", "0") != "0" else None
+    silent = True if os.environ.get("RANK", "0") != "0" or sys.stderr is None else None
     return tqdm(total=total, desc=label, disable=silent, leave=False, dynamic_ncols=True)
 
 

@@ -437,6 +437,8 @@ def _tfidf(dim: int) -> TextEncoder:
             table = words.fit_transform(texts)
         except ValueError as error:  # an empty vocabulary
             raise DataError("the training texts hold no word that TF-IDF could count") from error
+        if table.shape[1] < 2:
+            raise DataError("the training texts hold one word alone, which tells none of them from another")
         size = min(dim, table.shape[0], table.shape[1])
         fitted.append(decomposition.TruncatedSVD(size, random_state=0).fit(table))
 

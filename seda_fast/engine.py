@@ -607,7 +607,7 @@ class Stepper:
         scaling, failed, reason = self.scaler.state_dict(), False, "on another rank"
         try:
             self._graph = Graph(self)
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001 - Triton's (no tile fits, say) are no RuntimeErrors; eager has them again
             self.scaler = self._scaler(scaling)  # the old one may be amid a step
             failed, reason = True, (str(error).strip().splitlines() or [type(error).__name__])[0]
         if any(self.ranks.largest([failed])):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.preprocessing import LabelEncoder
-from sklearn.utils import check_random_state
+from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
@@ -27,7 +27,7 @@ from .config import ConfigError, SeDAConfig, TrainConfig
 from .data import FeatureSet
 from .files import DataError, atomic_path, check_writable, naming
 from .loop import train
-from .nn import SeDA
+from .nn import WEIGHTS_FILE, SeDA
 from .nn.multi_label import THRESHOLD
 from .nn.scaling import Scaling
 from .outputs import first_nan
@@ -42,7 +42,9 @@ _ELSEWHERE = {"visual_dim", "text_dim", "n_classes", "class_text", "multi_label"
 _OWN: dict[str, Any] = {"device": "auto", "unlabelled": None, "random_state": None}
 # Settings of a model that was trained without text: the textual head has learnt nothing and is not asked.
 _WITHOUT_TEXT = {"textual_weight": 0.0}
-_FILE_KEYS = {"settings", "seed", "classes", "dtype", "has_text", "feature_names"}
+_FILE_KEYS = {"settings", "seed", "classes", "dtype", "has_text", "feature_names", "model_sha256"}
+# They tell of the model beside them.
+_FILES_OF_A_RUN = ("config.toml", "metrics.json")
 
 
 def _defaults(config: type) -> dict[str, Any]:
@@ -162,10 +164,14 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         if self.multi_label_:
             return self._encode_indicators(y)
         y = column_or_1d(y, warn=True)
-        check_classification_targets(y)
         labelled = np.ones(len(y), dtype=bool) if self.unlabelled is None else np.asarray(y != self.unlabelled)
         if not labelled.any():
             raise ValueError(f"y has no labelled row: every value is {self.unlabelled!r}, which marks unlabelled rows")
+        as_text = str(self.unlabelled)
+        if labelled.all() and y.dtype.kind == "U" and self.unlabelled != as_text and (y == as_text).any():
+            # What NumPy makes of [-1, "cat"].
+            raise ValueError(f"y holds {as_text!r}, but unlabelled is {self.unlabelled!r}, which no text equals")
+        check_classification_targets(y if labelled.all() else np.array(y[labelled].tolist()))
         encoder = LabelEncoder().fit(y[labelled])
         self.classes_ = encoder.classes_
         labels = np.full(len(y), UNLABELLED, dtype=np.int64)
@@ -237,6 +243,25 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         result: NDArray[np.float32] = _numbers(aligned if self.has_text_ else semantic).cpu().numpy()
         return result
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy on the rows of ``y`` that are labelled (multi-label: the share of rows right in all classes).
+
+        A row that holds `unlabelled` says nothing of a classifier: a search over few labels among many pairs judges by
+        the labels alone.
+
+        Raises:
+            ValueError: no row is labelled.
+        """
+        if self.unlabelled is None:
+            return float(super().score(X, y, sample_weight))
+        found = y.toarray() if issparse(y) else np.asarray(y)
+        marked: Mask = np.all(np.reshape(found == self.unlabelled, (len(found), -1)), axis=1)
+        labelled = ~marked
+        if not labelled.any():
+            raise ValueError(f"y has no labelled row: every value is {self.unlabelled!r}, which marks unlabelled rows")
+        weights = None if sample_weight is None else np.asarray(sample_weight)[labelled]
+        return float(super().score(_safe_indexing(X, labelled), found[labelled], weights))
+
     @property
     def _n_features_out(self) -> int:
         return int(self.model_.config.text_dim if self.has_text_ else self.model_.config.visual_dim)
@@ -255,7 +280,8 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         """Write ``model.safetensors``, which the commands read too, and ``estimator.json``; returns the folder.
 
         Raises:
-            DataError: the folder cannot be written, or ``classes_`` are neither numbers nor text.
+            DataError: the folder cannot be written or holds a training run, or ``classes_`` are neither numbers nor
+                text.
         """
         check_is_fitted(self, "model_")
         values = self.classes_.tolist()
@@ -273,7 +299,13 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         }
         directory = Path(directory)
         check_writable(directory)
-        self.model_.save_pretrained(directory)
+        run = next((name for name in _FILES_OF_A_RUN if (directory / name).exists()), None)
+        if run is not None:
+            raise DataError(
+                f"the folder {directory} holds a training run ({run}), whose model is another; give another"
+            )
+        weights = self.model_.save_pretrained(directory)
+        about["model_sha256"] = _checksum(weights)
         with atomic_path(directory / ESTIMATOR_FILE) as draft:
             draft.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         return directory
@@ -292,7 +324,10 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         path = Path(directory) / ESTIMATOR_FILE
         if path.exists():
             with naming(path):
-                return _restored(cls, model, _read_about(path))
+                about = _read_about(path)
+                if about["model_sha256"] != _checksum(Path(directory) / WEIGHTS_FILE):
+                    raise DataError(f"is of another model than the {WEIGHTS_FILE} beside it; delete one of them")
+                return _restored(cls, model, about)
         chosen = {name: getattr(model.config, name) for name in _MODEL}
         about = {
             "settings": {**_ALL, **chosen},
@@ -358,6 +393,11 @@ def _ids_of(visual: NDArray[np.float32]) -> Labels:
     return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.int64, len(visual))
 
 
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _read_about(path: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -376,12 +416,12 @@ def _restored(cls: type[SeDAClassifier], model: SeDA, about: dict[str, Any]) -> 
             raise TypeError(f"classes of type {dtype}")
         restored.classes_ = np.array(about["classes"], dtype=dtype)
         names = [str(name) for name in about["feature_names"]]
+        restored.seed_, restored.has_text_ = int(about["seed"]), bool(about["has_text"])
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"is damaged: {error}") from error
     if restored.classes_.shape != (model.config.n_classes,):
         raise DataError(f"names {restored.classes_.size} classes but the model has {model.config.n_classes}")
     restored.model_, restored.history_, restored.multi_label_ = model, [], model.config.multi_label
-    restored.seed_, restored.has_text_ = int(about["seed"]), bool(about["has_text"])
     restored.n_features_in_ = model.config.visual_dim
     if names:
         restored.feature_names_in_ = np.array(names, dtype=object)

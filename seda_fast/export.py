@@ -31,7 +31,7 @@ from torch.export import Dim, ExportedProgram
 from . import __version__
 from .command import run, settings_of
 from .config import check_given, check_range, check_types, setting
-from .files import DataError, atomic_path, output_file
+from .files import DataError, atomic_path, make_folder, output_file
 from .nn import PFIN, Sampler, SeDA
 from .nn.multi_label import THRESHOLD
 from .ops import references
@@ -273,7 +273,7 @@ def export(config: ExportConfig) -> str:
     program = program_of(model, config.seed, config.features)
     text = about(model, config.seed, config.features)
     inputs = example_inputs(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with atomic_path(out) as draft:
         if config.format == "onnx":
             write_onnx(draft, program, text)

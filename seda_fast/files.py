@@ -281,7 +281,18 @@ def output_file(name: str, option: str, suffixes: tuple[str, ...]) -> Path:
     path = Path(name)
     if path.suffix not in suffixes:
         raise DataError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
-    if path.is_dir():
-        raise DataError(f"{option} {path} is a folder")
+    try:
+        if path.is_dir():
+            raise DataError(f"{option} {path} is a folder")
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise DataError(f"{option} {path} cannot be written: {error.strerror or error}") from error
     check_writable(path.parent)
     return path
+
+
+def make_folder(folder: Path) -> None:
+    """Makes ``folder`` and those above it where they are missing. Raises DataError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be made: {error.strerror or error}") from error

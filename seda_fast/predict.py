@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from .command import choose_device, progress, run, settings_of, split_settings
 from .config import ConfigError, check_given, check_range, check_types, setting
 from .data import VisualRows, load_visual
-from .files import DataError, atomic_path, output_file
+from .files import DataError, atomic_path, make_folder, output_file
 from .nn import WEIGHTS_FILE, SeDA
 from .nn.multi_label import THRESHOLD
 from .outputs import PREDICTION_SEED, Float, Outputs
@@ -114,7 +114,7 @@ def write(config: PredictConfig, ranks: Ranks) -> None:
         return
     for path in (out, features):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
     if features is not None and outputs is not None:
         write_features(features, outputs, rows.ids)
 
@@ -125,6 +125,8 @@ def write(config: PredictConfig, ranks: Ranks) -> None:
             write_csv(file, log_proba, rows, model.class_names)
 
     if out is None:
+        if sys.stdout is None:
+            raise DataError("standard output is closed; give --out")
         write_table(sys.stdout)
         return
     with atomic_path(out) as draft, draft.open("w", newline="", encoding="utf-8") as file:

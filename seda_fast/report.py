@@ -29,7 +29,7 @@ from .arrays import rows as float_rows
 from .command import choose_device, progress, run, settings_of
 from .config import check_given, check_range, check_types, setting
 from .data import FeatureSet
-from .files import DataError, atomic_path, output_file
+from .files import DataError, atomic_path, make_folder, output_file
 from .measure import alignment, standardised_text
 from .nn import SeDA
 from .page import Line, bar_chart, folded, line_chart, page, paragraph, picture, section, table
@@ -340,7 +340,8 @@ def from_data(config: ReportConfig, run: Run, model: SeDA) -> tuple[list[str], t
             test_fraction=section_of_run["test_fraction"],
             seed=run.settings["train"]["seed"],
         )
-        if not np.array_equal(data.label_test, run.arrays["labels"]) or data.visual_dim != model.config.visual_dim:
+        other = not np.array_equal(data.label_test, run.arrays["labels"]) or data.visual_dim != model.config.visual_dim
+        if other or data.split != run.metrics.get("split", data.split):
             raise DataError(f"{data.source} is not the data of this run: its test part differs")
     except DataError as error:
         if config.data:
@@ -372,7 +373,7 @@ def report(config: ReportConfig) -> Path:
     middle, names = from_data(config, found, model)
     accuracy, *classes = class_sections(found, names)
     body = [accuracy, *middle, *classes, training_section(found), settings_section(found)]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with atomic_path(out) as draft:
         draft.write_text(page(f"SeDA on {Path(found.metrics['data']).name}", body), encoding="utf-8")
     return out

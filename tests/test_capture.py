@@ -372,7 +372,7 @@ def test_a_rate_of_0_is_captured(tapes: list[Tape], backend: str, rate: str) -> 
         same_bits(graphed, step_by_step(settings=settings))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=200)
 def test_the_kernels_launches_are_captured_too(tapes: list[Tape]) -> None:
     if _dispatch.refusal("q_sample", "triton", "cpu") is not None:
         pytest.skip("Triton was imported to compile, so it does not interpret in this process")

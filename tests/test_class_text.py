@@ -322,7 +322,7 @@ def test_evaluation_measures_against_the_models_texts(
         assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=240)
 @pytest.mark.parametrize("kind", ["torch-export", "onnx"])
 def test_exported_graphs_carry_the_memory(kind: Any, trained: Path, model: SeDA, tmp_path: Path) -> None:
     out = tmp_path / f"model{export.SUFFIXES[kind]}"

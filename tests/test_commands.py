@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from seda_fast import DataError, FeatureSet, SeDA, SeDAConfig, TrainConfig, eval
 from seda_fast.baselines import BATCH_SIZE, EPOCHS, FEWEST_STEPS, enough_epochs
 from seda_fast.checkpoint import Checkpoints
 from seda_fast.command import run as run_command
+from seda_fast.files import atomic_path
 from seda_fast.loop import TrainingSet
 from seda_fast.prepare import prepare
 
@@ -907,6 +909,56 @@ def test_an_output_does_not_replace_what_is_read(
     assert predict.main(given) == 2
     assert f"--features {path} is of the model's training; give another name" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+def test_names_that_are_too_long_are_one_sentence(trained: Path, tmp_path: Path) -> None:
+    given = ["--model", str(trained / "run"), "--data", str(trained / "data.npz"), "--out"]
+    long = "l" * 300
+    for arguments in ([*given, str(tmp_path / f"{long}.csv")], ["--model", str(tmp_path / long), *given[2:], "a.csv"]):
+        done = run_module("seda_fast.predict", *arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        (sentence,) = done.stderr.splitlines()
+        assert "File name too long" in sentence
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_every_command_that_is_stopped_says_so_in_a_sentence(
+    number: signal.Signals, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C was a traceback in all commands but train, and SIGTERM left what it had half written."""
+
+    def command() -> None:
+        with atomic_path(tmp_path / "table.csv") as draft:
+            draft.write_text("half of a")
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    before = signal.getsignal(number)
+    assert run_command(command, "seda_fast.predict") == 128 + number
+    assert capfd.readouterr().err == f"seda_fast.predict: stopped by {number.name}\n"
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is before
+
+
+def test_streams_that_are_closed_or_speak_little_cost_no_result(trained: Path, tmp_path: Path) -> None:
+    module = f"{sys.executable} -m seda_fast.predict --model {trained / 'run'} --data data.npz"
+    make_set(tmp_path / "data.npz", class_names=np.array(["ash", "b\u00e4r", "cedar"]))
+
+    def shell(command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+        return subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+    assert shell(f"{module} --out a.csv 2>&-").returncode == 0
+    assert (tmp_path / "a.csv").stat().st_size > 100
+    closed = shell(f"{module} >&-")
+    assert closed.returncode == 2
+    assert closed.stderr.splitlines() == ["seda_fast.predict: standard output is closed; give --out"]
+    model = SeDA.from_pretrained(trained / "run")
+    model.class_names = ("ash", "b\u00e4r", "cedar")
+    model.save_pretrained(tmp_path / "model")
+    shown = shell(module.replace(str(trained / "run"), "model"), PYTHONIOENCODING="ascii")
+    assert shown.returncode == 0
+    assert "b\\xe4r" in shown.stdout
 
 
 def test_shortened_options_are_unknown(capsys: pytest.CaptureFixture[str]) -> None:

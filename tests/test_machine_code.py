@@ -184,7 +184,7 @@ def test_the_recorded_table_is_of_these_kernels(repository: Path) -> None:
     assert table.splitlines()[0].partition(", ")[2] == now.partition(", ")[2], "write the table anew"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=90)
 def test_every_kernel_compiles_where_sizes_are_1(repository: Path, tmp_path: Path) -> None:
     """A size of 1 is a constant in a kernel, which only a compiler sees: the interpreter has numbers there."""
     found = read(repository, tmp_path, "--ones", "--targets", "90", "--dtypes", "bfloat16", "float32")
@@ -213,7 +213,8 @@ def test_scalars_are_float32_also_where_they_come_as_doubles(repository: Path, t
     assert not any(report["double_precision"] for report in reports), describe(reports)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=420)
+@pytest.mark.timeout(1200)
 def test_every_tile_in_every_dtype_neither_spills_nor_overflows(repository: Path, tmp_path: Path) -> None:
     reports = read(repository, tmp_path, "--every-tile", "--dtypes", "bfloat16", "float16", "float32")
     assert len({report["tile"] for report in reports if report["kernel"] == "feature_gradient_kernel"}) >= 4

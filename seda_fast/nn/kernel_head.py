@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -258,15 +259,18 @@ def _left_out(rows: Sequence[Tensor], shares: tuple[float, ...]) -> dict[float, 
     kinds = (targets,) if shares == (1.0,) else (targets, opinions)
     along = [vectors.mT @ (root[:, None] * (kind - part @ kind)) for kind in kinds]
     found: dict[float, tuple[float, float, Tensor]] = {}
+    near: dict[float, int] = {}
     for ridge in RIDGES:
         inverse = 1 / (values.clamp(min=0) + ridge)
         scale = root * (vectors.square() @ inverse)
         told = [kind - vectors @ (inverse[:, None] * a) / scale[:, None] for kind, a in zip(kinds, along, strict=True)]
         for share in shares:
             predicted = share * told[0] + (1 - share) * told[-1]
-            factor, loss = _sharpest(predicted, targets, counts)
+            place, loss = _sharpest(predicted, targets, counts, near.get(share))
+            # The next ridge's is a few places from it: 400 classes take 3.7 seconds instead of 7.0.
+            near[share] = place
             if share not in found or loss < found[share][0]:
-                found[share] = loss, ridge, F.cross_entropy(factor * predicted, targets, reduction="none")
+                found[share] = loss, ridge, F.cross_entropy(SHARPNESS[place] * predicted, targets, reduction="none")
     return found
 
 
@@ -292,19 +296,28 @@ def _ridge_regression(x: Tensor, targets: Tensor, counts: Tensor, ridge: float) 
     return weight, weight / diagonal[:, None]
 
 
-def _sharpest(predicted: Tensor, targets: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Of `SHARPNESS` that with which the softmax of ``predicted`` (n, K) explains ``targets`` best, and the loss."""
+def _sharpest(predicted: Tensor, targets: Tensor, counts: Tensor, near: int | None = None) -> tuple[int, float]:
+    """The place in `SHARPNESS` of that with which the softmax of ``predicted`` (n, K) explains ``targets`` best, and
+    the loss. ``near``: a place that may be close to it, which spares most of the search."""
     share = counts / counts.sum()
 
+    @cache
     def loss(k: int) -> float:
         return float(share @ F.cross_entropy(SHARPNESS[k] * predicted, targets, reduction="none"))
 
     # The loss is convex in the factor, so that the first that is no worse than its next is the best.
     low, high = 0, len(SHARPNESS) - 1
+    if near is not None:
+        low = near
+        while low < high and loss(low) > loss(low + 1):
+            low += 1
+        while low > 0 and loss(low - 1) <= loss(low):
+            low -= 1
+        return low, loss(low)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if loss(middle) <= loss(middle + 1) else (middle + 1, high)
-    return SHARPNESS[low], loss(low)
+    return low, loss(low)
 
 
 def _calibrated(predicted: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,7 +329,7 @@ def _calibrated(predicted: Tensor, targets: Tensor, counts: Tensor) -> tuple[Ten
     """
     weight = counts * (targets @ (counts @ targets).clamp(min=_EPS).rsqrt())
     weight = weight / weight.mean()
-    sharpness = predicted.new_tensor(math.log(_sharpest(predicted, targets, counts)[0])).requires_grad_()
+    sharpness = predicted.new_tensor(math.log(SHARPNESS[_sharpest(predicted, targets, counts)[0]])).requires_grad_()
     shift = predicted.new_zeros(predicted.shape[1]).requires_grad_()
     optimiser = torch.optim.LBFGS((sharpness, shift), max_iter=60, line_search_fn="strong_wolfe")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import SeDAConfig, TrainConfig
-from ..files import DataError, atomic_path
+from ..files import DataError, atomic_path, make_folder
 from ..ops import q_sample, semantic_projection, stratified_timesteps
 from .binary_teacher import BinaryPairTeacher, fit_binary_teacher
 from .interaction import PFIN, Dropout
@@ -698,9 +698,12 @@ class SeDA(nn.Module):
         """Write ``model.safetensors`` (weights, statistics, configuration, class names) and return its path.
 
         The file is complete or absent: it is written under a temporary name and renamed.
+
+        Raises:
+            DataError: the folder or the file cannot be written.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         about: dict[str, Any] = {"config": dataclasses.asdict(self.config), "class_names": list(self.class_names)}
         if self.unseen is not None:
             about["unseen"] = self.unseen.nonzero()[:, 0].tolist()
@@ -718,9 +721,10 @@ class SeDA(nn.Module):
             DataError: the folder holds no readable ``model.safetensors`` of this library.
         """
         path = Path(directory) / WEIGHTS_FILE
-        if not path.is_file():
-            raise DataError(f"{path}: there is no such file; a trained model's folder holds {WEIGHTS_FILE}")
         try:
+            if not path.is_file():
+                raise DataError(f"{path}: there is no such file; a trained model's folder holds {WEIGHTS_FILE}")
+            path.open("rb").close()  # safetensors says of a file that may not be read that it is not there
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
             if _METADATA_KEY not in metadata:
@@ -729,7 +733,9 @@ class SeDA(nn.Module):
             model = cls(SeDAConfig(**about["config"]), about["class_names"])
             model.load_state_dict(load_file(path))
             model._mark_unseen(torch.tensor(about.get("unseen", []), dtype=torch.int64))
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except SafetensorError as error:
             raise DataError(f"{path}: not a readable safetensors file ({error})") from error
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, DataError):
