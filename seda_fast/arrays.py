@@ -110,8 +110,10 @@ def check_layout(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Non
         raise DataError(f"'{name}' holds Python objects, which are never used")
     if name in STRINGS:
         ranks, fits, needed = "1", dtype.kind == "U" and dtype.itemsize > 0, "strings are"
+    elif name.startswith("label") and dtype.kind == "U":
+        ranks, fits, needed = "1", dtype.itemsize > 0, "names of classes or integers are"
     elif name.startswith("label"):
-        ranks, fits, needed = "1 or 2", dtype.kind in "iu", "integers are"
+        ranks, fits, needed = "1 or 2", dtype.kind in "iu", "integers or names of classes are"
     else:
         ranks, fits, needed = "2", dtype.newbyteorder("=") in _FLOATS, "float16, float32 or float64 is"
     if str(len(shape)) not in ranks.split(" or "):
@@ -244,17 +246,28 @@ def check_class_names(value: Any) -> tuple[str, ...]:
     return names
 
 
+def check_strings(key: str, value: NDArray[Any]) -> list[str]:
+    """The strings of an array of them."""
+    check_layout(key, value.shape, value.dtype)
+    codes = np.ascontiguousarray(value).view(np.dtype("u4").newbyteorder(value.dtype.byteorder))
+    if codes.max() > sys.maxunicode:
+        raise DataError(f"'{key}' holds characters that are not Unicode")
+    found: list[str] = value.tolist()
+    return found
+
+
+def is_unprintable(name: str) -> bool:
+    """Whether a string is blank or holds control characters."""
+    return not name.strip() or any(category(character) in ("Cc", "Cs") for character in name)
+
+
 def check_names(key: str, value: Any) -> tuple[str, ...]:
     """Checked strings: at least one, none blank or with control characters."""
     if isinstance(value, np.ndarray):
-        check_layout(key, value.shape, value.dtype)
-        codes = np.ascontiguousarray(value).view(np.dtype("u4").newbyteorder(value.dtype.byteorder))
-        if codes.max() > sys.maxunicode:
-            raise DataError(f"'{key}' holds characters that are not Unicode")
-        value = value.tolist()
+        value = check_strings(key, value)
     if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
         raise DataError(f"'{key}' is not a list of strings")
     for i, name in enumerate(value):
-        if not name.strip() or any(category(character) in ("Cc", "Cs") for character in name):
+        if is_unprintable(name):
             raise DataError(f"'{key}' entry {i} is blank or holds control characters")
     return tuple(str(name) for name in value)

@@ -41,6 +41,7 @@ from .arrays import (
     rows,
 )
 from .files import DataError, naming, read_arrays, read_npy, refuse_too_large
+from .named_labels import numbered
 from .nn.copies import first_copies
 from .stratify import held_out_rows
 
@@ -256,7 +257,7 @@ class FeatureSet:
         if str(path) == "digits":
             part = _load_digits(_known_fraction(test_fraction, path), seed).test_part
         else:
-            part = _load_test_file(path, unpaired, test_fraction, seed)
+            part = _load_test_file(path, unpaired, test_fraction, seed, class_names)
         with naming(path):
             _check_width("visual_test", part.visual, visual_dim, "the model")
             if part.text is not None:
@@ -363,6 +364,7 @@ def _build(
     need_text: bool,
 ) -> FeatureSet:
     _check_options(unpaired, test_fraction, seed)
+    arrays = numbered(arrays)
     if "text_train" in arrays and "text_classes" in arrays:
         raise DataError(
             "holds both 'text_train' and 'text_classes'; give one text of each row or one text of each class, not both"
@@ -526,7 +528,9 @@ def _known_fraction(test_fraction: float | None, path: str | Path) -> float:
     return test_fraction
 
 
-def _load_test_file(path: str | Path, unpaired: Unpaired, test_fraction: float | None, seed: int) -> EvaluationRows:
+def _load_test_file(
+    path: str | Path, unpaired: Unpaired, test_fraction: float | None, seed: int, class_names: Sequence[str] | None
+) -> EvaluationRows:
     wanted = ("visual_test", "label_test", "text_test", "class_names", "text_classes")
     known = (*KEYS, *ROW_NAMES[1:])
     arrays = read_arrays(Path(path), wanted=wanted, known=known, layout=check_layout)
@@ -539,6 +543,7 @@ def _load_test_file(path: str | Path, unpaired: Unpaired, test_fraction: float |
             return _build(whole, str(path), unpaired, fraction, seed, need_text=False).test_part
     with naming(path):
         _check_options(unpaired, 0.5 if test_fraction is None else test_fraction, seed)
+        arrays = numbered(arrays, class_names)
         names = check_class_names(arrays["class_names"]) if "class_names" in arrays else None
         return _evaluation_rows(arrays, str(path), unpaired, names)
 
@@ -565,6 +570,7 @@ def _visual_rows(arrays: Mapping[str, Any], source: str) -> VisualRows:
     if name not in arrays:
         raise DataError("lacks the key 'visual' or 'visual_test'")
     visual = check_visual(name, arrays[name])
+    arrays = numbered(arrays)
     labels = names = None
     if "label_test" in arrays:
         labels = check_labels("label_test", arrays["label_test"], need_one=False)

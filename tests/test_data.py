@@ -308,9 +308,12 @@ REFUSED = {
     "no text": (arrays(text_train=np.full((24, 4), np.nan)), "lacks the text of 24 of 24 rows"),
     "floating labels": (
         arrays(label_train=LABELS * 1.0),
-        "'label_train' has dtype float64, integers are needed",
+        "'label_train' has dtype float64, integers or names of classes are needed",
     ),
-    "boolean labels": (arrays(label_train=LABELS > 1), "'label_train' has dtype bool, integers are needed"),
+    "boolean labels": (
+        arrays(label_train=LABELS > 1),
+        "'label_train' has dtype bool, integers or names of classes are needed",
+    ),
     "label below -1": (
         with_value("label_train", 6, -2),
         "'label_train' holds -2 in row 6; a class from 0 up",
