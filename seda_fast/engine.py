@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import ConfigError, TrainConfig
@@ -227,13 +228,23 @@ class Objective(nn.Module):
 
 
 def _parallel(objective: Objective) -> nn.Module:
-    """The objective with gradients averaged over the ranks; see `Stepper._rehearse`."""
+    """The objective with gradients added up over the ranks; see `Stepper._rehearse`."""
     if objective.compiled is not None:
         torch._dynamo.config.optimize_ddp = False  # it would cut the compiled graph at the buckets
     with warnings.catch_warnings():
         # The new name of the argument is not known to the oldest PyTorch that we run on.
         warnings.simplefilter("ignore", FutureWarning)
-        return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+    # It reads annotations, which are text here.
+    parallel.register_comm_hook(None, lambda state, bucket: _added_up(bucket.buffer()))
+    return parallel
+
+
+def _added_up(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    """Sums of the ranks' gradients, which are shares. DistributedDataParallel itself takes their mean: losses times the
+    ranks had overflowed in fp16 where those of one rank do not, and its scale settled elsewhere."""
+    done: torch.futures.Future[list[Tensor]] = dist.all_reduce(gradients, async_op=True).get_future()
+    return done.then(lambda found: found.value()[0])
 
 
 class Stepper:
@@ -536,9 +547,7 @@ class Stepper:
     def _gradients(self, losses: Losses, rows: int) -> None:
         """Losses of a batch of ``rows`` rows on all ranks to the sums, gradients to the parameters."""
         self.optimiser.zero_grad(set_to_none=True)
-        # DistributedDataParallel takes the mean of the ranks' gradients; ours are shares, to be added.
-        total = losses.total if self._losses is self.objective else losses.total * self.ranks.world
-        self.scaler.scale(total).backward()
+        self.scaler.scale(losses.total).backward()
         values = torch.stack([term.detach().double() for term in losses])
         self.sums += values * rows
         bad = ~values.isfinite()

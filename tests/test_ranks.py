@@ -59,7 +59,7 @@ if ENGINE == "graph" and DEVICE.type == "cpu":
     engine.Graph = Direct
 
 
-def trainer(ranks, dtype, keeping=None, engine=ENGINE):
+def trainer(ranks, dtype, keeping=None, engine=ENGINE, precision="fp32"):
     generator = torch.Generator().manual_seed(9)
     labels, paired = torch.arange(61) % 3, torch.ones(61, dtype=torch.bool)
     labels[5:20], paired[30:37] = -1, False
@@ -75,7 +75,8 @@ def trainer(ranks, dtype, keeping=None, engine=ENGINE):
     model.set_label_share(0.4)
     fields = (data.visual, data.text, data.labels, data.paired, data.sample_ids)
     data = TrainingSet(*(field.to(DEVICE) for field in fields))
-    return Trainer(model.to(DEVICE), data, SETTINGS, ranks=ranks, keeping=keeping, engine=engine)
+    return Trainer(model.to(DEVICE), data, SETTINGS, ranks=ranks, keeping=keeping, engine=engine,
+                   precision=precision)
 
 
 class Stop(Exception):
@@ -119,6 +120,11 @@ with joined(EXCHANGE) as ranks:
         done.run()
         found["compiled"] = [epoch.losses for epoch in done.history]
         found["engine"] = done.stepper.report()["used"]
+    if "fp16" in sys.argv:
+        done = trainer(ranks, torch.float32, precision="fp16")
+        done.run()
+        found["fp16"] = [epoch.losses for epoch in done.history]
+        found["scale"] = done.stepper.scaler.get_scale()
     if ranks.first:
         print(json.dumps(found))
 """
@@ -250,6 +256,14 @@ def test_two_ranks_whose_steps_are_graphs_have_the_loss_curve_of_one_and_resume_
     assert differ(one["float32"], two["float32"]) < 1e-4
     assert one["float32"] != two["float32"], "the ranks did not share the work"
     assert (one["resumed"], two["resumed"]) == (True, True)
+
+
+@pytest.mark.slow
+def test_two_ranks_in_fp16_leave_out_the_steps_that_one_does(tmp_path: Path) -> None:
+    """A loss times the number of ranks, whose gradients are then averaged, overflows a step earlier."""
+    one, two = (curves(world, tmp_path / str(world), "fp16") for world in (1, 2))
+    assert one["scale"] == two["scale"]
+    assert differ(one["fp16"], two["fp16"]) < 1e-2
 
 
 @pytest.mark.slow
