@@ -79,7 +79,8 @@ class RowReader:
         # its file.
         changed = getattr(array, "mode", None) == "c"
         whole = isinstance(base, mmap.mmap) and array.flags.c_contiguous and not changed
-        if isinstance(array, np.memmap) and whole:
+        # That of a temporary file has no name any more.
+        if isinstance(array, np.memmap) and whole and array.filename is not None:
             self._file = os.open(str(array.filename), os.O_RDONLY)
 
     def __del__(self) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -313,15 +313,19 @@ def _prepared(
     )
 
 
-def _without_text(rows: Rows, config: SeDAConfig) -> str:
-    """A sentence on classes that no text shows, empty where there are none."""
+def _worth_saying(run: RunConfig, data: FeatureSet, rows: Rows, config: SeDAConfig) -> Iterator[str]:
+    """Sentences on settings that change nothing here, and on classes that no text shows."""
+    if data.split is None and run.test_fraction != RunConfig().test_fraction:
+        yield f"test_fraction is not used: {data.source} has a test part of its own"
+    in_memory = rows.device.type == "cpu" and not isinstance(data.visual_train, np.memmap)
+    if in_memory and run.memory_share != RunConfig().memory_share:
+        yield "memory_share is not used: only a folder of .npy files with a test part of its own is read batch by batch"
     lone = None if config.class_text else classes_without_pairs(rows.labels, rows.paired, config.n_classes)
-    if lone is None or not rows.paired.any():
-        return ""
-    return (
-        f"{len(lone)} of {config.n_classes} classes have labelled rows but none with a text; "
-        "what has learned from texts is not asked about them"
-    )
+    if lone is not None and rows.paired.any():
+        yield (
+            f"{len(lone)} of {config.n_classes} classes have labelled rows but none with a text; "
+            "what has learned from texts is not asked about them"
+        )
 
 
 def train_and_evaluate(
@@ -335,12 +339,10 @@ def train_and_evaluate(
         test_fraction=settings.run.test_fraction,
         seed=settings.train.seed,
     )
-    if ranks.first and data.split is None and settings.run.test_fraction != RunConfig().test_fraction:
-        report(PROGRAM, f"test_fraction is not used: {data.source} has a test part of its own")
     config = settings.model_config(data)
     model, rows = _prepared(data, config, settings, device, ranks)
-    if ranks.first and (lone := _without_text(rows, config)):
-        report(PROGRAM, lone)
+    for sentence in _worth_saying(settings.run, data, rows, config) if ranks.first else ():
+        report(PROGRAM, sentence)
     if settings.run.baselines and not isinstance(rows, TrainingSet):
         raise ConfigError(
             "the training part is larger than memory_share allows and stays in its files, but the baselines would "

@@ -324,14 +324,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
     assert "cannot be written" in capfd.readouterr().err
 
 
-def test_a_share_to_hold_out_that_is_not_used_is_told(
-    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_share_that_is_not_used_is_told(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     given = ["--data", str(trained / "data.npz"), *SMALL, "--no-baselines", "--test-fraction"]
     assert train.main([*given, "0.5", "--out", str(tmp_path / "a")]) == 0
     assert "test_fraction is not used" in capfd.readouterr().err
     assert train.main([*given, "0.2", "--out", str(tmp_path / "b")]) == 0
     assert "test_fraction" not in capfd.readouterr().err
+    assert train.main([*given[:-1], "--memory-share", "0", "--out", str(tmp_path / "c")]) == 0
+    assert "memory_share is not used: only a folder of .npy files" in capfd.readouterr().err
 
 
 def test_baselines_of_few_rows_take_as_many_steps_as_seda(trained: Path) -> None:

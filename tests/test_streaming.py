@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,15 @@ def test_what_was_changed_in_a_copy_on_write_map_is_kept_and_trained_on(tmp_path
     np.testing.assert_array_equal(changed, expected)
     np.testing.assert_allclose(mean, expected.mean(axis=0), rtol=1e-6)
     np.testing.assert_array_equal(target, expected[[4, 1, 80]])
+
+
+def test_a_map_of_a_file_without_a_name_is_read_as_it_is() -> None:
+    with tempfile.TemporaryFile() as file:
+        array = np.memmap(file, np.float32, "w+", shape=(6, 3))
+        array[:] = np.arange(18).reshape(6, 3)
+        target = np.empty((2, 3), np.float32)
+        RowReader(array).into(target, np.array([4, 1]))
+        np.testing.assert_array_equal(target, array[[4, 1]])
 
 
 def test_rows_take_no_more_memory_than_they_have() -> None:
