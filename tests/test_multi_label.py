@@ -107,7 +107,7 @@ REFUSED = {
     "names": ({**arrays(), "class_names": np.array(NAMES[:4])}, "'label_train' has 5 columns but 'class_names' has"),
     "test columns": ({**arrays(), "label_test": arrays()["label_test"][:, :4]}, "'label_test' has 4 colu"),
     "test kind": ({**arrays(), "label_test": np.zeros(90, int)}, "'label_test' holds class numbers, of 1"),
-    "floats": ({**arrays(), "label_train": 1.0 * arrays()["label_train"]}, "has dtype float64, integers or names of classes are needed"),
+    "floats": ({**arrays(), "label_train": 1.0 * arrays()["label_train"]}, "has dtype float64, integers or names"),
     "rank": ({**arrays(), "label_train": arrays()["label_train"][None]}, "'label_train' has 3 dimensions, 1 or 2"),
     "no column": ({**arrays(), "label_train": np.zeros((160, 0), int)}, "'label_train' has no columns"),
 }  # fmt: skip
