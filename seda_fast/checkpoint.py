@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import DataError, atomic_path
+from .files import DataError, atomic_path, checksum
 
 KEPT = 2
 _FORMAT = 1
@@ -100,8 +100,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as draft:
                 save_file(tensors, draft)
-                checksum, size = _checksum(draft), draft.stat().st_size
-            about = {"format": _FORMAT, "step": step, "sha256": checksum, "bytes": size, "state": state}
+                digest, size = checksum(draft), draft.stat().st_size
+            about = {"format": _FORMAT, "step": step, "sha256": digest, "bytes": size, "state": state}
             text = json.dumps({**about, "about_sha256": _digest(about)}, allow_nan=False)
             try:
                 with atomic_path(path.with_suffix(_STATE)) as draft:
@@ -206,7 +206,7 @@ def _read(path: Path, step: int) -> Checkpoint:
         size = path.stat().st_size
         if size != about["bytes"]:
             raise DataError(f"it has {size} bytes where {about['bytes']} were written")
-        if _checksum(path) != about["sha256"]:
+        if checksum(path) != about["sha256"]:
             raise DataError("its checksum is wrong")
         return Checkpoint(path, step, load_file(path), about["state"])
     except OSError as error:
@@ -221,11 +221,6 @@ def _read(path: Path, step: int) -> Checkpoint:
 
 def _reason(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(about: Mapping[str, Any]) -> str:

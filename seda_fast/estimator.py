@@ -25,7 +25,7 @@ from .arrays import Labels, Mask, check_text, check_visual
 from .command import choose_device
 from .config import ConfigError, SeDAConfig, TrainConfig
 from .data import FeatureSet
-from .files import DataError, atomic_path, check_writable, naming
+from .files import DataError, atomic_path, check_writable, checksum, naming
 from .loop import train
 from .nn import WEIGHTS_FILE, SeDA
 from .nn.multi_label import THRESHOLD
@@ -305,7 +305,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
                 f"the folder {directory} holds a training run ({run}), whose model is another; give another"
             )
         weights = self.model_.save_pretrained(directory)
-        about["model_sha256"] = _checksum(weights)
+        about["model_sha256"] = checksum(weights)
         with atomic_path(directory / ESTIMATOR_FILE) as draft:
             draft.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         return directory
@@ -325,7 +325,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         if path.exists():
             with naming(path):
                 about = _read_about(path)
-                if about["model_sha256"] != _checksum(Path(directory) / WEIGHTS_FILE):
+                if about["model_sha256"] != checksum(Path(directory) / WEIGHTS_FILE):
                     raise DataError(f"is of another model than the {WEIGHTS_FILE} beside it; delete one of them")
                 return _restored(cls, model, about)
         chosen = {name: getattr(model.config, name) for name in _MODEL}
@@ -391,11 +391,6 @@ def _ids_of(visual: NDArray[np.float32]) -> Labels:
     """A sample id in 0 .. 2**48 - 1 of each row (M, Dv), from its bytes."""
     digests = (hashlib.blake2b(row, digest_size=6).digest() for row in visual)
     return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.int64, len(visual))
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_about(path: Path) -> dict[str, Any]:

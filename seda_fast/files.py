@@ -5,6 +5,7 @@ Nothing here unpickles. `read_arrays` looks at names, shapes, dtypes and sizes b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -245,6 +246,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # gone after the rename; a second error here would hide the first
             draft.unlink()
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -39,6 +39,7 @@ from .interrupt import Interrupts
 from .loop import Epoch, Keeping, Telling, Trainer, TrainingSet
 from .measure import alignment, class_metrics, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
 from .nn import SeDA
+from .nn.multi_label import labelled_rows as are_labelled
 from .nn.scaling import Scaling
 from .nn.unseen import classes_without_pairs
 from .outputs import Outputs
@@ -313,18 +314,20 @@ def _prepared(
     )
 
 
-def _worth_saying(run: RunConfig, data: FeatureSet, rows: Rows, config: SeDAConfig) -> Iterator[str]:
+def _worth_saying(run: RunConfig, data: FeatureSet, rows: Rows, model: SeDA) -> Iterator[str]:
     """Sentences on settings that change nothing here, and on classes that no text shows."""
     if data.split is None and run.test_fraction != RunConfig().test_fraction:
         yield f"test_fraction is not used: {data.source} has a test part of its own"
     in_memory = rows.device.type == "cpu" and not isinstance(data.visual_train, np.memmap)
     if in_memory and run.memory_share != RunConfig().memory_share:
         yield "memory_share is not used: only a folder of .npy files with a test part of its own is read batch by batch"
-    lone = None if config.class_text else classes_without_pairs(rows.labels, rows.paired, config.n_classes)
+    classes = model.config.n_classes
+    lone = None if model.config.class_text else classes_without_pairs(rows.labels, rows.paired, classes)
     if lone is not None and rows.paired.any():
+        untaught = model.teacher is None and bool((rows.paired & ~are_labelled(rows.labels)).any())
         yield (
-            f"{len(lone)} of {config.n_classes} classes have labelled rows but none with a text; "
-            "what has learned from texts is not asked about them"
+            f"{len(lone)} of {classes} classes have labelled rows but none with a text: only images tell of these"
+            + (", and no teacher labels the unlabelled pairs" if untaught else "")
         )
 
 
@@ -341,7 +344,7 @@ def train_and_evaluate(
     )
     config = settings.model_config(data)
     model, rows = _prepared(data, config, settings, device, ranks)
-    for sentence in _worth_saying(settings.run, data, rows, config) if ranks.first else ():
+    for sentence in _worth_saying(settings.run, data, rows, model) if ranks.first else ():
         report(PROGRAM, sentence)
     if settings.run.baselines and not isinstance(rows, TrainingSet):
         raise ConfigError(

@@ -283,15 +283,15 @@ class SeDA(nn.Module):
         text: Tensor,
         labels: Tensor,
         seed: int,
-        alone: tuple[Tensor, Tensor] | None = None,
+        lone: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Set ``teacher`` from the rows of `teacher_rows`; no row removes it. ``alone``: see `fit_teacher`."""
+        """Set ``teacher`` from the rows of `teacher_rows`; no row removes it. ``lone``: see `fit_teacher`."""
         if not len(labels):
             self.teacher = None
         elif self.config.multi_label:
             self.teacher = fit_binary_teacher(visual, text, labels, seed)
         else:
-            self.teacher = fit_teacher(visual, text, labels, self.config.n_classes, seed, alone)
+            self.teacher = fit_teacher(visual, text, labels, self.config.n_classes, seed, lone)
 
     @torch.no_grad()
     def set_unseen(self, labels: Tensor, paired: Tensor) -> None:

@@ -229,12 +229,12 @@ def fit_teacher(
     labels: Tensor,
     n_classes: int,
     seed: int,
-    alone: tuple[Tensor, Tensor] | None = None,
+    lone: tuple[Tensor, Tensor] | None = None,
 ) -> PairTeacher:
     """Fit on the rows of `teacher_rows`: standardised ``visual`` (n, Dv), ``text`` (n, Dt), ``labels`` (n,) int64, -1
     unlabelled. Deterministic for a seed.
 
-    ``alone``: visual features (m, Dv) and labels (m,) of `lone_rows`, which the classifier of images is fitted on as
+    ``lone``: visual features (m, Dv) and labels (m,) of `lone_rows`, which the classifier of images is fitted on as
     well. Of a class that only they have the classifier of texts knows nothing, and the other one alone tells.
     """
     known = labels >= 0
@@ -245,9 +245,9 @@ def fit_teacher(
     penalties, trust = _tuned([x[known] for x in spaces], y, first_copies(visual[known]), n_classes, seed)
     hard = F.one_hot(y, n_classes).to(visual.dtype)
     # Beside the pairs, to the classifier of images alone: its features and labels, and none to that of texts.
-    lone, y_lone = (visual[:0], y[:0]) if alone is None else alone
+    x_lone, y_lone = (visual[:0], y[:0]) if lone is None else lone
     hard_lone = F.one_hot(y_lone, n_classes).to(hard)
-    more = ((widened(lone, shared[0]), hard_lone), (spaces[1][:0], hard[:0]))
+    more = ((widened(x_lone, shared[0]), hard_lone), (spaces[1][:0], hard[:0]))
     first = [
         fitted(torch.cat((x[known], x_more)), torch.cat((hard, y_more)), l2)
         for x, l2, (x_more, y_more) in zip(spaces, penalties, more, strict=True)

@@ -131,7 +131,14 @@ def test_a_run_says_which_classes_have_no_text(tmp_path: Path, capsys: pytest.Ca
     np.savez(tmp_path / "a.npz", **arrays, label_test=labels)
     small = ["--width", "16", "--blocks", "1", "--epochs", "1", "--no-baselines", "--unpaired", "keep"]
     assert train.main(["--data", str(tmp_path / "a.npz"), "--out", str(tmp_path / "run"), *small]) == 0
-    assert "1 of 5 classes have labelled rows but none with a text" in capsys.readouterr().err
+    assert (
+        "1 of 5 classes have labelled rows but none with a text: only images tell of these\n" in capsys.readouterr().err
+    )
+    arrays["label_train"] = np.where(np.arange(60) < 20, labels, -1)
+    arrays["text_train"] = np.where((arrays["label_train"] > 2)[:, None], np.nan, text)
+    np.savez(tmp_path / "b.npz", **arrays, label_test=labels)
+    assert train.main(["--data", str(tmp_path / "b.npz"), "--out", str(tmp_path / "b"), *small]) == 0
+    assert "only images tell of these, and no teacher labels the unlabelled pairs" in capsys.readouterr().err
 
 
 def test_of_many_labelled_rows_each_class_keeps_one() -> None:
