@@ -32,6 +32,7 @@ from .nn.multi_label import THRESHOLD
 from .nn.scaling import Scaling
 from .outputs import first_nan
 from .prepare import prepare
+from .surroundings import undisturbed
 
 __all__ = ["SeDAClassifier"]
 
@@ -105,11 +106,12 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
 
     # ---- fitting -------------------------------------------------------------------------------------------------
 
+    @undisturbed()
     def fit(self, X: Any, y: Any, text: Any = None, text_classes: Any = None) -> SeDAClassifier:
         """Train on features, labels and texts.
 
         Args:
-            X: (N, Dv) visual features, finite.
+            X: (N, Dv) visual features, finite; an array or anything that makes one, a data frame, a tensor.
             y: (N,) class labels of any type that sorts; the value `unlabelled` marks rows without. Multi-label: an
                 indicator matrix (N, K), dense or sparse, 1 where a row carries a class and 0 where not.
             text: (N, Dt) textual features; a row that is all NaN has no text. None: no row has any, and only the
@@ -126,6 +128,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             raise ConfigError("unlabelled is NaN, which no value equals; give another, such as -1")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be one of auto, cpu, cuda, not {self.device!r}")
+        X, y, text, text_classes = (_of_tensor(value) for value in (X, y, text, text_classes))
         X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True)
         labels = self._encode(y)
         if self.multi_label_ and text_classes is not None:
@@ -199,6 +202,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
 
     # ---- what is fitted ------------------------------------------------------------------------------------------
 
+    @undisturbed()
     def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
         """Log-probabilities of the classes, (M, Dv) -> (M, K), columns in the order of ``classes_``; multi-label, of
         carrying each.
@@ -229,6 +233,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         result: NDArray[Any] = self.classes_[best]
         return result
 
+    @undisturbed()
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Aligned features, standardised: (M, Dv) -> (M, Dt) float32 on the textual distribution.
 
@@ -269,7 +274,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
     def _rows(self, X: Any) -> tuple[Tensor, Tensor]:
         """Checked features and sample ids on the model's device."""
         check_is_fitted(self, "model_")
-        X = validate_data(self, X, dtype=np.float32, reset=False)
+        X = validate_data(self, _of_tensor(X), dtype=np.float32, reset=False)
         visual = np.add(X, np.float32(0), order="C")  # a fresh copy in which -0 and 0 are one
         device = self.model_.centres.device
         return torch.from_numpy(visual).to(device), torch.from_numpy(_ids_of(visual)).to(device)
@@ -311,6 +316,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         return directory
 
     @classmethod
+    @undisturbed()
     def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> SeDAClassifier:
         """Read what `save_pretrained` or the command ``seda_fast.train`` wrote.
 
@@ -338,6 +344,15 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             "feature_names": [],
         }
         return _restored(cls, model, about)
+
+
+def _of_tensor(value: Any) -> Any:
+    """A tensor, on whatever device, part of a graph or not, as an array, bfloat16 as float32, which holds it; anything
+    else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
 def _checked_text(text: Any, visual: NDArray[Any]) -> tuple[NDArray[Any], Mask]:

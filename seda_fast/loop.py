@@ -24,6 +24,7 @@ from .files import DataError
 from .interrupt import Interrupted, Interrupts
 from .nn import SeDA
 from .ranks import ALONE, Ranks
+from .surroundings import undisturbed
 
 # Looks for losses gone bad, and, of several ranks with GPUs, for signals: after so many seconds, as a signal has to be
 # heard, and what a GPU was told before be done, within `interrupt.GRACE_SECONDS`; and after so many steps at most.
@@ -482,6 +483,7 @@ def _refuse_difference(own: Mapping[str, Any], before: Mapping[str, Any], path: 
             raise ConfigError(f"{name} is {value!r}, but the run to resume began with {before.get(name)!r} ({path})")
 
 
+@undisturbed()
 def train(
     model: SeDA,
     data: Rows,

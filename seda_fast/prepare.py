@@ -24,6 +24,7 @@ from .nn.teacher import lone_rows, teacher_rows
 from .nn.textual_head import textual_head_rows
 from .ranks import ALONE, Ranks
 from .streaming import RowReader, StreamedSet, free_memory
+from .surroundings import undisturbed
 
 # Share of the device's free memory that the training part may take.
 MEMORY_SHARE = 0.5
@@ -46,6 +47,7 @@ def reading_threads(device: torch.device, ranks: Ranks) -> int:
     return 1 if device.type == "cpu" else max(1, min(READERS, processors() // ranks.on_host))
 
 
+@undisturbed()
 def prepare(
     data: FeatureSet,
     config: SeDAConfig,

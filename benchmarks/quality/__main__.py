@@ -143,6 +143,7 @@ def select(chosen: argparse.Namespace, runs: Runs) -> Selected:
         chosen.select_precision,
         # On a set of one's own SeDA has its defaults whatever others would give: only its time is needed.
         ours=1 if chosen.own else None,
+        methods=chosen.methods,
     )
     selected = {**read_selected(chosen.selected), **found}
     chosen.selected.parent.mkdir(parents=True, exist_ok=True)

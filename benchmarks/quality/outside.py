@@ -2,8 +2,9 @@
 
 `python -m benchmarks.quality.outside PACKAGES OUT` writes ``OUT/NAME.npz``, as `python -m seda_fast.train --data`
 takes them. In PACKAGES lie, unpacked, ``emoji-datasource-google`` and ``openmoji`` (npm), ``openclipart``, the folder
-of that name in Debian's openclipart-png and openclipart-svg, ``tuxpaint``, that in tuxpaint-stamps-default, or
-``oxygen``, that in oxygen-icon-theme; what is absent is named and left out.
+of that name in Debian's openclipart-png and openclipart-svg, ``tuxpaint``, that in tuxpaint-stamps-default,
+``oxygen``, that in oxygen-icon-theme, or ``tabler-icons`` and ``tabler-icons-png`` (npm, @tabler); what is absent is
+named and left out.
 
 Features are plain: gradients' orientations and colours of an image, then principal components; weighted counts of a
 text's words, then singular vectors. All are fitted on the training part, 70 % of each class's images.
@@ -37,6 +38,8 @@ SIDE, CELL, ORIENTATIONS = 64, 8, 9
 VISUAL_DIM, TEXT_DIM = 256, 128
 # Of a folder of clip art so many at most are drawn: some hold hundreds of variants of one.
 MOST_OF_CLASS = 220
+# Line icons are alike in style and many: so few of a class keep a comparison of methods to minutes.
+MOST_LINE_ICONS_OF_CLASS = 80
 # Some flags have 169 million, and take longer than all other images together.
 MOST_PIXELS = 2**24
 
@@ -124,6 +127,21 @@ def icons(packages: Path) -> Iterator[Found]:
         yield file, re.sub(r"[_.+-]+", " ", name).lower(), purpose
 
 
+def line_icons(packages: Path) -> Iterator[Found]:
+    """Tabler's icons, black lines on white, with their names and tags; the class is their category."""
+    known = json.loads((packages / "tabler-icons" / "icons.json").read_text(encoding="utf-8"))
+    groups: dict[str, list[tuple[Path, str]]] = {}
+    for name, entry in sorted(known.items()):
+        file = packages / "tabler-icons-png" / "icons" / "outline" / f"{name}.png"
+        if entry.get("category") and file.is_file():
+            text = " ".join([name.replace("-", " "), *map(str, entry["tags"])]).lower()
+            groups.setdefault(entry["category"], []).append((file, text))
+    rng = np.random.default_rng(0)
+    for group, found in sorted(groups.items()):
+        for i in rng.permutation(len(found))[:MOST_LINE_ICONS_OF_CLASS]:
+            yield *found[i], group
+
+
 def _is_of_sensible_size(file: Path) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -181,7 +199,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("packages", type=Path, help="folder of the unpacked packages")
     parser.add_argument("out", type=Path, help="folder for the sets")
     chosen = parser.parse_args(argv)
-    needed = ("emoji-datasource-google", "openmoji", "openclipart", "tuxpaint", "oxygen")
+    needed = (
+        "emoji-datasource-google",
+        "openmoji",
+        "openclipart",
+        "tuxpaint",
+        "oxygen",
+        "tabler-icons",
+        "tabler-icons-png",
+    )
     absent = [name for name in needed if not (chosen.packages / name).is_dir()]
     for name in absent:
         print(f"benchmarks.quality.outside: {chosen.packages} has no folder {name}", file=sys.stderr)
@@ -193,6 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     for package, found, least in (("openclipart", clip_art, 35), ("tuxpaint", stamps, 14), ("oxygen", icons, 40)):
         if package not in absent:
             written.append(write(chosen.out / f"{package}.npz", found(chosen.packages), least))
+    if not {"tabler-icons", "tabler-icons-png"} & set(absent):
+        written.append(write(chosen.out / "tabler.npz", line_icons(chosen.packages), 40))
     print("\n".join(written))
     return 0 if written else 2
 

@@ -148,12 +148,14 @@ def select(
     ready: Callable[[Sequence[Job]], Runs],
     precision: PrecisionName = "fp32",
     ours: int | None = None,
+    methods: Sequence[str] = SELECTED,
 ) -> dict[str, dict[str, Any]]:
     """Successive halving (Jamieson & Talwalkar 2016) in two rungs, the same for every method.
 
     All ``count`` settings (of SeDA ``ours``, if given) are tried on one fold; the default and the best quarter then on
     all folds of ``repeats`` partitions. Last, each network among the baselines is offered the time that SeDA takes (see
     `lengthened`), on the same folds: once with all labels, and then, for the regimes of few labels alone, with few.
+    Only ``methods`` are chosen for (`MLP` for `MLP_PSEUDO`, which has its settings) and SeDA, whose time counts.
     ``ready`` makes the records of jobs; SeDA is trained in ``precision``, and its defaults once more in float32, which
     the others have and which their time is held against.
 
@@ -164,7 +166,11 @@ def select(
         was time for more passes, ``longer``: the factor, the mean top-1 and ``seconds`` with them, and the best mean
         top-1 without; the same with few labels, ``few_labels``, and the better ``settings`` there.
     """
-    tried = {group(m, name): candidates(m, (ours or count) if m == SEDA else count) for name in sets for m in SELECTED}
+    wanted = {SEDA, *methods, *([MLP] if MLP_PSEUDO in methods else [])}
+    chosen_for = [method for method in SELECTED if method in wanted]
+    tried = {
+        group(m, name): candidates(m, (ours or count) if m == SEDA else count) for name in sets for m in chosen_for
+    }
     first = jobs(sets, tried, [0], folds, precision)
     best = ranked(ready(first), first)
     kept = {}

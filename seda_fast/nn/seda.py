@@ -730,7 +730,8 @@ class SeDA(nn.Module):
             if _METADATA_KEY not in metadata:
                 raise DataError(f"{path}: not a model of this library (its metadata has no {_METADATA_KEY!r})")
             about = json.loads(metadata[_METADATA_KEY])
-            model = cls(SeDAConfig(**about["config"]), about["class_names"])
+            # Whatever the caller's default type is, in which it would be made.
+            model = cls(SeDAConfig(**about["config"]), about["class_names"]).float()
             model.load_state_dict(load_file(path))
             model._mark_unseen(torch.tensor(about.get("unseen", []), dtype=torch.int64))
         except OSError as error:

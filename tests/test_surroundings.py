@@ -1,0 +1,105 @@
+"""What a caller has switched on in PyTorch changes neither a training nor a prediction, and is as it was afterwards."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from seda_fast import FeatureSet, SeDA, SeDAClassifier, SeDAConfig, TrainConfig
+from seda_fast.loop import train
+from seda_fast.prepare import prepare
+
+SMALL = {"width": 16, "blocks": 1, "expansion": 1, "time_embedding": 4, "diffusion_steps": 20}
+RNG = np.random.default_rng(0)
+LABELS = np.arange(48) % 3
+VISUAL = (RNG.normal(size=(48, 8)) + LABELS[:, None]).astype(np.float32)
+TEXT = (RNG.normal(size=(48, 5)) + LABELS[:, None]).astype(np.float32)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SURROUNDINGS = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "default float64": lambda: default_dtype(torch.float64),
+    "default bfloat16": lambda: default_dtype(torch.bfloat16),
+    # As torch.set_default_device("cuda") does where there is one: a tensor made there meets none of the others.
+    "default device": lambda: torch.device("meta"),
+}
+
+
+def surrounded(name: str) -> AbstractContextManager[object]:
+    found: AbstractContextManager[object] = SURROUNDINGS[name]()  # type: ignore[no-untyped-call,operator]
+    return found
+
+
+def estimated(folder: Path) -> np.ndarray:
+    model = SeDAClassifier(**SMALL, epochs=2, random_state=1).fit(VISUAL, LABELS, text=TEXT)
+    model.save_pretrained(folder)
+    again = SeDAClassifier.from_pretrained(folder)
+    return np.hstack([model.predict_log_proba(VISUAL), again.predict_log_proba(VISUAL), again.transform(VISUAL)])
+
+
+def trained() -> list[torch.Tensor]:
+    ids = np.arange(48)
+    parts = (VISUAL, TEXT, LABELS, VISUAL[:0], LABELS[:0], None, ("a", "b", "c"), ids, ids[:0])
+    config = SeDAConfig(**SMALL, visual_dim=8, text_dim=5, n_classes=3)
+    model, rows = prepare(FeatureSet(*parts, "rows"), config, 1, torch.device("cpu"))
+    return list(train(model, rows, TrainConfig(epochs=2))[0].state_dict().values())
+
+
+@pytest.fixture(scope="module")
+def plainly_estimated(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return estimated(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def plainly_trained() -> list[torch.Tensor]:
+    return trained()
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_an_estimator_is_the_same_in_any(name: str, tmp_path: Path, plainly_estimated: np.ndarray) -> None:
+    with surrounded(name):
+        found = estimated(tmp_path)
+    np.testing.assert_array_equal(found, plainly_estimated)
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_a_training_is_the_same_in_any(name: str, plainly_trained: list[torch.Tensor]) -> None:
+    with surrounded(name):
+        found = trained()
+    for ours, expected in zip(found, plainly_trained, strict=True):
+        assert ours.device == expected.device and torch.equal(ours, expected)
+
+
+def test_a_model_is_read_in_the_type_it_was_written_in(tmp_path: Path) -> None:
+    estimated(tmp_path)
+    ids = torch.arange(48)
+    expected = SeDA.from_pretrained(tmp_path)(torch.from_numpy(VISUAL), ids)
+    with default_dtype(torch.float64):
+        found = SeDA.from_pretrained(tmp_path)(torch.from_numpy(VISUAL), ids)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_are_taken_as_arrays_are(dtype: torch.dtype) -> None:
+    visual, text = (torch.from_numpy(a).to(dtype).requires_grad_() for a in (VISUAL, TEXT))
+    arrays = [a.detach().to(torch.float32).numpy() for a in (visual, text)]
+    model = SeDAClassifier(**SMALL, epochs=1, random_state=1)
+    expected = model.fit(arrays[0], LABELS, text=arrays[1]).predict_proba(arrays[0])
+    found = model.fit(visual, torch.from_numpy(LABELS), text=text)
+    np.testing.assert_array_equal(found.predict_proba(visual), expected)
+    assert found.score(visual, torch.from_numpy(LABELS)) == (expected.argmax(1) == LABELS).mean()
