@@ -79,20 +79,38 @@ def icons_package(folder: Path) -> None:
     (size / "alias.png").symlink_to(name)
 
 
+def line_icons_package(folder: Path) -> None:
+    known = {}
+    for number in range(220):
+        kind = number % 2
+        name = f"{WORDS[kind].replace(' ', '-')}-{number}"
+        known[name] = {"category": ("Animals", "Food")[kind], "tags": [WORDS[kind], 24]}
+        picture(folder / "tabler-icons-png" / "icons" / "outline" / f"{name}.png", kind, number)
+    known["not-drawn"] = {"category": "Food", "tags": []}
+    known["of-no-category-cat"] = {"category": "", "tags": []}
+    picture(folder / "tabler-icons-png" / "icons" / "outline" / "of-no-category-cat.png", 0, 1)
+    (folder / "tabler-icons").mkdir()
+    (folder / "tabler-icons" / "icons.json").write_text(json.dumps(known), encoding="utf-8")
+
+
 def test_sets_are_what_training_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     emoji_packages(tmp_path)
     clip_art_package(tmp_path)
     stamps_package(tmp_path)
     icons_package(tmp_path)
+    line_icons_package(tmp_path)
     assert outside.main([str(tmp_path), str(tmp_path / "out")]) == 0
     names = {"emoji_categories": ("Faces", "Signs"), "emoji_subcategories": ("s0", "s1")}
     names["openclipart"] = ("animals/birds", "food/deep")
     names["tuxpaint"] = ("animals/birds", "food")
     names["oxygen"] = ("actions", "places")
+    names["tabler"] = ("Animals", "Food")
     said = capsys.readouterr().out.splitlines()
     for name, line in zip(names, said, strict=True):
         found = FeatureSet.load(tmp_path / "out" / f"{name}.npz")
-        rows = {"openclipart": 80, "tuxpaint": 60, "oxygen": 100}.get(name, 110)
+        rows = {"openclipart": 80, "tuxpaint": 60, "oxygen": 100, "tabler": 2 * outside.MOST_LINE_ICONS_OF_CLASS}.get(
+            name, 110
+        )
         assert found.class_names == names[name]
         assert len(found.label_test) == 2 * round(0.3 * rows / 2)
         assert len(found.label_train) + len(found.label_test) == rows

@@ -328,6 +328,11 @@ def test_selection_tries_equally_many_settings_and_reads_no_test_part(folder: Pa
     assert found["linear on cub10"]["standard_error"] == 0
     assert {j.precision for j in made if j.method != "seda"} == {"fp32"}
     assert {j.precision for j in made if j.method == "seda" and j.settings} == {"bf16"}
+    # Settings of the methods named, SeDA's for its time, and the MLP's for the MLP that learns from given labels.
+    made.clear()
+    some = selection.select(["cub10"], 2, 2, 1, ready, methods=["linear", "mlp_pseudo"])
+    assert {j.method for j in made} == {"seda", "linear", "mlp"}
+    assert set(some) == {"seda", "linear on cub10", "mlp on cub10"}
     in_float32 = [runs.records[j.key].metrics["top1"] for j in seda if j.precision == "fp32"]
     same = [runs.records[replace(j, precision="bf16").key].metrics["top1"] for j in seda if j.precision == "fp32"]
     gaps = np.subtract(in_float32, same)
