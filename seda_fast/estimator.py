@@ -257,6 +257,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         Raises:
             ValueError: no row is labelled.
         """
+        X, y, sample_weight = (_of_tensor(value) for value in (X, y, sample_weight))
         if self.unlabelled is None:
             return float(super().score(X, y, sample_weight))
         found = y.toarray() if issparse(y) else np.asarray(y)

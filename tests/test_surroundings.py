@@ -103,3 +103,13 @@ def test_tensors_are_taken_as_arrays_are(dtype: torch.dtype) -> None:
     found = model.fit(visual, torch.from_numpy(LABELS), text=text)
     np.testing.assert_array_equal(found.predict_proba(visual), expected)
     assert found.score(visual, torch.from_numpy(LABELS)) == (expected.argmax(1) == LABELS).mean()
+
+
+def test_tensors_are_scored_as_arrays_are() -> None:
+    indicator = np.eye(3, dtype=np.float32)[LABELS]
+    indicator[::4] = -1
+    model = SeDAClassifier(**SMALL, epochs=1, random_state=1, unlabelled=-1).fit(VISUAL, indicator, text=TEXT)
+    visual, targets = (torch.from_numpy(a).to(torch.bfloat16).requires_grad_() for a in (VISUAL, indicator))
+    weights = torch.linspace(0.1, 1, 48, dtype=torch.bfloat16, requires_grad=True)
+    arrays = [a.detach().float().numpy() for a in (visual, weights)]
+    assert model.score(visual, targets, weights) == model.score(arrays[0], indicator, arrays[1])
