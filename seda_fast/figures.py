@@ -6,6 +6,7 @@ Ito (2008), told apart with any colour vision; markers and line styles repeat wh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,16 @@ def _check(
 
 def _save(figure: Figure, path: Path) -> Path:
     FigureCanvasAgg(figure)
-    with atomic_path(path) as draft:
+    with atomic_path(path) as draft, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         figure.savefig(draft, format="png", dpi=DPI)
+    lacking = [warning for warning in caught if "missing from font" in str(warning.message)]
+    for warning in caught:
+        if warning not in lacking:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if lacking:
+        # Matplotlib warns of each letter by its number.
+        warnings.warn(f"{path.name} shows boxes for letters of class names that its font lacks", stacklevel=2)
     return path
 
 
@@ -229,8 +238,10 @@ def _confusion_figure(
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
     # A class without a sample is an empty row: the count in its name says so.
     names = [str(class_names[i]) for i in shown.tolist()]
-    axes.set_yticks(range(size), [f"{_short(n)} ({t})" for n, t in zip(names, totals, strict=True)], fontsize=8)
-    axes.set_xticks(range(size), [_short(n) for n in names], rotation=90 if size > 12 else 45, fontsize=8)
+    axes.set_yticks(
+        range(size), [f"{_verbatim(_short(n))} ({t})" for n, t in zip(names, totals, strict=True)], fontsize=8
+    )
+    axes.set_xticks(range(size), [_verbatim(_short(n)) for n in names], rotation=90 if size > 12 else 45, fontsize=8)
     if size <= 12:
         for tick in axes.get_xticklabels():
             tick.set(ha="right", rotation_mode="anchor")
@@ -265,7 +276,9 @@ def _average_precision_figure(
     axes.barh(where, 100.0 * found[order], color=BLUE, height=0.72)
     axes.plot(100.0 * rates[order], where, "|", color=BLACK, markersize=11, markeredgewidth=2, label="chance")
     counts = (labels > 0).sum(axis=0)
-    axes.set_yticks(where, [f"{_short(str(class_names[k]))} ({counts[k]})" for k in order.tolist()], fontsize=8)
+    axes.set_yticks(
+        where, [f"{_verbatim(_short(str(class_names[k])))} ({counts[k]})" for k in order.tolist()], fontsize=8
+    )
     axes.set(xlim=(0, 100), xlabel="average precision, %", ylabel="class (rows that carry it)")
     axes.set_title(title, fontsize=10)
     axes.grid(axis="x", alpha=0.25)
@@ -276,6 +289,11 @@ def _average_precision_figure(
 
 def _short(name: str, length: int = 22) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _verbatim(name: str) -> str:
+    """A name for Matplotlib to show letter by letter: what stands between two $ would be a formula, or no right one."""
+    return name.replace("$", r"\$")
 
 
 # ------------------------------------------------------------------------------------------------------- paths
@@ -355,8 +373,8 @@ def _name_centres(axes: Axes, class_names: Sequence[str], where: Points) -> None
             if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
                 taken.append(box)
                 axes.annotate(
-                    label, point, (5 if right else -5, 1 if up else -1), textcoords="offset points", fontsize=7,
-                    ha="left" if right else "right", va="bottom" if up else "top", zorder=8,
+                    _verbatim(label), point, (5 if right else -5, 1 if up else -1), textcoords="offset points",
+                    fontsize=7, ha="left" if right else "right", va="bottom" if up else "top", zorder=8,
                 )  # fmt: skip
                 break
 

@@ -68,6 +68,28 @@ def test_confusion_of_few_and_many_classes(tmp_path: Path, classes: int) -> None
     assert max(imread(path).shape) < 2600
 
 
+def test_class_names_are_shown_letter_by_letter(tmp_path: Path) -> None:
+    """What stands between two $ is a formula to Matplotlib, and some are none that it can read."""
+    names = ["under $10", "$10_$20", r"$a\b$", "$$"]
+    arrays = {**inputs(), "class_names": names}
+    for path in write_figures(tmp_path, **arrays):
+        assert_drawn(path)
+    labels = np.eye(4, dtype=int)[arrays["labels"]]
+    log_proba = np.log(np.random.default_rng(0).random((120, 4)))
+    shown = [*figures._confusion_figure(arrays["labels"], arrays["predicted"], names).axes[0].get_xticklabels(),
+             *figures._average_precision_figure(labels, log_proba, names).axes[0].get_yticklabels()]  # fmt: skip
+    for label in shown:
+        text, is_formula = label._preprocess_math(label.get_text())  # type: ignore[attr-defined]
+        assert not is_formula and text.split(" (")[0] in names
+
+
+def test_letters_that_the_font_lacks_are_told_once_a_picture(tmp_path: Path) -> None:
+    lacking = "shows boxes for letters of class names that its font lacks"
+    with pytest.warns(UserWarning, match=lacking) as told:
+        write_figures(tmp_path, **{**inputs(), "class_names": ["日本語", "木", "火", "水"]})
+    assert [str(warning.message) for warning in told] == [f"confusion.png {lacking}", f"paths.png {lacking}"]
+
+
 def test_the_most_confused_classes_are_chosen() -> None:
     counts = np.diag(np.full(60, 100))
     counts[3, 50], counts[7, 9], counts[20, 21], counts[9, 8] = 40, 30, 20, 10
