@@ -36,6 +36,7 @@ UNLABELLED = -1
 ECE_BINS = 15
 RECALL_AT = (1, 5, 10)
 MMD_ROWS = 5000  # a quadratic cost: more rows are drawn down to this many
+RECALL_ROWS = 5000  # that look for their text among all: 100 000 rows took minutes
 BANDWIDTH_ROWS = 2000  # 2 million distances, 16 MB
 CHUNK_ELEMENTS = 2**22  # of a similarity matrix held at once: 32 MB
 TIE = 1e-9  # cosines nearer than this are equal: a product rounds differently in different columns
@@ -285,9 +286,15 @@ def _chunks(n_rows: int) -> Iterator[slice]:
 
 
 def retrieval_recall(
-    aligned: NDArray[np.floating], text: NDArray[np.floating], at: tuple[int, ...] = RECALL_AT
+    aligned: NDArray[np.floating],
+    text: NDArray[np.floating],
+    at: tuple[int, ...] = RECALL_AT,
+    asked: NDArray[np.integer] | None = None,
 ) -> dict[int, float]:
     """Percent of rows of `aligned` (M, D) whose own row of `text` (M, D) is among the k most similar.
+
+    Of all rows, or of those numbered `asked` (m,), among all texts: the time grows with m M.
+
 
     Similarity is the cosine; a row of zeros has cosine 0 with everything. Rows with an identical text (a
     repeated title) are the own text. Among other texts of equal similarity any order is as good as another,
@@ -303,14 +310,18 @@ def retrieval_recall(
     _, group, group_size = np.unique(text, axis=0, return_inverse=True, return_counts=True)
     copies = group_size[group.reshape(-1)] - 1
     hits = dict.fromkeys(at, 0.0)
-    for rows in _chunks(len(t)):
+    queries = np.arange(len(t)) if asked is None else asked
+    for chunk in _chunks(len(t)):
+        rows = queries[chunk]
+        if not len(rows):
+            break
         similarity = a[rows] @ t.T
-        own = similarity[np.arange(len(similarity)), np.arange(rows.start, rows.stop)][:, None]
+        own = similarity[np.arange(len(rows)), rows][:, None]
         ahead = np.count_nonzero(similarity > own + TIE, axis=1)
         equal = np.count_nonzero(similarity >= own - TIE, axis=1) - ahead - copies[rows]
         for k in at:
             hits[k] += float(np.clip((k - ahead) / equal, 0.0, 1.0).sum())
-    return {k: 100.0 * hit / len(t) for k, hit in hits.items()}
+    return {k: 100.0 * hit / len(queries) for k, hit in hits.items()}
 
 
 def alignment_metrics(aligned: NDArray[np.floating], text: NDArray[np.floating], *, seed: int) -> dict[str, float]:
@@ -320,15 +331,17 @@ def alignment_metrics(aligned: NDArray[np.floating], text: NDArray[np.floating],
         aligned: (M, Dt) features mapped from the visual side, in the standardised textual space.
         text: (M, Dt) the true text of the same samples, standardised. Rows that are NaN throughout have no
             text and are left out of everything.
-        seed: draws the halves of `frechet_floor` and, above 5 000 rows, the rows that `mmd` uses.
+        seed: draws the halves of `frechet_floor` and, above 5 000 rows, the rows that `mmd` uses and those whose
+            recall is asked for.
 
     Returns:
         `frechet`: squared Frechet distance of {aligned} and {text}, see `frechet_distance`.
         `frechet_floor`: that of two random halves of {text}: what finite samples of one distribution show.
         `mmd`: unbiased squared RBF-MMD, see `rbf_mmd`, on at most 5 000 rows; bandwidth by the median
-            heuristic on at most 2 000 rows of the real text.
+            heuristic on at most 2 000 rows of the real text, which are different texts where drawn ones are all equal.
         `cosine`: mean cosine over true pairs, in [-1, 1].
-        `recall_at_1`, `recall_at_5`, `recall_at_10`: percent, see `retrieval_recall`.
+        `recall_at_1`, `recall_at_5`, `recall_at_10`: percent, see `retrieval_recall`, of at most 5 000 rows among
+            all texts.
 
     Raises:
         ValueError: shapes that differ, NaN or infinity, fewer than 4 rows with text, text whose rows are all
@@ -348,9 +361,11 @@ def alignment_metrics(aligned: NDArray[np.floating], text: NDArray[np.floating],
     half = len(text) // 2
     drawn = order[:MMD_ROWS]
     bandwidth = median_bandwidth(text[order[:BANDWIDTH_ROWS]])
+    if bandwidth == 0.0:  # as where all but a few rows have one text
+        bandwidth = median_bandwidth(np.unique(text, axis=0)[:BANDWIDTH_ROWS])
     if bandwidth == 0.0:
         raise ValueError("text: all rows are equal, so there is no distribution to align with")
-    recall = retrieval_recall(aligned, text)
+    recall = retrieval_recall(aligned, text, asked=np.sort(order[:RECALL_ROWS]))
     return {
         "frechet": frechet_distance(aligned, text),
         "frechet_floor": frechet_distance(text[order[:half]], text[order[half:]]),

@@ -260,6 +260,30 @@ def test_many_rows_use_a_seeded_subsample_for_mmd(monkeypatch: pytest.MonkeyPatc
     assert alignment_metrics(aligned, text, seed=5)["mmd"] == pytest.approx(expected, rel=1e-9)
 
 
+def test_many_rows_ask_a_seeded_part_for_recall(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(60, 3))
+    mapped = text + 0.5 * rng.normal(size=text.shape)
+    monkeypatch.setattr(metrics, "RECALL_ROWS", 20)
+    found = metrics.alignment_metrics(mapped, text, seed=3)
+    asked = np.random.default_rng(3).permutation(60)[:20]
+    by_hand = [int((text[i] @ mapped[i] / np.linalg.norm(text[i])) < (text @ mapped[i] / np.linalg.norm(text, axis=1)
+               - 1e-9).max()) for i in asked]  # fmt: skip
+    assert found["recall_at_1"] == pytest.approx(100 * (1 - np.mean(by_hand)))
+    assert found["recall_at_1"] not in (0, 100, metrics.alignment_metrics(mapped, text, seed=4)["recall_at_1"])
+
+
+def test_few_different_texts_among_many_have_a_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As texts of two classes, one of them rare: the rows drawn for the bandwidth may all be of the other."""
+    monkeypatch.setattr(metrics, "BANDWIDTH_ROWS", 5)
+    text = np.zeros((400, 3))
+    text[7] = (3, 4, 0)
+    mapped = text + np.random.default_rng(0).normal(size=text.shape)
+    found = metrics.alignment_metrics(mapped, text, seed=0)
+    drawn = np.random.default_rng(0).permutation(400)[: metrics.MMD_ROWS]
+    assert found["mmd"] == pytest.approx(metrics.rbf_mmd(mapped[drawn], text[drawn], 5.0))
+
+
 def test_rows_without_text_are_left_out() -> None:
     rng = np.random.default_rng(11)
     text = rng.normal(size=(40, 6))
