@@ -34,8 +34,12 @@ _LOCK_FILE, _DRAFT_FOLDER = "lock", "draft"
 
 
 def unfinished_folder(out: Path) -> Path:
-    """Where a run whose results go to ``out`` keeps what it needs until it is finished."""
-    return out.absolute().parent / f"{out.absolute().name}.unfinished"
+    """Where a run whose results go to ``out`` keeps what it needs until it is finished.
+
+    Beside the folder itself where ``out`` is a link to it: two runs by two names of a folder meet there.
+    """
+    place = Path(os.path.realpath(out))
+    return place.parent / f"{place.name}.unfinished"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from seda_fast import DataError, train
-from seda_fast.results import unfinished_folder
+from seda_fast.results import results_folder, unfinished_folder
 
 SMALL = ["--width", "16", "--blocks", "1", "--diffusion-steps", "50", "--no-baselines", "--batch-size", "16"]
 KILLS = 30
@@ -450,6 +450,24 @@ def test_a_second_run_into_the_same_folder_refuses(nursery: Nursery, data: Path,
     assert len(second.stderr.splitlines()) == 1
     os.kill(pid, signal.SIGTERM)
     assert nursery.wait() == 128 + signal.SIGTERM
+
+
+def test_a_run_by_a_link_to_the_folder_of_another_refuses(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "same"
+    link.symlink_to(tmp_path / "mine")
+    options = {"overwrite": False, "resume": False, "report": print}
+    with results_folder(tmp_path / "mine", **options) as (draft, _):
+        (draft / "metrics.json").write_text("of the first")
+        with pytest.raises(DataError, match="another run works on"), results_folder(link, **options):
+            pass
+    with pytest.raises(DataError, match="holds the results of an earlier run"), results_folder(link, **options):
+        pass
+    with results_folder(link, **{**options, "overwrite": True}) as (draft, _):
+        (draft / "metrics.json").write_text("of the second")
+    assert (tmp_path / "mine" / "metrics.json").read_text() == "of the second"
+    assert link.is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["links", "mine"]
 
 
 def test_a_stale_lock_is_recognised(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
