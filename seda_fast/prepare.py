@@ -24,7 +24,7 @@ from .nn.teacher import lone_rows, teacher_rows
 from .nn.textual_head import textual_head_rows
 from .ranks import ALONE, Ranks
 from .streaming import RowReader, StreamedSet, free_memory
-from .surroundings import undisturbed
+from .surroundings import seeded, undisturbed
 
 # Share of the device's free memory that the training part may take.
 MEMORY_SHARE = 0.5
@@ -70,8 +70,7 @@ def prepare(
     """
     if not data.labelled_train.any():
         raise DataError(f"{data.source}: 'label_train' has no labelled row")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = SeDA(config, data.class_names)
     of_visual, of_text = mean_and_deviation(data.visual_train), _text_moments(data)
     model.scaling = _found_scaling(data, (of_visual, of_text), scaling, seed, ranks)
@@ -208,7 +207,10 @@ def _fit(
         share = model.find_label_share(visual, text, labels, seed)
     else:
         share = shares[0]
-    model.set_label_share(share)
+    # Ranks whose hosts round otherwise would each teach, and predict with, what they fitted themselves.
+    model.set_label_share(float(ranks.spread_text(repr(share))))
+    for tensor in (*model.parameters(), *model.buffers()):
+        ranks.spread(tensor.data)
 
 
 def _labels_stand_alone(model: SeDA, told: int) -> str:

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
-from seda_fast import evaluate, predict, train
+from seda_fast import FeatureSet, SeDAConfig, evaluate, predict, train
 from seda_fast.config import ConfigError
+from seda_fast.prepare import prepare
 from seda_fast.ranks import Ranks, joined
 from seda_fast.results import unfinished_folder
 
@@ -281,6 +284,46 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Second(Ranks):
+    """A rank that the first one spreads ``told`` to: what is no tensor comes as text."""
+
+    told: list[Any] = field(default_factory=list)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        return list(values)
+
+    def spread(self, tensor: Tensor) -> None:
+        tensor.copy_(self.told.pop(0))
+
+    def spread_text(self, text: str) -> str:
+        return str(self.told.pop(0))
+
+
+def test_ranks_teach_and_predict_with_what_the_first_one_fitted() -> None:
+    """Each fits a teacher, a kernel head and a share of the labels, and rounds as its own processor does."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    visual, text = (rng.normal(size=(60, d)).astype(np.float32) + labels[:, None] for d in (8, 5))
+    few = np.where(np.arange(60) < 30, labels, -1)
+    for given, part in ((few, "teacher"), (labels, "opinion")):
+        data = FeatureSet.from_arrays(visual, text, given, visual, labels)
+        config = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=1)
+        share = {} if part == "teacher" else {"label_share": 0.25}
+        first, _ = prepare(data, config, 0, torch.device("cpu"), **share)
+        sent = [*first.parameters(), *first.buffers()]
+        assert getattr(first, part) is not None
+        found = [tensor + 1 if tensor.is_floating_point() else tensor.clone() for tensor in sent]
+        second, _ = prepare(data, config, 0, torch.device("cpu"), ranks=Second(1, 2, [repr(first.label_share), *found]),
+                            **share)  # fmt: skip
+        for tensor, wanted in zip([*second.parameters(), *second.buffers()], found, strict=True):
+            assert torch.equal(tensor, wanted)
+        assert second.label_share == first.label_share
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What a caller has switched on in PyTorch changes neither a training nor a prediction, and is as it was afterwards."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -83,6 +84,23 @@ def test_a_training_is_the_same_in_any(name: str, plainly_trained: list[torch.Te
         found = trained()
     for ours, expected in zip(found, plainly_trained, strict=True):
         assert ours.device == expected.device and torch.equal(ours, expected)
+
+
+def test_estimators_are_fitted_in_threads_as_one_by_one() -> None:
+    """A process has one default generator and one default dtype: both were taken from under a neighbour."""
+
+    def fit(seed: int) -> np.ndarray:
+        model = SeDAClassifier(**SMALL, epochs=2, random_state=seed).fit(VISUAL, LABELS, text=TEXT)
+        return model.predict_log_proba(VISUAL)
+
+    alone = [fit(seed) for seed in range(8)]
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    with default_dtype(torch.float64), ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(fit, range(8)), alone, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    assert torch.rand(1).equal(expected)
 
 
 def test_a_model_is_read_in_the_type_it_was_written_in(tmp_path: Path) -> None:
