@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.preprocessing import LabelEncoder
-from sklearn.utils import _safe_indexing, check_random_state
+from sklearn.utils import _safe_indexing, check_array, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
@@ -170,10 +170,8 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         labelled = np.ones(len(y), dtype=bool) if self.unlabelled is None else np.asarray(y != self.unlabelled)
         if not labelled.any():
             raise ValueError(f"y has no labelled row: every value is {self.unlabelled!r}, which marks unlabelled rows")
-        as_text = str(self.unlabelled)
-        if labelled.all() and y.dtype.kind == "U" and self.unlabelled != as_text and (y == as_text).any():
-            # What NumPy makes of [-1, "cat"].
-            raise ValueError(f"y holds {as_text!r}, but unlabelled is {self.unlabelled!r}, which no text equals")
+        if labelled.all() and self.unlabelled is not None:
+            _refuse_marks_of_another_type(y, self.unlabelled)
         check_classification_targets(y if labelled.all() else np.array(y[labelled].tolist()))
         encoder = LabelEncoder().fit(y[labelled])
         self.classes_ = encoder.classes_
@@ -361,23 +359,46 @@ def _checked_text(text: Any, visual: NDArray[Any]) -> tuple[NDArray[Any], Mask]:
     if text is None:
         return np.full((len(visual), 1), np.nan, dtype=np.float32), np.zeros(len(visual), dtype=bool)
     _refuse_no_features("text", text)
-    found = _floating(text)
+    found = _floating("text", text)
     if found.ndim and len(found) != len(visual):
         raise DataError(f"text has {len(found)} rows but X has {len(visual)}")
     return check_text("text", found, "keep")
 
 
-def _floating(value: Any) -> NDArray[Any]:
-    """Integers as floating numbers, as scikit-learn takes them in ``X``."""
-    found = np.asarray(value)
-    return found.astype(np.float32) if found.dtype.kind in "biu" else found
+def _refuse_marks_of_another_type(y: NDArray[Any], unlabelled: Any) -> None:
+    """Nothing in ``y`` (N,) equals ``unlabelled``, but it may look like it: NumPy makes '-1' of -1 in [-1, "cat"]."""
+    for value in dict.fromkeys(y.tolist()):
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        if shown == str(unlabelled):
+            kind = "text" if isinstance(value, str) else "number"
+            raise ValueError(f"y holds {value!r}, but unlabelled is {unlabelled!r}, which no {kind} equals")
+
+
+def _floating(name: str, value: Any) -> NDArray[Any]:
+    """Floating numbers of what scikit-learn takes as ``X``: integers, frames of several types, missing values as NaN.
+
+    A masked array is passed on, to be refused: its mask would be lost.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        return value
+    try:
+        found = check_array(
+            value, dtype="numeric", ensure_all_finite=False, ensure_2d=False, allow_nd=True,
+            ensure_min_samples=0, ensure_min_features=0, input_name=name,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} is no array of numbers: {error}") from error
+    return found.astype(np.float32) if found.dtype.kind in "biu" else np.asarray(found)
 
 
 def _refuse_no_features(name: str, value: Any) -> None:
     """What somebody who has texts tries first."""
     if issparse(value):
         raise DataError(f"{name} is a sparse matrix; give a dense one, as TruncatedSVD makes of it")
-    found = np.asarray(value)
+    try:
+        found = np.asarray(value)
+    except ValueError:  # rows of several lengths, say
+        return
     if found.dtype.kind in "US" or (found.dtype.kind == "O" and any(isinstance(v, str) for v in found.flat)):
         raise DataError(f"{name} holds strings; give their features, as TfidfVectorizer and TruncatedSVD make them")
 
@@ -389,7 +410,7 @@ def _checked_class_texts(value: Any, text: Any, classes: NDArray[Any]) -> NDArra
     if text is not None:
         raise ValueError("text and text_classes are both given; give one text of each row or one of each class")
     _refuse_no_features("text_classes", value)
-    texts = check_visual("text_classes", _floating(value))
+    texts = check_visual("text_classes", _floating("text_classes", value))
     if len(texts) != len(classes):
         raise ValueError(f"text_classes has {len(texts)} rows but y has {len(classes)} classes")
     return texts

@@ -415,6 +415,40 @@ def test_what_marks_unlabelled_rows_may_be_of_another_type_than_the_classes(data
     assert set(model.classes_) <= {"ash", "beech", "cedar"}
     with pytest.raises(ValueError, match="y holds '-1', but unlabelled is -1, which no text equals"):
         SeDAClassifier(**SMALL, unlabelled=-1).fit(data.visual, names.astype(str), text=data.text)
+    with pytest.raises(ValueError, match="y holds '-1', but unlabelled is -1, which no text equals"):
+        SeDAClassifier(**SMALL, unlabelled=-1).fit(data.visual, names.astype(str).astype(object), text=data.text)
+    for marked in (np.where(data.labels == 2, -1, data.labels), np.where(data.labels == 2, -1.0, data.labels)):
+        with pytest.raises(ValueError, match=r"y holds -1(\.0)?, but unlabelled is '-1', which no number equals"):
+            SeDAClassifier(**SMALL, unlabelled="-1").fit(data.visual, marked, text=data.text)
+
+
+def test_text_is_taken_from_what_features_are(data: Sample) -> None:
+    """Objects that are numbers, frames of several types, and the missing values of both."""
+    text = np.array(data.text, dtype=np.float64)
+    text[::5] = np.nan
+
+    def fit(given: Any) -> np.ndarray:
+        model = SeDAClassifier(**{**SMALL, "epochs": 1}, random_state=0)
+        return model.fit(data.visual, data.labels, text=given).predict_proba(data.visual)
+
+    expected = fit(text)
+    np.testing.assert_array_equal(fit(text.astype(object)), expected)
+    for name in ("text", "text_classes"):
+        masked = np.ma.masked_array(text if name == "text" else text[1:4], mask=False)
+        with pytest.raises(ValueError, match=f"'{name}' is a masked array; write NaN for missing text"):
+            SeDAClassifier(**SMALL).fit(data.visual, data.labels, **{name: masked})
+    with pytest.raises(ValueError, match="text is no array of numbers"):
+        fit([None, *text.tolist()[1:]])
+    pandas = pytest.importorskip("pandas")
+    nullable = pandas.DataFrame(text).astype("Float64")
+    assert nullable.isna().any(axis=None)
+    for given in (pandas.DataFrame(text), nullable):
+        np.testing.assert_array_equal(fit(given), expected)
+    mixed = np.array(data.text, dtype=np.float64)
+    mixed[:, 0], mixed[:, 1] = mixed[:, 0] > 0, np.rint(mixed[:, 1])
+    frame = pandas.DataFrame(mixed)
+    frame[0], frame[1] = frame[0].astype(bool), frame[1].astype(int)
+    np.testing.assert_array_equal(fit(frame), fit(mixed))
 
 
 def test_files_of_another_model_are_neither_mixed_nor_written(
