@@ -380,7 +380,7 @@ def _build(
     else:
         text, paired = np.zeros((len(visual), 0), dtype=np.float32), np.zeros(len(visual), dtype=bool)
     names = _named(labels, arrays.get("class_names"))
-    _refuse_one_class(labels)
+    _refuse_one_class(labels, names)
     classes = None
     if by_class:
         _refuse_multi_label("label_train", labels)
@@ -399,7 +399,7 @@ def _build(
         _check_width("visual_test", test.visual, visual.shape[1], "'visual_train'")
         if test.text is not None and text.shape[1]:
             _check_width("text_test", test.text, text.shape[1], "'text_train'")
-        _check_known_classes(labels, test.labels)
+        _check_known_classes(labels, test.labels, names)
         made = FeatureSet(
             visual, text, labels, test.visual, test.labels, test.text, names, ids, test.ids, source, classes,
             _row_names(arrays, "visual_test", len(test.visual)),
@@ -407,7 +407,7 @@ def _build(
     else:
         refuse_too_large(4 * (visual.size + text.size))
         images = first_copies(torch.from_numpy(rows(visual, ids))).numpy()
-        train, held_out = split_rows(labels, test_fraction, seed, images)
+        train, held_out = split_rows(labels, test_fraction, seed, images, names)
         made = FeatureSet(
             rows(visual, train), rows(text, train), labels[train],
             rows(visual, held_out), labels[held_out],
@@ -482,10 +482,16 @@ def class_text_rows(classes: Features, labels: Labels) -> Features:
     return text
 
 
-def _refuse_one_class(labels: Labels) -> None:
+def _shown_class(label: int, names: Sequence[str] | None) -> str:
+    """A class as its user knows it: by name where names were given, which numbers only stand for."""
+    name = str(label) if names is None else names[label]
+    return f"class {label}" if name == str(label) else f"class {label} ('{name[:60]}')"
+
+
+def _refuse_one_class(labels: Labels, names: Sequence[str]) -> None:
     """Of one class there is nothing to learn: every row would be called it, rightly as it seems."""
     if labels.ndim == 1 and len(present := np.unique(labels[labels >= 0])) == 1:
-        raise DataError(f"'label_train' holds class {present[0]} alone; rows of two classes are needed")
+        raise DataError(f"'label_train' holds {_shown_class(present[0], names)} alone; rows of two classes are needed")
 
 
 def _refuse_unlabelled(labels: Labels) -> None:
@@ -510,13 +516,14 @@ def _check_same_texts(found: Features, model: Features) -> None:
         )
 
 
-def _check_known_classes(train: Labels, test: Labels) -> None:
+def _check_known_classes(train: Labels, test: Labels, names: Sequence[str]) -> None:
     if train.ndim == 2:
         return  # that no training row carries a class is something to learn too
     unknown = (test >= 0) & ~np.isin(test, train)
     if unknown.any():
         row = int(np.argmax(unknown))
-        raise DataError(f"'label_test' holds class {test[row]} in row {row}, which 'label_train' lacks")
+        shown = _shown_class(test[row], names) if test[row] < len(names) else f"class {test[row]}"
+        raise DataError(f"'label_test' holds {shown} in row {row}, which 'label_train' lacks")
 
 
 def _known_fraction(test_fraction: float | None, path: str | Path) -> float:
@@ -570,7 +577,7 @@ def _visual_rows(arrays: Mapping[str, Any], source: str) -> VisualRows:
     if name not in arrays:
         raise DataError("lacks the key 'visual' or 'visual_test'")
     visual = check_visual(name, arrays[name])
-    arrays = numbered(arrays)
+    arrays = numbered(arrays, need_one=False)
     labels = names = None
     if "label_test" in arrays:
         labels = check_labels("label_test", arrays["label_test"], need_one=False)
@@ -594,11 +601,17 @@ def _row_names(arrays: Mapping[str, Any], of: str, length: int) -> tuple[str, ..
     return names
 
 
-def split_rows(labels: Labels, test_fraction: float, seed: int, images: Labels | None = None) -> tuple[Labels, Labels]:
+def split_rows(
+    labels: Labels,
+    test_fraction: float,
+    seed: int,
+    images: Labels | None = None,
+    class_names: Sequence[str] | None = None,
+) -> tuple[Labels, Labels]:
     """Ascending row numbers of the training and of the test part: stratified, unlabelled rows in training.
 
     ``images`` (N,) are the rows' `first_copies`: rows of an image go into one part, into training where one of them is
-    unlabelled. None: each row is an image of its own.
+    unlabelled. None: each row is an image of its own. ``class_names`` are for refusals.
 
     Raises:
         DataError: no row is labelled, or there are too few rows of some class.
@@ -609,14 +622,29 @@ def split_rows(labels: Labels, test_fraction: float, seed: int, images: Labels |
     images = every if images is None else images
     # One row an image is drawn, and the others follow.
     drawn_from = np.flatnonzero(known & (images == every) & ~np.isin(images, images[~known]))
+    if labels.ndim == 1:
+        drawn_from = _a_class_each(labels, images, drawn_from)
     if labels.ndim == 2:
         drawn = drawn_from[held_out_rows(labels[drawn_from], test_fraction, seed)]
     else:
-        drawn = _drawn_rows(labels, drawn_from, test_fraction, seed)
+        drawn = _drawn_rows(labels, drawn_from, test_fraction, seed, class_names)
     held_out = np.isin(images, drawn)
     if labels.ndim == 1 and len(np.unique(labels[known & ~held_out])) < len(np.unique(labels[known])):
         raise DataError(_too_few(labels, drawn_from, test_fraction))
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _a_class_each(labels: Labels, images: Labels, first: Labels) -> Labels:
+    """A row of each image whose first rows are ``first`` (n,): that, and where its rows are of several classes, one of
+    these by turns, so that no class is left without an image because its rows always come second."""
+    several = np.flatnonzero(np.isin(images, images[labels != labels[images]]))
+    by_image = several[np.argsort(images[several], kind="stable")]
+    instead: dict[int, int] = {}
+    for turn, of_image in enumerate(np.split(by_image, np.flatnonzero(np.diff(images[by_image])) + 1)):
+        _, one_each = np.unique(labels[of_image], return_index=True)
+        if len(one_each):
+            instead[int(of_image[0])] = int(of_image[one_each[turn % len(one_each)]])
+    return np.array(sorted(instead.get(row, row) for row in first.tolist()), dtype=np.int64)
 
 
 def _too_few(labels: Labels, rows: Labels, test_fraction: float) -> str:
@@ -626,18 +654,22 @@ def _too_few(labels: Labels, rows: Labels, test_fraction: float) -> str:
     )
 
 
-def _drawn_rows(labels: Labels, labelled: Labels, test_fraction: float, seed: int) -> Labels:
+def _drawn_rows(
+    labels: Labels, labelled: Labels, test_fraction: float, seed: int, class_names: Sequence[str] | None
+) -> Labels:
     """A stratified share of the rows ``labelled``, one of each image."""
     classes, of_rows = np.unique(labels[labels >= 0], return_counts=True)
     of_images = np.bincount(labels[labelled], minlength=classes[-1] + 1)[classes]
     if of_images.min() < 2:
         worst = int(np.argmin(of_images))
-        # Rows of an image that has unlabelled ones as well stay in training.
-        has = (
-            "one labelled row" if of_rows[worst] == 1 else "labelled rows of one image only (their features are equal)"
-        )
+        if of_rows[worst] == 1:
+            has = "one labelled row"
+        elif of_images[worst]:
+            has = "labelled rows of one image only (their features are equal)"
+        else:  # an image with unlabelled rows stays in training
+            has = "no image (rows of equal features) that has no unlabelled rows and no other class's"
         raise DataError(
-            f"class {classes[worst]} has {has}, so no test part can be split off; "
+            f"{_shown_class(classes[worst], class_names)} has {has}, so no test part can be split off; "
             "give 'visual_test' and 'label_test', or leave the class out"
         )
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])  # scikit-learn takes 32 bits only

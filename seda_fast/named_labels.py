@@ -14,11 +14,14 @@ from .files import DataError
 UNLABELLED_NAME = ""
 
 
-def numbered(arrays: Mapping[str, Any], class_names: Sequence[str] | None = None) -> dict[str, Any]:
+def numbered(
+    arrays: Mapping[str, Any], class_names: Sequence[str] | None = None, *, need_one: bool = True
+) -> dict[str, Any]:
     """``arrays`` with ``label_train`` and ``label_test`` (N,) of names as int64 numbers, -1 for the empty name.
 
     They count the classes in the order of ``class_names``: the array of that name, else the argument, else the sorted
-    names in ``label_train``; the array is added where it is missing. Arrays of numbers are passed on as they are.
+    names in ``label_train``; the array is added where it is missing. Arrays of numbers are passed on as they are, and
+    without ``need_one`` all names may be empty where no array tells them.
 
     Raises:
         DataError: one of the two holds names and the other numbers, or a row holds a name that is no class.
@@ -39,6 +42,8 @@ def numbered(arrays: Mapping[str, Any], class_names: Sequence[str] | None = None
         names, owner = tuple(class_names), "the model"
     else:
         names, owner = tuple(sorted(set(found[named[0]]) - {UNLABELLED_NAME})), f"'{named[0]}'"
+        if not names and not need_one:
+            return {**arrays, named[0]: np.full(len(found[named[0]]), -1)}
         if not names:
             raise DataError(f"'{named[0]}' has no labelled row (all names are empty)")
     numbers = {name: _numbers(name, labels, names, owner) for name, labels in found.items()}

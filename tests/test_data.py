@@ -257,7 +257,16 @@ def test_rows_of_an_image_are_never_in_both_parts():
     many = (np.arange(3) == labels[:, None]).astype(np.int64)
     found = FeatureSet.from_arrays(visual, text, many)
     assert len(found.ids_test) > 9 and not set(image[found.ids_test]) & set(image[found.ids_train])
+    # Of an image that is of two classes each has its turn.
+    twice = FeatureSet.from_arrays(np.repeat(visual[:40], 2, 0), np.repeat(text[:40], 2, 0), np.tile([0, 1], 40))
+    assert set(twice.label_test) == {0, 1} and not set(twice.ids_test // 2) & set(twice.ids_train // 2)
+    words = refusal(
+        FeatureSet.from_arrays, visual[[0, 0, 1, 1, 2, 3, 4]], text[:7], [0, -1, 0, -1, 1, 1, 1]
+    )  # fmt: skip
+    assert "class 0 has no image (rows of equal features) that has no unlabelled rows" in words
     words = refusal(FeatureSet.from_arrays, np.ones((9, 4)), np.ones((9, 2)), np.arange(9) % 2)
+    assert "class 1 has no image (rows of equal features) that has no unlabelled rows and no other class's" in words
+    words = refusal(FeatureSet.from_arrays, visual[[0, 1, 2, 3, 4, 4, 4]], text[:7], [0, 0, 0, 0, 1, 1, 1])
     assert "has labelled rows of one image only (their features are equal)" in words
 
 
@@ -323,7 +332,7 @@ REFUSED = {
         "'label_train' holds 9223372036854775808 in row 2",
     ),
     "no label": (arrays(label_train=np.full(24, -1)), "'label_train' has no labelled row"),
-    "one class": (arrays(label_train=np.where(LABELS == 1, 1, -1)), "'label_train' holds class 1 alone"),
+    "one class": (arrays(label_train=np.where(LABELS == 1, 1, -1)), "'label_train' holds class 1 ('dog') alone"),
     "too few names": (
         arrays(class_names=np.array(NAMES[:2])),
         "holds 2 in row 2 but 'class_names' has 2 entries",
@@ -334,7 +343,7 @@ REFUSED = {
     ),
     "test class unknown": (
         arrays(label_train=np.where(LABELS == 2, 1, LABELS)),
-        "'label_test' holds class 2 in row 2, which 'label_train' lacks",
+        "'label_test' holds class 2 ('eel') in row 2, which 'label_train' lacks",
     ),
     "test label unnamed": (
         with_value("label_test", 4, 3),

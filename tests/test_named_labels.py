@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from seda_fast import DataError, FeatureSet, evaluate, predict, train
+from seda_fast.data import load_visual
 
 NAMES = ("ash", "bär", "cedar")
 
@@ -88,3 +89,26 @@ def test_a_class_that_the_model_does_not_know_is_one_sentence(tmp_path: Path) ->
     np.savez(tmp_path / "a.npz", visual_test=np.ones((2, 6)), label_test=np.array(["ash", "fir"]))
     with pytest.raises(DataError, match="row 1 of 'label_test' is 'fir', which the model does not name"):
         FeatureSet.load_test(tmp_path / "a.npz", class_names=NAMES)
+
+
+def test_refusals_speak_of_a_class_by_its_name() -> None:
+    given = arrays(visual_test=None, label_test=None)
+    given["label_train"][given["label_train"] == "cedar"] = ""
+    given["label_train"][2] = "cedar"
+    for changes, words in (
+        (given, r"class 2 \('cedar'\) has one labelled row, so no test part can be split off"),
+        (arrays(class_names=[*NAMES, "fir"], label_test=np.array(["fir"] * 24)),
+         r"'label_test' holds class 3 \('fir'\) in row 0, which 'label_train' lacks"),
+        (arrays(label_train=np.array(["ash"] * 60), label_test=np.array(["ash"] * 24), class_names=list(NAMES)),
+         r"'label_train' holds class 0 \('ash'\) alone; rows of two classes are needed"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=words):
+            FeatureSet.from_arrays(**changes)
+
+
+def test_rows_to_predict_may_all_be_unlabelled_by_name(tmp_path: Path) -> None:
+    for name, labels in (("names", np.array([""] * 24)), ("numbers", np.full(24, -1))):
+        np.savez(tmp_path / f"{name}.npz", visual_test=arrays()["visual_test"], label_test=labels)
+    found, expected = (load_visual(tmp_path / f"{name}.npz") for name in ("names", "numbers"))
+    assert found.labels is not None and expected.labels is not None
+    assert found.labels.tolist() == expected.labels.tolist() == [-1] * 24
