@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .copies import first_copies
 from .multi_label import labelled_rows
-from .teacher import L2_GRID, REFIT_L2, Linear
+from .teacher import L2_GRID, MANY_PRODUCTS, REFIT_L2, Linear, history
 
 _FOLDS = 5
 _LARGEST_LOGIT = 12.0  # a few rows can be told apart with any certainty; a factor of e**12 is enough of it
@@ -73,7 +73,10 @@ def _combined(logits: Sequence[Tensor], trust: Tensor, offset: Tensor) -> Tensor
 
 
 def _minimise(parameters: Sequence[Tensor], objective: Callable[[], Tensor]) -> None:
-    optimiser = torch.optim.LBFGS(list(parameters), max_iter=50, line_search_fn="strong_wolfe", tolerance_grad=1e-5)
+    optimiser = torch.optim.LBFGS(
+        list(parameters), max_iter=50, line_search_fn="strong_wolfe", tolerance_grad=1e-5,
+        history_size=history(parameters[0]),
+    )  # fmt: skip
 
     def closure() -> Tensor:
         optimiser.zero_grad()
@@ -102,13 +105,16 @@ def fitted(features: Tensor, targets: Tensor, l2: float, start: Linear | None = 
 
 def _held_out(features: Tensor, y: Tensor, fold: Tensor) -> tuple[Tensor, float]:
     """Logits (N, K) of rows by classifiers that did not see them, with the penalty that is best there."""
+    goes_on = features.numel() * y.shape[1] >= MANY_PRODUCTS
+    classifiers: dict[int, Linear] = {}
     best: tuple[float, Tensor, float] | None = None
     for l2 in L2_GRID:
         logits = torch.zeros_like(y)
         for k in range(_FOLDS):
             out = fold == k
             if out.any() and not out.all():
-                logits[out] = F.linear(features[out], *fitted(features[~out], y[~out], l2))
+                classifiers[k] = fitted(features[~out], y[~out], l2, classifiers.get(k) if goes_on else None)
+                logits[out] = F.linear(features[out], *classifiers[k])
         bounded = logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         loss = float(F.binary_cross_entropy_with_logits(bounded, y, reduction="sum"))
         if best is None or loss < best[0]:

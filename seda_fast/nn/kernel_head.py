@@ -36,6 +36,9 @@ _MOST_TARGETS = 2**24  # rows times classes
 NOTHING_TO_LEAVE_OUT = "it needs two classes, and one with two rows that differ"
 # The best ridge hardly depends on the rows: it is found on these many of them, by one eigendecomposition.
 RIDGE_ROWS = 2048
+# Rows a class that those are to have: of 2048 rows of 1000 classes two are of one, and whatever else says something of
+# a row's class, as texts do, is believed more than all the rows that a training sees would have it (docs/method.md).
+_ROWS_A_CLASS = 32
 _ROWS_TOGETHER = 512
 _EPS = 1e-12
 
@@ -66,11 +69,29 @@ def judged_rows(labels: Tensor, usable: Tensor, most: int, seed: int) -> Tensor:
     ``labels`` (N,) int64, -1 unlabelled, ``usable`` (N,) bool.
     """
     rows = ((labels >= 0) & usable).nonzero()[:, 0]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:most]
-    rows = rows[order.to(rows.device)].sort().values
+    rows = rows[drawn(labels[rows], most, seed)].sort().values
     # Where no class has two rows nothing can be left out and still be told.
     classes = len(labels[rows].unique())
     return rows if 1 < classes < len(rows) else rows[:0]
+
+
+def drawn(classes: Tensor, most: int, seed: int) -> Tensor:
+    """Places of at most ``most`` of the rows of ``classes`` (n,) int64, in random order, int64 (m,).
+
+    Where that leaves fewer than `_ROWS_A_CLASS` a class, they are those of some classes, up to so many of each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(classes), generator=generator)
+    there = classes.unique().cpu()
+    if len(order) > most and most < _ROWS_A_CLASS * len(there):
+        of_order = torch.searchsorted(there, classes.cpu()[order])
+        by_class = of_order.argsort(stable=True)
+        first = torch.searchsorted(of_order[by_class], of_order[by_class])
+        place = torch.empty_like(order)
+        place[by_class] = torch.arange(len(order)) - first  # among those of its class
+        turn = torch.randperm(len(there), generator=generator)[of_order]
+        order = order[turn.where(place < _ROWS_A_CLASS, len(there)).argsort(stable=True)]
+    return order[:most].to(classes.device)
 
 
 def tangent_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -198,10 +219,10 @@ def _distinct(visual: Tensor, targets: Tensor, opinions: Tensor) -> tuple[Tensor
     return x, both[:, :k], both[:, k:], counts, scale
 
 
-def _some(seed: int, *rows: Tensor) -> list[Tensor]:
-    """Of each of ``rows`` the same `RIDGE_ROWS` at most."""
-    order = torch.randperm(len(rows[0]), generator=torch.Generator().manual_seed(seed))[:RIDGE_ROWS]
-    return [x[order.to(x.device)] for x in rows]
+def _some(seed: int, x: Tensor, targets: Tensor, *others: Tensor) -> list[Tensor]:
+    """Of each of the rows, of likeliest classes as ``targets`` (n, K) tell, the same `RIDGE_ROWS` at most."""
+    order = drawn(targets.argmax(dim=1), RIDGE_ROWS, seed)
+    return [rows[order] for rows in (x, targets, *others)]
 
 
 def _merged(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

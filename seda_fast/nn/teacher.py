@@ -36,7 +36,8 @@ _FOLDS = 5
 # Rows times dimensions times classes from which a penalty's classifiers start at those of the one before: they get
 # there in half of the time with 100 classes (15.7 and 7.7 seconds on one core) and in a third with 400 (101 and 32).
 # Fewer of them take as long either way.
-_MANY_PRODUCTS = 2**25
+MANY_PRODUCTS = 2**25
+_MOST_REMEMBERED = 2**26  # numbers, 256 MiB; 1000 classes of 2816 dimensions took 1.7 GB
 # The unlabelled rows are many and their labels soft: the second fit takes a tenth of the penalty. With 4 labels per
 # class it then labels 65.4 % (wikipedia) and 84.8 % (cub10) of the other training pairs rightly, with the same penalty
 # 64.1 % and 84.3 % (3 seeds); a third fit loses 0.3 and 0.7 points again.
@@ -193,7 +194,7 @@ def teacher_rows(labels: Tensor, paired: Tensor, seed: int) -> Tensor:
         return labelled[:0]
     generator = torch.Generator().manual_seed(seed)
     chosen = [
-        _some_of_each_class(labelled, labels, LABELLED_ROWS, generator),
+        some_of_each_class(labelled, labels, LABELLED_ROWS, generator),
         unlabelled[torch.randperm(len(unlabelled), generator=generator)[:UNLABELLED_ROWS].to(labels.device)],
     ]
     return torch.cat(chosen).sort().values
@@ -213,10 +214,10 @@ def lone_rows(labels: Tensor, paired: Tensor, seed: int) -> Tensor:
     if labels.ndim == 2:
         return torch.zeros(0, dtype=torch.int64, device=labels.device)
     rows = ((labels >= 0) & ~paired).nonzero()[:, 0]
-    return _some_of_each_class(rows, labels, LABELLED_ROWS, torch.Generator().manual_seed(seed)).sort().values
+    return some_of_each_class(rows, labels, LABELLED_ROWS, torch.Generator().manual_seed(seed)).sort().values
 
 
-def _some_of_each_class(rows: Tensor, labels: Tensor, most: int, generator: torch.Generator) -> Tensor:
+def some_of_each_class(rows: Tensor, labels: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """``most`` of ``rows`` (n,) in random order, of each class one before any has two (multi-label: in any order)."""
     order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
     if len(order) > most and labels.ndim == 1:
@@ -300,7 +301,9 @@ def fitted(features: Tensor, targets: Tensor, l2: float, start: Linear | None = 
         shape = (targets.shape[1], features.shape[1])
         start = Linear(features.new_zeros(shape), features.new_zeros(shape[0]))
     weight, bias = (value.clone().requires_grad_() for value in start)
-    optimiser = torch.optim.LBFGS((weight, bias), max_iter=50, line_search_fn="strong_wolfe", tolerance_grad=1e-5)
+    optimiser = torch.optim.LBFGS(
+        (weight, bias), max_iter=50, line_search_fn="strong_wolfe", tolerance_grad=1e-5, history_size=history(weight)
+    )
 
     def closure() -> Tensor:
         optimiser.zero_grad()
@@ -311,6 +314,11 @@ def fitted(features: Tensor, targets: Tensor, l2: float, start: Linear | None = 
     with torch.enable_grad():
         optimiser.step(closure)
     return Linear(weight.detach(), bias.detach())
+
+
+def history(weight: Tensor) -> int:
+    """How many steps L-BFGS remembers, with two copies of ``weight`` (K, D) each: all, of few or of small weights."""
+    return max(10, min(100, _MOST_REMEMBERED // (2 * weight.numel())))
 
 
 def _folds(labels: Tensor, seed: int) -> Tensor:
@@ -326,7 +334,7 @@ def _folds(labels: Tensor, seed: int) -> Tensor:
 def _held_out(features: Tensor, labels: Tensor, n_classes: int, fold: Tensor) -> tuple[Tensor, float]:
     """Log-probabilities (N, K) of rows by classifiers that did not see them, with the penalty that is best there."""
     hard = F.one_hot(labels, n_classes).to(features.dtype)
-    goes_on = features.numel() * n_classes >= _MANY_PRODUCTS
+    goes_on = features.numel() * n_classes >= MANY_PRODUCTS
     classifiers: dict[int, Linear] = {}
     best: tuple[float, Tensor, float] | None = None
     for l2 in L2_GRID:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import binary_teacher, teacher
 from .multi_label import labelled_rows, rate_logits
-from .teacher import LABELLED_ROWS, Linear
+from .teacher import LABELLED_ROWS, Linear, some_of_each_class
 
 # The penalty is of little weight, for training goes on from there: 0.1 and 0.001 gave the same within noise.
 L2 = 0.01
@@ -33,8 +33,8 @@ def textual_head_rows(labels: Tensor, paired: Tensor, text_dim: int, n_classes: 
     if len(rows) > most:
         if most < 2 * n_classes:
             return rows[:0]
-        generator = torch.Generator().manual_seed(seed)
-        rows = rows[torch.randperm(len(rows), generator=generator)[:most].to(rows.device)].sort().values
+        # Of a class without a row this start knows nothing, and what texts say beside labels would never name it.
+        rows = some_of_each_class(rows, labels, most, torch.Generator().manual_seed(seed)).sort().values
     return rows if len(labels[rows].unique(dim=0)) > 1 else rows[:0]
 
 

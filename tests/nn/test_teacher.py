@@ -67,7 +67,7 @@ def test_classifiers_of_many_products_go_on_from_the_last_penalty(monkeypatch: p
     afresh, penalty = module._held_out(v, y, 4, fold)
     assert not any(steps)
     steps.clear()
-    monkeypatch.setattr(module, "_MANY_PRODUCTS", v.numel() * 4)
+    monkeypatch.setattr(module, "MANY_PRODUCTS", v.numel() * 4)
     goes_on, same = module._held_out(v, y, 4, fold)
     assert not any(steps[:5]) and all(steps[5:]) and len(steps) > 5
     assert same == penalty

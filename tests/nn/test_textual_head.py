@@ -74,6 +74,9 @@ def test_many_rows_are_drawn_from_and_too_many_classes_are_not_fitted(monkeypatc
     assert len(found) == 50 == len(found.unique())
     assert found.equal(textual_head_rows(labels, paired, DT, K, 3))
     assert not found.equal(textual_head_rows(labels, paired, DT, K, 4))
+    rare = torch.where(torch.arange(300) == 299, K, labels)
+    for seed in range(3):
+        assert 299 in textual_head_rows(rare, paired, DT, K + 1, seed), "of each class one row before any has two"
     monkeypatch.setattr(textual_head, "_LARGEST_FIT", 7 * DT * K)
     assert not len(textual_head_rows(labels, paired, DT, K, 3))
     assert len(textual_head_rows(labels[:7], paired[:7], DT, K, 3)) == 7
