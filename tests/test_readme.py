@@ -147,6 +147,15 @@ def test_sentences_on_where_it_does_not_pay_are_of_the_measured_quality(readme: 
     assert min(seeds) >= 5
 
 
+def test_differences_on_folds_are_of_the_measured_quality(readme: str, repository: Path) -> None:
+    told = re.search(r"On six folds of each training part.* are (\S+), (\S+) and (\S+)\.", readme)
+    folds = json.loads((repository / "benchmarks/results/quality.json").read_text())["cross_validated"]
+    found = {row["set"]: row for row in folds if row["regime"] == "full"}
+    assert told and {row["folds"] for row in found.values()} == {6}
+    differences = [round(found[name]["difference"], 1) for name in ("fashion_products", "wikipedia", "cub10")]
+    assert [float(number) for number in told.groups()] == pytest.approx(differences)
+
+
 def test_gpu_s_speed_is_that_of_the_record(readme: str, repository: Path) -> None:
     record = json.loads((repository / "benchmarks/results/nvidia-h200.json").read_text(encoding="utf-8"))
     rows = {(row["workload"], row["competitor"]): row for row in record["rows"]}
