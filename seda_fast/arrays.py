@@ -141,8 +141,27 @@ def _features(name: str, value: Any) -> Features:
     array = _as_array(name, value)
     if isinstance(array, np.memmap):
         return array
+    refuse_what_float32_loses(name, array)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def refuse_what_float32_loses(name: str, array: NDArray[Any]) -> None:
+    """Raises DataError where the rows of a float64 array (N, D) differ, but in every dimension by so little beside its
+    offset that float32, which everything is computed in, would tell chance from chance."""
+    if array.dtype.itemsize < 8 or array.ndim != 2 or np.isnan(array).any(axis=1).all():
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        _, deviation = mean_and_deviation(array)
+        largest = np.fmax(np.abs(np.fmax.reduce(array)), np.abs(np.fmin.reduce(array)))
+        varies = deviation > largest * np.finfo(np.float64).eps * len(array)
+        lost = varies & (deviation < largest * np.finfo(np.float32).eps / 4)
+    if lost.any() and lost.sum() == varies.sum():
+        column = int(np.argmax(lost))
+        raise DataError(
+            f"'{name}' holds rows that float32 cannot tell apart: column {column} varies by {deviation[column]:.2g} "
+            f"about {largest[column]:.2g}; subtract the columns' means first"
+        )
 
 
 def check_visual(name: str, value: Any) -> Features:

@@ -21,7 +21,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
-from .arrays import Labels, Mask, check_text, check_visual
+from .arrays import Labels, Mask, check_text, check_visual, refuse_what_float32_loses
 from .command import choose_device
 from .config import ConfigError, SeDAConfig, TrainConfig
 from .data import FeatureSet
@@ -129,6 +129,8 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be one of auto, cpu, cuda, not {self.device!r}")
         X, y, text, text_classes = (_of_tensor(value) for value in (X, y, text, text_classes))
+        if isinstance(X, np.ndarray) and X.dtype.kind == "f":
+            refuse_what_float32_loses("X", X)
         X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True)
         labels = self._encode(y)
         if self.multi_label_ and text_classes is not None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from seda_fast import digits
+from seda_fast import SeDAClassifier, digits
 from seda_fast.data import KEYS, DataError, FeatureSet, load_visual, mean_and_deviation, rows, split_rows
 from seda_fast.files import atomic_path, check_writable, read_arrays
 
@@ -236,6 +236,20 @@ def test_splits_that_cannot_be(labels, fraction, words):
 def test_unlabelled_rows_cannot_be_split():
     assert "no row is labelled" in refusal(split_rows, np.full(9, -1), 0.2, 0)
     assert "no row is labelled" in refusal(split_rows, np.full((9, 3), -1), 0.2, 0)
+
+
+def test_float64_features_that_float32_cannot_tell_apart_are_refused():
+    rng = np.random.default_rng(0)
+    visual, text, labels = rng.normal(size=(60, 4)), rng.normal(size=(60, 3)), np.arange(60) % 3
+    text[::7] = np.nan
+    for name, far in (("visual", (visual + 1e8, text)), ("text", (visual, text - 1e9))):
+        words = refusal(FeatureSet.from_arrays, *far, labels, unpaired="keep")
+        assert f"'{name}_train' holds rows that float32 cannot tell apart: column 0 varies by " in words
+    constant = np.full((60, 1), 0.1) * rng.integers(1, 2, (60, 1)) + rng.normal(size=(60, 1)) * 1e-18
+    for near in (visual + 1e6, np.hstack((visual[:, :1], constant)), np.hstack((visual[:, :1], visual[:, 1:] + 1e9))):
+        FeatureSet.from_arrays(near, text, labels, unpaired="keep")
+    with pytest.raises(DataError, match="'X' holds rows that float32 cannot tell apart"):
+        SeDAClassifier(epochs=1).fit(visual + 1e8, labels)
 
 
 def test_rows_of_an_image_are_never_in_both_parts():
