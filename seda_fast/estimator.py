@@ -114,8 +114,8 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             X: (N, Dv) visual features, finite; an array or anything that makes one, a data frame, a tensor.
             y: (N,) class labels of any type that sorts; the value `unlabelled` marks rows without. Multi-label: an
                 indicator matrix (N, K), dense or sparse, 1 where a row carries a class and 0 where not.
-            text: (N, Dt) textual features; a row that is all NaN has no text. None: no row has any, and only the
-                semantic stage is trained and asked.
+            text: (N, Dt) textual features, as ``X``; a row of NaN or a frame's missing values has no text. None: no row
+                has any, and only the semantic stage is trained and asked.
             text_classes: instead of ``text``, one textual feature a class: (K, Dt), finite, in the order of
                 ``classes_`` (the sorted classes). The networks keep them as a memory that they attend to, in
                 prediction too.
