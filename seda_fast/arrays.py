@@ -139,9 +139,9 @@ def _as_array(name: str, value: Any) -> NDArray[Any]:
 
 def _features(name: str, value: Any) -> Features:
     array = _as_array(name, value)
+    refuse_what_float32_loses(name, array)
     if isinstance(array, np.memmap):
         return array
-    refuse_what_float32_loses(name, array)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.ascontiguousarray(array, dtype=np.float32)
 
@@ -149,18 +149,25 @@ def _features(name: str, value: Any) -> Features:
 def refuse_what_float32_loses(name: str, array: NDArray[Any]) -> None:
     """Raises DataError where the rows of a float64 array (N, D) differ, but in every dimension by so little beside its
     offset that float32, which everything is computed in, would tell chance from chance."""
-    if array.dtype.itemsize < 8 or array.ndim != 2 or np.isnan(array).any(axis=1).all():
+    if array.dtype.itemsize < 8 or array.ndim != 2 or not array.size:
         return
+    low, high = np.full(array.shape[1], np.inf), np.full(array.shape[1], -np.inf)
+    step = max(1, _BLOCK // array.shape[1])
+    for start in range(0, len(array), step):
+        block = np.asarray(array[start : start + step], dtype=np.float64)
+        low, high = np.fmin(low, np.fmin.reduce(block)), np.fmax(high, np.fmax.reduce(block))
+        release(array)
     with np.errstate(over="ignore", invalid="ignore"):
-        _, deviation = mean_and_deviation(array)
-        largest = np.fmax(np.abs(np.fmax.reduce(array)), np.abs(np.fmin.reduce(array)))
-        varies = deviation > largest * np.finfo(np.float64).eps * len(array)
-        lost = varies & (deviation < largest * np.finfo(np.float32).eps / 4)
+        largest = np.fmax(np.abs(low), np.abs(high))
+        # Between neighbours of float32 at that size; what varies by the last bits of float64 is constant.
+        spacing, varies = largest * np.finfo(np.float32).eps, high - low > 4 * largest * np.finfo(np.float64).eps
+        # Most rows lie within a half of the range: within one or two neighbours.
+        lost = varies & (high - low < 2 * spacing)
     if lost.any() and lost.sum() == varies.sum():
         column = int(np.argmax(lost))
         raise DataError(
-            f"'{name}' holds rows that float32 cannot tell apart: column {column} varies by {deviation[column]:.2g} "
-            f"about {largest[column]:.2g}; subtract the columns' means first"
+            f"'{name}' holds rows that float32 cannot tell apart: column {column} goes from {low[column]:.10g} "
+            f"to {high[column]:.10g}; subtract the columns' means first"
         )
 
 

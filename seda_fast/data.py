@@ -636,15 +636,20 @@ def split_rows(
 
 def _a_class_each(labels: Labels, images: Labels, first: Labels) -> Labels:
     """A row of each image whose first rows are ``first`` (n,): that, and where its rows are of several classes, one of
-    these by turns, so that no class is left without an image because its rows always come second."""
-    several = np.flatnonzero(np.isin(images, images[labels != labels[images]]))
+    that class which has the fewest images so far, so that none is left without because its rows always come second."""
+    differ = np.unique(images[labels != labels[images]])
+    several = np.flatnonzero(np.isin(images, np.intersect1d(differ, first)))
     by_image = several[np.argsort(images[several], kind="stable")]
-    instead: dict[int, int] = {}
-    for turn, of_image in enumerate(np.split(by_image, np.flatnonzero(np.diff(images[by_image])) + 1)):
-        _, one_each = np.unique(labels[of_image], return_index=True)
-        if len(one_each):
-            instead[int(of_image[0])] = int(of_image[one_each[turn % len(one_each)]])
-    return np.array(sorted(instead.get(row, row) for row in first.tolist()), dtype=np.int64)
+    chosen = np.setdiff1d(first, differ)
+    have = np.bincount(labels[chosen], minlength=labels.max() + 1)
+    instead = []
+    for of_image in np.split(by_image, np.flatnonzero(np.diff(images[by_image])) + 1):
+        classes, one_each = np.unique(labels[of_image], return_index=True)
+        if len(classes):
+            rarest = int(np.argmin(have[classes]))
+            have[classes[rarest]] += 1
+            instead.append(int(of_image[one_each[rarest]]))
+    return np.sort(np.concatenate((chosen, np.array(instead, dtype=np.int64))))
 
 
 def _too_few(labels: Labels, rows: Labels, test_fraction: float) -> str:

@@ -40,6 +40,7 @@ ESTIMATOR_FILE = "estimator.json"
 UNLABELLED = -1
 # Sizes come from the data, the seed from random_state.
 _ELSEWHERE = {"visual_dim", "text_dim", "n_classes", "class_text", "multi_label", "seed"}
+_NARROW = (np.float16, np.float32)
 _OWN: dict[str, Any] = {"device": "auto", "unlabelled": None, "random_state": None}
 # Settings of a model that was trained without text: the textual head has learnt nothing and is not asked.
 _WITHOUT_TEXT = {"textual_weight": 0.0}
@@ -129,9 +130,10 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be one of auto, cpu, cuda, not {self.device!r}")
         X, y, text, text_classes = (_of_tensor(value) for value in (X, y, text, text_classes))
-        if isinstance(X, np.ndarray) and X.dtype.kind == "f":
-            refuse_what_float32_loses("X", X)
+        given = X
         X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True)
+        if getattr(given, "dtype", None) not in _NARROW:
+            refuse_what_float32_loses("X", check_array(given, dtype=np.float64))
         labels = self._encode(y)
         if self.multi_label_ and text_classes is not None:
             raise ValueError("text_classes need one class a row, but y is a multi-label indicator; give text")
@@ -172,9 +174,9 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         labelled = np.ones(len(y), dtype=bool) if self.unlabelled is None else np.asarray(y != self.unlabelled)
         if not labelled.any():
             raise ValueError(f"y has no labelled row: every value is {self.unlabelled!r}, which marks unlabelled rows")
+        check_classification_targets(y if labelled.all() else np.array(y[labelled].tolist()))
         if labelled.all() and self.unlabelled is not None:
             _refuse_marks_of_another_type(y, self.unlabelled)
-        check_classification_targets(y if labelled.all() else np.array(y[labelled].tolist()))
         encoder = LabelEncoder().fit(y[labelled])
         self.classes_ = encoder.classes_
         labels = np.full(len(y), UNLABELLED, dtype=np.int64)
@@ -369,9 +371,15 @@ def _checked_text(text: Any, visual: NDArray[Any]) -> tuple[NDArray[Any], Mask]:
 
 def _refuse_marks_of_another_type(y: NDArray[Any], unlabelled: Any) -> None:
     """Nothing in ``y`` (N,) equals ``unlabelled``, but it may look like it: NumPy makes '-1' of -1 in [-1, "cat"]."""
+
+    def alike(value: Any) -> bool:
+        try:
+            return float(value) == float(unlabelled)
+        except (TypeError, ValueError):
+            return str(value) == str(unlabelled)
+
     for value in dict.fromkeys(y.tolist()):
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-        if shown == str(unlabelled):
+        if isinstance(value, str) != isinstance(unlabelled, str) and alike(value):
             kind = "text" if isinstance(value, str) else "number"
             raise ValueError(f"y holds {value!r}, but unlabelled is {unlabelled!r}, which no {kind} equals")
 
@@ -385,12 +393,13 @@ def _floating(name: str, value: Any) -> NDArray[Any]:
         return value
     try:
         found = check_array(
-            value, dtype="numeric", ensure_all_finite=False, ensure_2d=False, allow_nd=True,
+            np.asarray(value) if isinstance(value, np.matrix) else value,
+            dtype="numeric", ensure_all_finite=False, ensure_2d=False, allow_nd=True,
             ensure_min_samples=0, ensure_min_features=0, input_name=name,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
-        raise DataError(f"{name} is no array of numbers: {error}") from error
-    return found.astype(np.float32) if found.dtype.kind in "biu" else np.asarray(found)
+        raise DataError(f"{name} is no array of numbers: {str(error).splitlines()[0]}") from error
+    return found.astype(np.float64) if found.dtype.kind in "biu" else np.asarray(found)
 
 
 def _refuse_no_features(name: str, value: Any) -> None:

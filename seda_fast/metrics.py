@@ -311,10 +311,9 @@ def retrieval_recall(
     copies = group_size[group.reshape(-1)] - 1
     hits = dict.fromkeys(at, 0.0)
     queries = np.arange(len(t)) if asked is None else asked
-    for chunk in _chunks(len(t)):
-        rows = queries[chunk]
-        if not len(rows):
-            break
+    together = max(1, CHUNK_ELEMENTS // len(t))
+    for start in range(0, len(queries), together):
+        rows = queries[start : start + together]
         similarity = a[rows] @ t.T
         own = similarity[np.arange(len(rows)), rows][:, None]
         ahead = np.count_nonzero(similarity > own + TIE, axis=1)

@@ -208,7 +208,7 @@ def _fit(
     else:
         share = shares[0]
     # Ranks whose hosts round otherwise would each teach, and predict with, what they fitted themselves.
-    model.set_label_share(float(ranks.spread_text(repr(share))))
+    model.set_label_share(float(ranks.spread_text(repr(float(share)))))
     for tensor in (*model.parameters(), *model.buffers()):
         ranks.spread(tensor.data)
 

@@ -38,10 +38,11 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def _float32() -> Iterator[None]:
-    """float32 as the default dtype while any thread is inside; the last one to leave restores the caller's."""
+    """float32 as the default dtype while any thread is inside; the last one to leave restores the caller's, or what was
+    set meanwhile."""
     global _inside, _callers_dtype
     with _GLOBAL:
-        if not _inside:
+        if not _inside or torch.get_default_dtype() != torch.float32:
             _callers_dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)
         _inside += 1

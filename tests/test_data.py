@@ -238,18 +238,27 @@ def test_unlabelled_rows_cannot_be_split():
     assert "no row is labelled" in refusal(split_rows, np.full((9, 3), -1), 0.2, 0)
 
 
-def test_float64_features_that_float32_cannot_tell_apart_are_refused():
+def test_float64_features_that_float32_cannot_tell_apart_are_refused(tmp_path):
     rng = np.random.default_rng(0)
     visual, text, labels = rng.normal(size=(60, 4)), rng.normal(size=(60, 3)), np.arange(60) % 3
     text[::7] = np.nan
     for name, far in (("visual", (visual + 1e8, text)), ("text", (visual, text - 1e9))):
         words = refusal(FeatureSet.from_arrays, *far, labels, unpaired="keep")
-        assert f"'{name}_train' holds rows that float32 cannot tell apart: column 0 varies by " in words
+        assert f"'{name}_train' holds rows that float32 cannot tell apart: column 0 goes from " in words
     constant = np.full((60, 1), 0.1) * rng.integers(1, 2, (60, 1)) + rng.normal(size=(60, 1)) * 1e-18
     for near in (visual + 1e6, np.hstack((visual[:, :1], constant)), np.hstack((visual[:, :1], visual[:, 1:] + 1e9))):
         FeatureSet.from_arrays(near, text, labels, unpaired="keep")
-    with pytest.raises(DataError, match="'X' holds rows that float32 cannot tell apart"):
-        SeDAClassifier(epochs=1).fit(visual + 1e8, labels)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, array in (("visual_train", visual + 1e8), ("text_train", text), ("label_train", labels)):
+        np.save(folder / f"{name}.npy", array)
+    assert "'visual_train' holds rows that float32 cannot tell apart" in refusal(FeatureSet.load, folder)
+    few = np.ones((60, 2))
+    few[:30] += 2.0**-20  # eight neighbours of float32 away
+    FeatureSet.from_arrays(few, text, labels, few[:6], labels[:6], unpaired="keep")
+    for far in (visual + 1e8, (visual + 1e8).tolist(), (10**9 + 3 * visual).astype(int)):
+        with pytest.raises(DataError, match="'X' holds rows that float32 cannot tell apart"):
+            SeDAClassifier(epochs=1).fit(far, labels)
 
 
 def test_rows_of_an_image_are_never_in_both_parts():
@@ -274,6 +283,12 @@ def test_rows_of_an_image_are_never_in_both_parts():
     # Of an image that is of two classes each has its turn.
     twice = FeatureSet.from_arrays(np.repeat(visual[:40], 2, 0), np.repeat(text[:40], 2, 0), np.tile([0, 1], 40))
     assert set(twice.label_test) == {0, 1} and not set(twice.ids_test // 2) & set(twice.ids_train // 2)
+    for pattern in ([0, 1, 0, 2], [0, 1, 0, -1, 0, 2]):
+        mixed = FeatureSet.from_arrays(
+            np.repeat(visual[:36], 2, 0), np.repeat(text[:36], 2, 0), np.tile(pattern, 72 // len(pattern))
+        )
+        assert set(mixed.label_test) == {0, 1, 2} or len(mixed.label_test) < 10
+        assert set(mixed.label_train) >= {0, 1, 2}
     words = refusal(
         FeatureSet.from_arrays, visual[[0, 0, 1, 1, 2, 3, 4]], text[:7], [0, -1, 0, -1, 1, 1, 1]
     )  # fmt: skip

@@ -417,13 +417,19 @@ def test_what_marks_unlabelled_rows_may_be_of_another_type_than_the_classes(data
         SeDAClassifier(**SMALL, unlabelled=-1).fit(data.visual, names.astype(str), text=data.text)
     with pytest.raises(ValueError, match="y holds '-1', but unlabelled is -1, which no text equals"):
         SeDAClassifier(**SMALL, unlabelled=-1).fit(data.visual, names.astype(str).astype(object), text=data.text)
+    floats = np.where(data.labels == 2, "-1.0", data.labels.astype(str))
+    with pytest.raises(ValueError, match=r"y holds '-1\.0', but unlabelled is -1, which no text equals"):
+        SeDAClassifier(**SMALL, unlabelled=-1).fit(data.visual, floats, text=data.text)
+    nearly = np.where(data.labels == 2, -1.0000001, data.labels + 0.5)
+    with pytest.raises(ValueError, match="Unknown label type"):
+        SeDAClassifier(**SMALL, unlabelled=-1).fit(data.visual, nearly, text=data.text)
     for marked in (np.where(data.labels == 2, -1, data.labels), np.where(data.labels == 2, -1.0, data.labels)):
         with pytest.raises(ValueError, match=r"y holds -1(\.0)?, but unlabelled is '-1', which no number equals"):
             SeDAClassifier(**SMALL, unlabelled="-1").fit(data.visual, marked, text=data.text)
 
 
 def test_text_is_taken_from_what_features_are(data: Sample) -> None:
-    """Objects that are numbers, frames of several types, and the missing values of both."""
+    """Objects that are numbers, and integers; what is neither is told of in one sentence."""
     text = np.array(data.text, dtype=np.float64)
     text[::5] = np.nan
 
@@ -439,7 +445,22 @@ def test_text_is_taken_from_what_features_are(data: Sample) -> None:
             SeDAClassifier(**SMALL).fit(data.visual, data.labels, **{name: masked})
     with pytest.raises(ValueError, match="text is no array of numbers"):
         fit([None, *text.tolist()[1:]])
+    np.testing.assert_array_equal(fit(np.rint(3 * data.text).astype(int)), fit(np.rint(3 * data.text)))
+    with pytest.raises(ValueError, match=r"^text is no array of numbers: Complex data not supported$"):
+        fit(text.astype(complex))
+
+
+def test_text_may_be_a_frame(data: Sample) -> None:
+    """Of several types, with the missing values that it has."""
     pandas = pytest.importorskip("pandas")
+    text = np.array(data.text, dtype=np.float64)
+    text[::5] = np.nan
+
+    def fit(given: Any) -> np.ndarray:
+        model = SeDAClassifier(**{**SMALL, "epochs": 1}, random_state=0)
+        return model.fit(data.visual, data.labels, text=given).predict_proba(data.visual)
+
+    expected = fit(text)
     nullable = pandas.DataFrame(text).astype("Float64")
     assert nullable.isna().any(axis=None)
     for given in (pandas.DataFrame(text), nullable):

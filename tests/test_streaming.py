@@ -298,6 +298,7 @@ def test_ranks_of_a_host_share_its_memory(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(prepare, "free_memory", lambda device: int(2.5 * 4 * 90 * (8 + 5)))
     monkeypatch.setattr(Ranks, "add", lambda ranks, tensor: tensor)
     monkeypatch.setattr(Ranks, "largest", lambda ranks, values: list(values))
+    monkeypatch.setattr(Ranks, "spread", lambda ranks, tensor: None)
     for hosts, on_host, streams in ((1, "1", False), (2, "1", False), (2, "2", True)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", on_host)
         _, rows = prepare.prepare(data, config, 0, cpu, ranks=Ranks(0, hosts))

@@ -12,6 +12,7 @@ import torch
 from seda_fast import FeatureSet, SeDA, SeDAClassifier, SeDAConfig, TrainConfig
 from seda_fast.loop import train
 from seda_fast.prepare import prepare
+from seda_fast.surroundings import undisturbed
 
 SMALL = {"width": 16, "blocks": 1, "expansion": 1, "time_embedding": 4, "diffusion_steps": 20}
 RNG = np.random.default_rng(0)
@@ -101,6 +102,15 @@ def test_estimators_are_fitted_in_threads_as_one_by_one() -> None:
         for found, wanted in zip(pool.map(fit, range(8)), alone, strict=True):
             np.testing.assert_array_equal(found, wanted)
     assert torch.rand(1).equal(expected)
+
+
+def test_a_default_dtype_that_is_set_inside_is_kept_out_and_restored() -> None:
+    with undisturbed():
+        torch.set_default_dtype(torch.float64)
+        with undisturbed():
+            assert torch.get_default_dtype() == torch.float32
+    assert torch.get_default_dtype() == torch.float64
+    torch.set_default_dtype(torch.float32)
 
 
 def test_a_model_is_read_in_the_type_it_was_written_in(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the labels, beside what texts say
 MOST_ROWS = 8192
 _MOST_TARGETS = 2**24  # rows times classes
 NOTHING_TO_LEAVE_OUT = "it needs two classes, and one with two rows that differ"
-# The best ridge hardly depends on the rows: it is found on these many of them, by one eigendecomposition.
+# The ridge is found on these many of the rows, by one eigendecomposition. Of 100 artificial classes with 16 rows each a
+# quarter of the rows found ridges 3 to 100 times as large as all did where they were whole classes, and 3 to 300 times
+# as small where they were drawn at random; top-1 was 0.1 points above to 0.3 below, and 0.2 to 0.8 below.
 RIDGE_ROWS = 2048
 # Rows a class that those are to have: of 2048 rows of 1000 classes two are of one, and whatever else says something of
 # a row's class, as texts do, is believed more than all the rows that a training sees would have it (docs/method.md).
@@ -76,7 +78,7 @@ def judged_rows(labels: Tensor, usable: Tensor, most: int, seed: int) -> Tensor:
 
 
 def drawn(classes: Tensor, most: int, seed: int) -> Tensor:
-    """Places of at most ``most`` of the rows of ``classes`` (n,) int64, in random order, int64 (m,).
+    """Places of at most ``most`` of the rows of ``classes`` (n,) int64, drawn at random, int64 (m,).
 
     Where that leaves fewer than `_ROWS_A_CLASS` a class, they are those of some classes, up to so many of each.
     """
