@@ -161,7 +161,7 @@ def refuse_what_float32_loses(name: str, array: NDArray[Any]) -> None:
         largest = np.fmax(np.abs(low), np.abs(high))
         # Between neighbours of float32 at that size; what varies by the last bits of float64 is constant.
         spacing, varies = largest * np.finfo(np.float32).eps, high - low > 4 * largest * np.finfo(np.float64).eps
-        # Most rows lie within a half of the range: within one or two neighbours.
+        # What goes no further than two neighbours has three values left at most.
         lost = varies & (high - low < 2 * spacing)
     if lost.any() and lost.sum() == varies.sum():
         column = int(np.argmax(lost))

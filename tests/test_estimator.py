@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -428,15 +429,21 @@ def test_what_marks_unlabelled_rows_may_be_of_another_type_than_the_classes(data
             SeDAClassifier(**SMALL, unlabelled="-1").fit(data.visual, marked, text=data.text)
 
 
-def test_text_is_taken_from_what_features_are(data: Sample) -> None:
-    """Objects that are numbers, and integers; what is neither is told of in one sentence."""
+def told_by(data: Sample, text: Any) -> np.ndarray:
+    """Probabilities after one pass with ``text``."""
+    model = SeDAClassifier(**{**SMALL, "epochs": 1}, random_state=0)
+    return model.fit(data.visual, data.labels, text=text).predict_proba(data.visual)
+
+
+def some_missing(data: Sample) -> np.ndarray:
     text = np.array(data.text, dtype=np.float64)
     text[::5] = np.nan
+    return text
 
-    def fit(given: Any) -> np.ndarray:
-        model = SeDAClassifier(**{**SMALL, "epochs": 1}, random_state=0)
-        return model.fit(data.visual, data.labels, text=given).predict_proba(data.visual)
 
+def test_text_is_taken_from_what_features_are(data: Sample) -> None:
+    """Objects that are numbers, and integers; what is neither is told of in one sentence."""
+    fit, text = partial(told_by, data), some_missing(data)
     expected = fit(text)
     np.testing.assert_array_equal(fit(text.astype(object)), expected)
     for name in ("text", "text_classes"):
@@ -453,13 +460,7 @@ def test_text_is_taken_from_what_features_are(data: Sample) -> None:
 def test_text_may_be_a_frame(data: Sample) -> None:
     """Of several types, with the missing values that it has."""
     pandas = pytest.importorskip("pandas")
-    text = np.array(data.text, dtype=np.float64)
-    text[::5] = np.nan
-
-    def fit(given: Any) -> np.ndarray:
-        model = SeDAClassifier(**{**SMALL, "epochs": 1}, random_state=0)
-        return model.fit(data.visual, data.labels, text=given).predict_proba(data.visual)
-
+    fit, text = partial(told_by, data), some_missing(data)
     expected = fit(text)
     nullable = pandas.DataFrame(text).astype("Float64")
     assert nullable.isna().any(axis=None)

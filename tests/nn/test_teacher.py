@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
+from seda_fast.nn import binary_teacher
 from seda_fast.nn import teacher as module
 from seda_fast.nn.teacher import PairTeacher, combined, fit_teacher, teacher_rows
 
@@ -72,6 +73,31 @@ def test_classifiers_of_many_products_go_on_from_the_last_penalty(monkeypatch: p
     assert not any(steps[:5]) and all(steps[5:]) and len(steps) > 5
     assert same == penalty
     torch.testing.assert_close(goes_on.exp(), afresh.exp(), rtol=0, atol=2e-3)
+
+
+def test_multi_label_classifiers_go_on_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    v, _, y = pairs(80, noise=(4.0, 1.0))
+    many, fold = functional.one_hot(y, 4).float(), module._folds(y, 0)
+    afresh, penalty = binary_teacher._held_out(v, many, fold)
+    starts = []
+    from_scratch = binary_teacher.fitted
+
+    def watched(x: Tensor, targets: Tensor, l2: float, start: module.Linear | None = None) -> module.Linear:
+        starts.append(start is not None)
+        return from_scratch(x, targets, l2, start)
+
+    monkeypatch.setattr(binary_teacher, "fitted", watched)
+    monkeypatch.setattr(binary_teacher, "MANY_PRODUCTS", v.numel() * 4)
+    goes_on, same = binary_teacher._held_out(v, many, fold)
+    assert not any(starts[:5]) and all(starts[5:]) and len(starts) > 5
+    assert same == penalty
+    torch.testing.assert_close(goes_on.sigmoid(), afresh.sigmoid(), rtol=0, atol=2e-3)
+
+
+def test_large_weights_are_remembered_for_fewer_steps() -> None:
+    assert module.history(torch.empty(28, 768)) == 100, "all that the fit takes"
+    assert module.history(torch.empty(1000, 2816)) == 11
+    assert module.history(torch.empty(10_000, 2816)) == 10
 
 
 def test_combination_is_a_normalised_product_of_powers() -> None:
