@@ -110,8 +110,7 @@ def _found_scaling(
 ) -> Scaling:
     """``wanted`` with what is to be found in it found, the same on all ranks; ``moments`` of both features.
 
-    Multi-label features stay standardised: no classifier of several classes a row has leave-one-out predictions here.
-    So do class texts, of which a class has one.
+    Class texts stay standardised: a class has one, so that none can be left out and still be told.
     """
     powers, paired = list(wanted), np.asarray(data.paired_train)
     parts = ((data.visual_train, np.ones_like(paired)), (data.text_train, paired & (data.text_classes is None)))
@@ -120,7 +119,7 @@ def _found_scaling(
             continue
         found = POWERS[0]
         labels = torch.from_numpy(np.asarray(data.label_train))
-        if not data.multi_label and len(judged := judged_rows(labels, torch.from_numpy(usable), ROWS, seed)):
+        if len(judged := judged_rows(labels, torch.from_numpy(usable), ROWS, seed)):
             x = (_few_rows(features, judged.numpy()) - mean) / scale_of(deviation, 1.0)
             found = best_power(torch.from_numpy(x), deviation, labels[judged], data.n_classes)
         powers[i] = POWERS[ranks.largest([POWERS.index(found)])[0]]

@@ -10,9 +10,9 @@ predictions, which a ridge regression has in closed form.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .copies import first_copies
 from .linear import placeless_linear, placeless_product
-from .multi_label import labelled_rows
+from .multi_label import binary_cross_entropy, labelled_rows
 
 # Variance of the hidden layer's bias, where a feature's rows have a mean squared length of 1. 0, 0.1 and 1 gave the
 # same within noise on features of hundreds of dimensions, 0 less on those of tens.
@@ -34,6 +34,7 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the labels, beside what texts say
 MOST_ROWS = 8192
 _MOST_TARGETS = 2**24  # rows times classes
 NOTHING_TO_LEAVE_OUT = "it needs two classes, and one with two rows that differ"
+NOTHING_TO_CARRY = "it needs a class that two rows that differ carry, and another does not"
 # The ridge is found on these many of the rows, by one eigendecomposition. Of 100 artificial classes with 16 rows each a
 # quarter of the rows found ridges 3 to 100 times as large as all did where they were whole classes, and 3 to 300 times
 # as small where they were drawn at random; top-1 was 0.1 points above to 0.3 below, and 0.2 to 0.8 below.
@@ -45,19 +46,30 @@ _ROWS_TOGETHER = 512
 _EPS = 1e-12
 
 
+class _Decision(NamedTuple):
+    """``entropy``: of logits and targets (n, K), (n,). ``neither``: a prediction (n, K) of which the logit is 0."""
+
+    entropy: Callable[[Tensor, Tensor], Tensor]
+    neither: float
+
+
+_ONE_CLASS = _Decision(partial(F.cross_entropy, reduction="none"), 0.0)
+_YES_OR_NO = _Decision(binary_cross_entropy, 0.5)
+
+
 def kernel_rows(labels: Tensor, paired: Tensor, taught: bool, n_classes: int) -> tuple[Tensor, str]:
     """Which rows to fit the head on, int64 (n,), ascending; none where there is no such head, and why that is.
 
-    ``labels`` (N,) int64, -1 unlabelled, or (N, K) multi-label, for which there is no such head. ``paired`` (N,) bool;
-    where the model is ``taught`` by a teacher of pairs, unlabelled pairs count as well.
+    ``labels`` (N,) int64, -1 unlabelled, or (N, K) multi-label. ``paired`` (N,) bool; where the model is ``taught`` by
+    a teacher of pairs, unlabelled pairs count as well.
     """
     known = labelled_rows(labels)
     rows = (known | paired if taught else known).nonzero()[:, 0]
     most = min(MOST_ROWS, _MOST_TARGETS // n_classes)
-    if labels.ndim == 2:
-        return rows[:0], "its targets are one class a row"
     if len(rows) > most:
         return rows[:0], f"it takes at most {most} rows, and there are {len(rows)}"
+    if labels.ndim == 2:
+        return (rows, "") if _carried_by_others(labels[known] > 0) else (rows[:0], NOTHING_TO_CARRY)
     classes = len(labels[known].unique())
     # Where no class has two rows nothing can be left out and still be told.
     if classes < 2 or classes == len(rows):
@@ -65,12 +77,22 @@ def kernel_rows(labels: Tensor, paired: Tensor, taught: bool, n_classes: int) ->
     return rows, ""
 
 
+def _carried_by_others(carried: Tensor) -> bool:
+    """Whether of rows that carry classes, (n, K) bool, one could be left out and still be told: a class is carried by
+    two, and not by all."""
+    carrying = carried.sum(dim=0)
+    return bool(((carrying > 1) & (carrying < len(carried))).any())
+
+
 def judged_rows(labels: Tensor, usable: Tensor, most: int, seed: int) -> Tensor:
     """``most`` labelled rows that are ``usable``, to be told by others of them: int64 (n,), ascending; or none.
 
-    ``labels`` (N,) int64, -1 unlabelled, ``usable`` (N,) bool.
+    ``labels`` (N,) int64, -1 unlabelled, or (N, K) multi-label, ``usable`` (N,) bool.
     """
-    rows = ((labels >= 0) & usable).nonzero()[:, 0]
+    rows = (labelled_rows(labels) & usable).nonzero()[:, 0]
+    if labels.ndim == 2:
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:most]].sort().values
+        return rows if _carried_by_others(labels[rows] > 0) else rows[:0]
     rows = rows[drawn(labels[rows], most, seed)].sort().values
     # Where no class has two rows nothing can be left out and still be told.
     classes = len(labels[rows].unique())
@@ -167,10 +189,30 @@ class KernelHead(nn.Module):
         mean = (share * targets + (1 - share) * opinions).double().mean(0)
         weight, errors = _ridge_regression(x, mixed - mean, counts, ridge)
         sharpness, shift = _calibrated(mixed - errors, y, counts)
-        like = self.scale
-        self.rows, self.scale = x.to(like), scale.to(like)
-        self.weight, self.bias = (sharpness * weight.mT).contiguous().to(like), (sharpness * mean + shift).to(like)
+        self._keep(x, scale, sharpness * weight, sharpness * mean + shift)
         return share
+
+    def fit_multi_label(self, visual: Tensor, targets: Tensor, seed: int) -> None:
+        """The same on multi-label ``targets`` (n, K), the probability of carrying each class; logits are of yes or no.
+
+        Where no class is carried by two rows that differ, and not by another, there is no such head.
+        """
+        x, scale = _at_unit_length(visual)
+        x, y, counts = distinct(x, targets.double(), 2)
+        if not _carried_by_others(y > 1 / 2):
+            self.absence = NOTHING_TO_CARRY
+            return
+        some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:RIDGE_ROWS].to(x.device)
+        _, ridge, _ = _left_out((x[some], y[some], y[some], counts[some]), (1.0,), _YES_OR_NO)[1.0]
+        mean = counts @ y / counts.sum()
+        weight, errors = _ridge_regression(x, y - mean, counts, ridge)
+        sharpness, shift = _calibrated(y - errors - 1 / 2, y, counts, _YES_OR_NO)
+        self._keep(x, scale, sharpness * weight, sharpness * (mean - 1 / 2) + shift)
+
+    def _keep(self, rows: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> None:
+        like = self.scale
+        self.rows, self.scale = rows.to(like), scale.to(like)
+        self.weight, self.bias = weight.mT.contiguous().to(like), bias.to(like)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """What is loaded brings its own number of rows; a model saved without such a head has none of its tensors."""
@@ -200,25 +242,34 @@ def distinct(x: Tensor, targets: Tensor, n_classes: int) -> tuple[Tensor, Tensor
     ``n_classes`` probabilities, and how often it is there.
 
     What is left out may be told without an error, which would make the head infinitely sure: it is judged as if one row
-    more had been of all classes in equal parts (Platt 1999 does so with two).
+    more had been of all classes in equal parts (Platt 1999 does so with two). Multi-label targets are each a yes or no,
+    so that ``n_classes`` is 2.
     """
     x, targets, counts = _merged(x, targets)
     return x, (len(targets) * targets + 1 / n_classes) / (len(targets) + 1), counts
 
 
-def left_out_losses(x: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+def left_out_losses(x: Tensor, targets: Tensor, counts: Tensor, multi_label: bool = False) -> Tensor:
     """Negative log-likelihood of rows as `distinct` gives them, (n,), by the kernel classifier that is best at telling
-    those it has not seen. The size of ``x`` does not matter."""
+    those it has not seen; ``multi_label``, that of each class's yes or no, summed. The size of ``x`` does not matter.
+    """
     length = (counts @ x.square().sum(1) / counts.sum()).sqrt().clamp(min=_EPS)
-    return _left_out((x / length, targets, targets, counts), (1.0,))[1.0][2]
+    decision = _YES_OR_NO if multi_label else _ONE_CLASS
+    return _left_out((x / length, targets, targets, counts), (1.0,), decision)[1.0][2]
 
 
 def _distinct(visual: Tensor, targets: Tensor, opinions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Distinct rows at a mean squared length of 1, their two kinds of targets, their counts, and the scale, float64."""
-    x, k = visual.double(), targets.shape[1]
-    scale = x.square().sum(1).mean().sqrt().clamp(min=_EPS)
-    x, both, counts = distinct(x / scale, torch.cat((targets, opinions), 1).double(), k)
+    (x, scale), k = _at_unit_length(visual), targets.shape[1]
+    x, both, counts = distinct(x, torch.cat((targets, opinions), 1).double(), k)
     return x, both[:, :k], both[:, k:], counts, scale
+
+
+def _at_unit_length(visual: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, D) over the root of their mean squared length, and that root, float64."""
+    x = visual.double()
+    scale = x.square().sum(1).mean().sqrt().clamp(min=_EPS)
+    return x / scale, scale
 
 
 def _some(seed: int, x: Tensor, targets: Tensor, *others: Tensor) -> list[Tensor]:
@@ -268,7 +319,9 @@ def _told_by_others(targets: Tensor) -> Tensor:
     return torch.bincount(classes, minlength=targets.shape[1])[classes] > 1
 
 
-def _left_out(rows: Sequence[Tensor], shares: tuple[float, ...]) -> dict[float, tuple[float, float, Tensor]]:
+def _left_out(
+    rows: Sequence[Tensor], shares: tuple[float, ...], decision: _Decision = _ONE_CLASS
+) -> dict[float, tuple[float, float, Tensor]]:
     """For each of ``shares`` the least loss that leave-one-out predictions have, as sharp as is best, with its ridge
     of `RIDGES` and the losses of single rows (n,).
 
@@ -288,12 +341,12 @@ def _left_out(rows: Sequence[Tensor], shares: tuple[float, ...]) -> dict[float, 
         scale = root * (vectors.square() @ inverse)
         told = [kind - vectors @ (inverse[:, None] * a) / scale[:, None] for kind, a in zip(kinds, along, strict=True)]
         for share in shares:
-            predicted = share * told[0] + (1 - share) * told[-1]
-            place, loss = _sharpest(predicted, targets, counts, near.get(share))
+            predicted = share * told[0] + (1 - share) * told[-1] - decision.neither
+            place, loss = _sharpest(predicted, targets, counts, decision, near.get(share))
             # The next ridge's is a few places from it: 400 classes take 3.7 seconds instead of 7.0.
             near[share] = place
             if share not in found or loss < found[share][0]:
-                found[share] = loss, ridge, F.cross_entropy(SHARPNESS[place] * predicted, targets, reduction="none")
+                found[share] = loss, ridge, decision.entropy(SHARPNESS[place] * predicted, targets)
     return found
 
 
@@ -319,14 +372,16 @@ def _ridge_regression(x: Tensor, targets: Tensor, counts: Tensor, ridge: float) 
     return weight, weight / diagonal[:, None]
 
 
-def _sharpest(predicted: Tensor, targets: Tensor, counts: Tensor, near: int | None = None) -> tuple[int, float]:
-    """The place in `SHARPNESS` of that with which the softmax of ``predicted`` (n, K) explains ``targets`` best, and
-    the loss. ``near``: a place that may be close to it, which spares most of the search."""
+def _sharpest(
+    predicted: Tensor, targets: Tensor, counts: Tensor, decision: _Decision, near: int | None = None
+) -> tuple[int, float]:
+    """The place in `SHARPNESS` of what ``predicted`` (n, K) is to be multiplied by to explain ``targets`` best, and the
+    loss. ``near``: a place that may be close to it, which spares most of the search."""
     share = counts / counts.sum()
 
     @cache
     def loss(k: int) -> float:
-        return float(share @ F.cross_entropy(SHARPNESS[k] * predicted, targets, reduction="none"))
+        return float(share @ decision.entropy(SHARPNESS[k] * predicted, targets))
 
     # The loss is convex in the factor, so that the first that is no worse than its next is the best.
     low, high = 0, len(SHARPNESS) - 1
@@ -343,22 +398,25 @@ def _sharpest(predicted: Tensor, targets: Tensor, counts: Tensor, near: int | No
     return low, loss(low)
 
 
-def _calibrated(predicted: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Sharpness () and shift (K,) with which the softmax of ``predicted`` (n, K) explains ``targets`` best.
+def _calibrated(
+    predicted: Tensor, targets: Tensor, counts: Tensor, decision: _Decision = _ONE_CLASS
+) -> tuple[Tensor, Tensor]:
+    """Sharpness () and shift (K,) with which ``predicted`` (n, K) explains ``targets`` best.
 
-    A row counts as one over the root of its class's rows, halfway between the shares that the classes have and equal
-    ones: rows to come may have either. The shifts are drawn to 0 as by one row a class. Without them cub10 with a long
-    tail lost 3.7 points, and with all rows counted alike 2.1.
+    Of one class a row, a row counts as one over the root of its class's rows, halfway between the shares that the
+    classes have and equal ones: rows to come may have either. The shifts are drawn to 0 as by one row a class. Without
+    them cub10 with a long tail lost 3.7 points, and with all rows counted alike 2.1.
     """
-    weight = counts * (targets @ (counts @ targets).clamp(min=_EPS).rsqrt())
+    weight = counts * (targets @ (counts @ targets).clamp(min=_EPS).rsqrt()) if decision is _ONE_CLASS else counts
     weight = weight / weight.mean()
-    sharpness = predicted.new_tensor(math.log(SHARPNESS[_sharpest(predicted, targets, counts)[0]])).requires_grad_()
+    near = SHARPNESS[_sharpest(predicted, targets, counts, decision)[0]]
+    sharpness = predicted.new_tensor(math.log(near)).requires_grad_()
     shift = predicted.new_zeros(predicted.shape[1]).requires_grad_()
     optimiser = torch.optim.LBFGS((sharpness, shift), max_iter=60, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        entropy = F.cross_entropy(sharpness.exp() * predicted + shift, targets, reduction="none")
+        entropy = decision.entropy(sharpness.exp() * predicted + shift, targets)
         loss = weight @ entropy + shift.square().sum() / 2
         loss.backward()
         return loss

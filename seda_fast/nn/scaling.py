@@ -52,16 +52,19 @@ def best_power(features: Tensor, deviation: Deviation, labels: Tensor, n_classes
     """The one of `POWERS` by which to divide, 1 unless another is plainly better.
 
     ``features`` (n, D) standardised, ``deviation`` (D,) of the raw ones, ``labels`` (n,) int64 in 0 .. n_classes - 1, a
-    class at least with two rows. Better is what lets a kernel classifier explain the labels of rows that it has not
-    seen, plainly better what saves 0.05 nats a row and two standard errors of the mean over rows.
+    class at least with two rows, or (n, n_classes) multi-label. Better is what lets a kernel classifier explain the
+    labels of rows that it has not seen, plainly better what saves 0.05 nats a row and two standard errors of the mean
+    over rows.
     """
-    x, targets, counts = distinct(features.double(), F.one_hot(labels, n_classes).double(), n_classes)
+    multi_label = labels.ndim == 2
+    indicator = labels if multi_label else F.one_hot(labels, n_classes)
+    x, targets, counts = distinct(features.double(), indicator.double(), 2 if multi_label else n_classes)
     part = counts / counts.sum()
     standard: Tensor | None = None
     best, gained = POWERS[0], 0.0
     for power in POWERS:
         factor = torch.from_numpy(deviation / scale_of(deviation, power)).to(x)
-        losses = left_out_losses(x * factor, targets, counts)
+        losses = left_out_losses(x * factor, targets, counts, multi_label)
         standard = losses if standard is None else standard
         gain = standard - losses
         mean = part @ gain

@@ -321,15 +321,19 @@ class SeDA(nn.Module):
         seed: int,
         shares: tuple[float, ...] = (1.0,),
     ) -> float:
-        """Fit the kernel head on the rows of `kernel_rows`, (n, Dv), (n, Dt), (n,), (n,), all standardised.
+        """Fit the kernel head on the rows of `kernel_rows`, (n, Dv), (n, Dt), (n,) or (n, K), (n,), all standardised.
 
         What an unlabelled row is of is told by ``teacher``, which must be set before, as must the textual head's start:
-        beside it a paired row's label has the best of ``shares``, which is returned.
+        beside it a paired row's label has the best of ``shares``, which is returned. Multi-label there is but 1.
         """
-        targets = F.one_hot(labels.clamp(min=0), self.config.n_classes).to(visual.dtype)
-        unlabelled = labels < 0
+        known, unlabelled = labels.clamp(min=0), ~labelled_rows(labels)
+        multi_label = self.config.multi_label
+        targets = (known if multi_label else F.one_hot(known, self.config.n_classes)).to(visual.dtype)
         if self.teacher is not None and unlabelled.any():
             targets[unlabelled] = self.teacher(visual[unlabelled], text[unlabelled])
+        if multi_label:
+            self.kernel.fit_multi_label(visual, targets, seed)
+            return 1.0
         if shares == (1.0,):
             return self.kernel.fit(visual, targets, seed)
         opinions = torch.where((paired & ~unlabelled)[:, None], self.translator.head(text).softmax(1), targets)

@@ -190,7 +190,6 @@ def test_which_rows_it_is_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of(taught=True) == ([0, 1, 2, 3, 5], ""), "unlabelled pairs have a teacher"
     too_few = "it needs two classes, and one with two rows that differ"
     assert of(torch.zeros(6, dtype=torch.int64)) == of(torch.tensor([0, 1, 2])) == ([], too_few)
-    assert of(torch.zeros(6, K, dtype=torch.int64)) == ([], "its targets are one class a row")
     assert of(classes=2**23) == ([], "it takes at most 2 rows, and there are 4"), "rows times classes"
     monkeypatch.setattr(kernel_head, "MOST_ROWS", 3)
     assert of() == ([], "it takes at most 3 rows, and there are 4")

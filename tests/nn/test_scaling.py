@@ -132,8 +132,6 @@ def test_given_powers_are_taken_and_nothing_is_sought_where_nothing_can_tell() -
         assert prepared(data, scaling=wanted)[0].scaling == wanted
     unlabelled = np.where(np.arange(80) < 50, -1, visual[1])
     assert prepared(data_of((visual[0], unlabelled), text))[0].scaling == Scaling(0.0, 0.0), "thirty labelled rows"
-    several = (visual[0], np.eye(K, dtype=np.int8)[visual[1]])
-    assert prepared(data_of(several, text))[0].scaling == Scaling(1.0, 1.0)
     of_classes = data_of(visual, text[:, :0], text_classes=text[:K])
     assert prepared(of_classes)[0].scaling == Scaling(0.0, 1.0)
     once = data_of((visual[0][:K], visual[1][:K]), text[:K])
