@@ -104,7 +104,9 @@ def _join(
     if SMOOTHED:
         total += tl.sum(tl.where((column < classes)[None, :], logits, 0.0), axis=1)
     larger = tl.maximum(largest, tl.max(logits, axis=1))
-    exponentials = exponentials * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), axis=1)
+    # Where a bias of minus infinity leaves out all classes so far, the difference of two infinities would be no number.
+    base = tl.where(larger > float("-inf"), larger, 0.0)
+    exponentials = exponentials * tl.exp(largest - base) + tl.sum(tl.exp(logits - base[:, None]), axis=1)
     return larger, exponentials, total
 
 

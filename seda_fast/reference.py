@@ -457,7 +457,9 @@ def semantic_projection_forward(
     logits = F.linear(features, weight, bias).to(compute) / temperature
     log_normaliser = torch.logsumexp(logits, dim=1)
     true_logit = logits.gather(1, target[:, None])[:, 0]
-    cross_entropy = log_normaliser - (1 - label_smoothing) * true_logit - label_smoothing * logits.mean(1)
+    cross_entropy = log_normaliser - (1 - label_smoothing) * true_logit
+    if label_smoothing > 0:  # 0 times the minus infinity of a class that a bias leaves out is no number
+        cross_entropy = cross_entropy - label_smoothing * logits.mean(1)
     cross_entropy = cross_entropy.masked_fill(~labelled, 0).sum() / rows
     if centres is None:
         return cross_entropy.new_zeros(()), cross_entropy, log_normaliser

@@ -81,7 +81,9 @@ std::tuple<Tensor, Tensor, Tensor> projection_losses(const Tensor& state, const 
     data(log_normaliser)[i] = static_cast<float>(log_sum);
     if (known[static_cast<size_t>(i)] < 0) continue;
     ++labelled;
-    entropy += log_sum - (1.0 - label_smoothing) * s[4 * i + 2] - label_smoothing * s[4 * i + 3] / classes;
+    entropy += log_sum - (1.0 - label_smoothing) * s[4 * i + 2];
+    // 0 times the minus infinity of a class that a bias leaves out is no number.
+    if (label_smoothing > 0) entropy -= label_smoothing * s[4 * i + 3] / classes;
   }
   if (centres.has_value()) {
     CentreArguments a = centre_arguments(features, *centres, known);

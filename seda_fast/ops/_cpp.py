@@ -196,7 +196,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
     float32 by the extension, which knows the faster code for this CPU (``products`` of `status`), bfloat16 by PyTorch.
     """
     if a.dtype is torch.float32:
-        a, b = (m if 1 in m.stride() else m.contiguous() for m in (a, b))
+        # `contiguous` leaves a matrix of one element the strides that it has.
+        a, b = (m if 1 in m.stride() else m.clone(memory_format=torch.contiguous_format) for m in (a, b))
         out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
         if a.shape[1] > 0:
             bias = bias if bias is None else bias.contiguous()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
@@ -159,6 +160,7 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     autocast: Collection[int] = (),
+    rows: tuple[int, int] | None = None,
 ) -> Callable[..., Any]:
     """Define the opaque op ``seda_fast::name`` with its reference implementation and its fake.
 
@@ -167,6 +169,8 @@ def define(
         reference: takes the op's arguments, runs on every device.
         fake: result shapes and dtypes without data, for `torch.compile`.
         autocast: places of the arguments that a `torch.autocast` region casts to its dtype.
+        rows: places of timesteps and of a table whose rows they are. On a CPU the reference is not given any others,
+            of which PyTorch would take the negative ones for rows from the end.
 
     Returns:
         The op's only overload, ``torch.ops.seda_fast.NAME.default``.
@@ -177,12 +181,22 @@ def define(
 
     def kernel(device_type: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                # Of an op without such a derivative PyTorch drops the tangents, and a Jacobian would be 0.
+                raise RuntimeError(
+                    f"{name} has no forward-mode derivative, so it does not run inside torch.func.jvp, jacfwd or "
+                    "torch.autograd.forward_ad; reverse mode (torch.autograd.grad) and the functions of "
+                    "seda_fast.reference do"
+                )
             first = args[0]
             if isinstance(first, (list, tuple)):
                 if not first:
                     raise ValueError(f"{op._schema.arguments[0].name} must hold at least one tensor")
                 first = first[0]
-            return choose(name, device_type, first.dtype)[1].function(*args, **kwargs)
+            backend, implementation = choose(name, device_type, first.dtype)
+            if rows is not None and backend == "reference" and device_type == "cpu":
+                _refuse_other_rows(args[rows[0]], len(args[rows[1]]))
+            return implementation.function(*args, **kwargs)
 
         return run
 
@@ -195,6 +209,13 @@ def define(
             rule = _autocasting(op, device_type, frozenset(autocast))
             torch.library.impl(qualified, f"Autocast{device_type.upper()}", rule)
     return op  # type: ignore[no-any-return]
+
+
+def _refuse_other_rows(timesteps: Tensor, count: int) -> None:
+    outside = (timesteps < 0) | (timesteps >= count)
+    if outside.any():
+        place = int(outside.int().argmax())
+        raise ValueError(f"timesteps[{place}] is {int(timesteps[place])}, outside 0 .. {count - 1}")
 
 
 def _autocasting(op: Callable[..., Any], device_type: str, places: Collection[int]) -> Callable[..., Any]:
@@ -224,9 +245,9 @@ class _OnlyOnce(torch.autograd.Function):
     """Lets gradients through; whoever differentiates them is told that this operation has no second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, anchor: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, name: str, anchors: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
-        return tuple(gradient.view_as(gradient) for gradient in found)
+        return tuple(gradient.view_as(gradient) for gradient in tensors[anchors:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -240,7 +261,8 @@ def differentiable_once(name: str, backward: Callable[..., Any]) -> Callable[...
     """``backward`` of the operation ``name`` for `torch.library.register_autograd`, refusing a second derivative.
 
     Saved gradients and opaque backward ops look like constants to autograd, which would leave out their part of a
-    Hessian without a word. Gradients themselves may be asked for with ``create_graph=True``.
+    Hessian without a word. Gradients themselves may be asked for with ``create_graph=True``. All operands that have
+    gradients must be saved, needed again or not.
     """
 
     @wraps(backward)
@@ -249,12 +271,12 @@ def differentiable_once(name: str, backward: Callable[..., Any]) -> Callable[...
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        anchor = next((t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad), None)
-        if anchor is None:
-            return found
+        # All that a gradient may be asked for with respect to: autograd goes no way that does not lead there.
+        anchors = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
         leaves, structure = pytree.tree_flatten(found)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        marked = _OnlyOnce.apply(name, anchor, *(leaves[i] for i in places))  # type: ignore[no-untyped-call]
+        given = (*anchors, *(leaves[i] for i in places))
+        marked = _OnlyOnce.apply(name, len(anchors), *given)  # type: ignore[no-untyped-call]
         for i, gradient in zip(places, marked, strict=True):
             leaves[i] = gradient
         return pytree.tree_unflatten(leaves, structure)
@@ -266,9 +288,11 @@ def as_counter(value: int | Tensor, name: str, device: torch.device) -> Tensor:
     """A seed or step as an int64 tensor of shape () on ``device``; Python ints are wrapped.
 
     Raises:
-        ValueError: it is neither an int nor an int64 tensor of shape () on ``device``.
+        ValueError: it is neither an int of 64 bits nor an int64 tensor of shape () on ``device``.
     """
     if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} must be in -2**63 .. 2**63 - 1, not {value}")
         # Filled on the device: `torch.tensor` would copy from the host's memory, which no graph can capture.
         return torch.full((), value, dtype=torch.int64, device=device)
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.shape != ():

@@ -52,6 +52,12 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+def _is_interpreted_bfloat16(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_is_interpreted_bfloat16(one) for one in value)
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype == torch.bfloat16
+
+
 def implement_with_triton(op: str, kernel: str, function: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     """Register ``kernels.<kernel>.<function>`` for ``op``; it serves CUDA, and when forced the interpreter.
 
@@ -59,6 +65,11 @@ def implement_with_triton(op: str, kernel: str, function: str, dtypes: tuple[tor
     """
 
     def launch(*args: Any) -> Any:
+        if any(_is_interpreted_bfloat16(value) for value in args):
+            raise RuntimeError(
+                f"backend 'triton' cannot run {op} on cpu: its interpreter gets torch.bfloat16 wrong; "
+                "float32 and float16 are right there"
+            )
         run: Callable[..., Any] = getattr(_kernels(kernel), function)
         return run(*args)
 

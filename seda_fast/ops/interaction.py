@@ -120,6 +120,7 @@ _op = define(
     _reference,
     _fake,
     autocast={*range(10)} - {2},
+    rows=(2, 3),
 )
 _backward_op = define(
     "interaction_block_backward",
@@ -144,9 +145,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         scale,
         alpha,
         w_h,
-        _,
+        b_h,
         w_o,
-        _,
+        b_o,
         dropout,
         seed,
         step,
@@ -160,7 +161,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(residual, pre, hidden, statistics_next)
     ctx.set_materialize_grads(False)
     saved = [h, gate, timesteps, shift, scale, alpha, w_h, w_o, residual, pre, hidden, seed, step, sample_ids]
-    ctx.save_for_backward(*saved, *([] if statistics is None else [statistics]))
+    # Biases only add; they are kept for `differentiable_once`.
+    ctx.save_for_backward(*saved, b_h, b_o, *([] if statistics is None else [statistics]))
     ctx.dropout, ctx.stream = dropout, stream
 
 
@@ -171,7 +173,7 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Te
     operands, (seed, step, sample_ids), statistics = (
         saved[:11],
         saved[11:14],
-        saved[14] if saved[14:] else None,
+        saved[16] if saved[16:] else None,
     )
     d_h, d_gate, d_shift, d_scale, d_alpha, d_w_h, d_b_h, d_w_o, d_b_o = _backward_op(
         grad, *operands, ctx.dropout, seed, step, sample_ids, ctx.stream, statistics

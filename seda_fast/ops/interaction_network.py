@@ -71,6 +71,7 @@ _op = define(
     _reference,
     _fake,
     autocast={*range(16)} - {2},
+    rows=(2, 3),
 )
 _backward_op = define(
     "interaction_network_backward",
@@ -86,12 +87,12 @@ implement_with_triton("interaction_network_backward", "interaction_network", "in
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Biases that only add are not needed again.
-    x, conditions, timesteps, modulation, w_x, _, w_c, _, w_g, b_g, w_h, b_h, w_o, b_o, w_y, _ = inputs[:16]
+    x, conditions, timesteps, modulation, w_x, b_x, w_c, b_c, w_g, b_g, w_h, b_h, w_o, b_o, w_y, b_y = inputs[:16]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     groups = [[x], conditions, [timesteps, modulation, w_x, w_c, w_g, b_g], w_h, b_h, w_o, b_o, [w_y], output[1:]]
-    groups.append(inputs[17:20])
+    # Biases that only add are kept for `differentiable_once`.
+    groups += [inputs[17:20], [b_x, b_c, b_y]]
     ctx.lengths = [len(group) for group in groups]
     ctx.save_for_backward(*(t for group in groups for t in group))
     ctx.dropout, ctx.stream = inputs[16], inputs[20]
@@ -102,7 +103,7 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[An
         lists = {1: 1, 10: 3, 11: 4, 12: 5, 13: 6}  # place among the arguments, and among the saved groups
         return tuple([None] * ctx.lengths[lists[i]] if i in lists else None for i in range(21))
     kept = iter(ctx.saved_tensors)
-    (x,), conditions, middle, w_h, b_h, w_o, b_o, (w_y,), saved, keys = (
+    (x,), conditions, middle, w_h, b_h, w_o, b_o, (w_y,), saved, keys, _ = (
         [next(kept) for _ in range(length)] for length in ctx.lengths
     )
     asked = ctx.needs_input_grad[1]

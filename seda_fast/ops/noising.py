@@ -45,6 +45,7 @@ _op = define(
     _reference,
     _fake,
     autocast={0},
+    rows=(1, 2),
 )
 _backward_op = define(
     "q_sample_backward",

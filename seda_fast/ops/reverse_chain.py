@@ -87,7 +87,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             *leaves, seed=seed, step=step, sample_ids=sample_ids, stream=ctx.stream, noisy=ctx.noisy
         )
     flat = [t for value in leaves for t in (value if isinstance(value, list) else [value])]
-    gradients = iter(torch.autograd.grad(result, flat, grad, allow_unused=True))
+    # A chain of no step is of nothing.
+    found = torch.autograd.grad(result, flat, grad, allow_unused=True) if result.requires_grad else [None] * len(flat)
+    gradients = iter(found)
     shaped = [[next(gradients) for _ in value] if isinstance(value, list) else next(gradients) for value in leaves]
     return *shaped, *(None,) * 5
 

@@ -7,8 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import as_counter, check_stream, check_tensor, define, forced
+from ._dispatch import as_counter, check_stream, check_tensor, define, describe, forced
 from ._triton import implement_with_triton
+
+# Strata of a batch are exact in integers below this.
+_MOST = 2**38
 
 
 def _reference(
@@ -62,14 +65,19 @@ def stratified_timesteps(
     check_tensor(sample_ids, "sample_ids", (None,), None, "int64")
     check_stream(stream)
     rows, device = sample_ids.shape[0], sample_ids.device
+    if not isinstance(steps, int):
+        raise ValueError(f"steps must be an int, not {describe(steps)}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     if batch is not None and not 0 <= first_row <= batch - rows:
         raise ValueError(f"first_row {first_row} and {rows} rows do not fit a batch of {batch}")
     if batch is None and first_row != 0:
         raise ValueError(f"first_row is {first_row}, which needs the batch's size, batch")
+    total = rows if batch is None else batch
+    if total * steps >= _MOST:
+        raise ValueError(f"steps must be less than 2**38 over the batch's rows, {total}, not {steps}")
     given = (as_counter(seed, "seed", device), as_counter(step, "step", device), sample_ids, steps, stream)
-    place = (first_row, rows if batch is None else batch)
+    place = (first_row, total)
     # On a CPU it stays in the open, where a compiler makes one loop of it.
     if device.type == "cpu" and forced() != "triton":
         return _reference(*given, *place)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from seda_fast.ops import _cuda, _dispatch, q_sample, use_backend
+from seda_fast.ops import _cuda, _dispatch, _triton, q_sample, use_backend
 
 
 def noise() -> torch.Tensor:
@@ -34,6 +34,19 @@ def test_an_unavailable_backend_says_why() -> None:
         noise()
     with use_backend("cuda"), pytest.raises(RuntimeError, match=r"^backend 'cuda' cannot run reverse_chain on cpu: \w"):
         _dispatch.choose("reverse_chain", "cpu")
+
+
+def test_triton_s_interpreter_does_not_take_what_it_gets_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "_kernels", lambda name: None)
+    monkeypatch.setattr(_triton, "unavailable", lambda device_type: None)
+    table = torch.ones(3)
+    x = torch.ones(2, 4, dtype=torch.bfloat16)
+    launch = _dispatch._implementations["q_sample"]["triton"].function
+    for operands in ((x, table), (table, [table, x])):
+        with pytest.raises(
+            RuntimeError, match=r"cannot run q_sample on cpu: its interpreter gets torch\.bfloat16 wrong"
+        ):
+            launch(*operands)
 
 
 def test_an_empty_list_of_operands_is_refused_by_name() -> None:

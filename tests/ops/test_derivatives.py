@@ -95,6 +95,73 @@ def test_a_second_derivative_is_right_or_refused(lane: Any, place: int) -> None:
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_second_derivative_is_refused_whatever_needs_the_gradient(lane: Any) -> None:
+    """A bias, too, which is not kept for the backward pass."""
+
+    def draw(*shape: int) -> Tensor:
+        return 0.5 * torch.randn(shape, device=lane.device)
+
+    ids = torch.arange(ROWS, device=lane.device)
+    tables, modulation = draw(3, STEPS, WIDTH).unbind(0), draw(STEPS, BLOCKS, 3, WIDTH)
+    block = [draw(HIDDEN, WIDTH), draw(HIDDEN), draw(WIDTH, HIDDEN), draw(WIDTH)]
+    blocks = [[draw(*part.shape) for _ in range(BLOCKS)] for part in block]
+    ends = [draw(WIDTH, DIM), draw(WIDTH), draw(WIDTH, DIM), draw(WIDTH), draw(BLOCKS * HIDDEN, WIDTH)]
+    weights = ChainWeights(*ends, draw(BLOCKS * HIDDEN), *blocks, draw(DIM, WIDTH), draw(DIM))
+    h, gate, x, coefficients = draw(ROWS, WIDTH), draw(ROWS, HIDDEN), draw(ROWS, DIM), draw(STEPS, 5).abs()
+    projected = [draw(4, DIM), draw(4, DIM), draw(4)]
+    keys: dict[str, Any] = {"seed": 0, "step": 0, "sample_ids": ids}
+    flat = [t for part in weights for t in (part if isinstance(part, list) else [part])]
+    calls: list[tuple[list[Tensor], Callable[[], Tensor]]] = [
+        ([gate, *tables, *block], lambda: interaction_block(h, gate, ids, *tables, *block)),
+        ([x, modulation, *flat], lambda: interaction_network(x, [x], ids, modulation, weights)),
+        (projected, lambda: sum(semantic_projection(x, ids % 4, *projected))),  # type: ignore[arg-type, return-value]
+        (flat, lambda: reverse_chain(x, x, x, coefficients, modulation, weights, **keys, stream=4)),
+    ]
+    # In the interpreter a call takes seconds.
+    for operands, call in calls[:1] if lane.backend == "triton" and lane.device == "cpu" else calls:
+        for leaf in operands:
+            leaf.requires_grad_()
+            # The centres have no part in the cross entropy, and a last shift has none in a state.
+            (gradient,) = torch.autograd.grad(call().sum() + leaf.sum(), leaf, create_graph=True)
+            with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+                torch.autograd.grad(gradient.square().sum() + leaf.square().sum(), leaf)
+            leaf.requires_grad_(False)
+        # And mixed ones, of which autograd walks only to what is asked for.
+        first, last = operands[0].requires_grad_(), operands[-1].requires_grad_()
+        (gradient,) = torch.autograd.grad(call().sum(), first, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            torch.autograd.grad(gradient.square().sum() + last.sum(), last)
+        first.requires_grad_(False), last.requires_grad_(False)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_forward_mode_is_refused(lane: Any, place: int) -> None:
+    """Never a Jacobian of zeros: PyTorch drops the tangents of an operation that has no such derivative."""
+    operation = operations(torch.float32, lane.device)[place]
+    x = torch.randn(ROWS, operation.width, device=lane.device)
+    refused = pytest.raises(RuntimeError, match=f"{operation.name} has no forward-mode derivative")
+    with refused:
+        torch.func.jvp(operation.call, (x,), (x,))
+    with refused:
+        torch.func.jacfwd(operation.call)(x)
+    with torch.autograd.forward_ad.dual_level(), refused:
+        operation.call(torch.autograd.forward_ad.make_dual(x, x))
+    assert operation.call(x).isfinite().all()
+
+
+def test_a_chain_of_no_step_has_no_gradient() -> None:
+    weights = ChainWeights(
+        *(torch.randn(shape) for shape in ((WIDTH, DIM), (WIDTH,), (WIDTH, DIM), (WIDTH,), (HIDDEN, WIDTH), (HIDDEN,))),
+        *([torch.randn(shape)] for shape in ((HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,))),
+        *(torch.randn(shape) for shape in ((DIM, WIDTH), (DIM,))),
+    )
+    x = torch.randn(ROWS, DIM, requires_grad=True)
+    keys: dict[str, Any] = {"seed": 0, "step": 0, "sample_ids": torch.arange(ROWS)}
+    result = reverse_chain(x, x, x, torch.zeros(0, 5), torch.zeros(0, 1, 3, WIDTH), weights, **keys, stream=4)
+    assert (result == 0).all()
+    assert torch.autograd.grad(result.sum(), x, allow_unused=True) in ((None,),)
+
+
 @pytest.mark.parametrize("place", range(5))
 def test_compiled_code_takes_operands_in_columns(lane: Any, place: int) -> None:
     """A fake that promises other strides than the operation leaves makes compiled code refuse or misread its result."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seda_fast import reference
-from seda_fast.ops import chained_interaction_block, interaction_block
+from seda_fast.ops import chained_interaction_block, interaction_block, use_backend
 
 OPERATION = "interaction_block"
 NAMES = ("h", "gate", "shift", "scale", "alpha", "w_h", "b_h", "w_o", "b_o")
@@ -317,6 +317,45 @@ def test_a_timestep_outside_the_tables_makes_its_row_nan_and_no_other(
         torch.testing.assert_close(got[name][right], plain[name][right], msg=name)
     # The tables' gradients are those of the other rows.
     assert all(got[name].isfinite().all() for name in ("shift", "scale", "alpha"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_on_a_cpu_a_timestep_outside_the_tables_is_refused(dtype: torch.dtype) -> None:
+    """Also by the reference, which would take rows from the tables' ends."""
+    case = Case(6, 16, 32, 4)
+    given = operands(case, dtype, "cpu")
+    for wrong in (-1, 4):
+        tau = given["timesteps"].clone()
+        tau[3] = wrong
+        for backend in ("auto", "reference"):
+            with (
+                use_backend(backend),
+                pytest.raises((ValueError, RuntimeError), match=rf"timesteps\[3\] is {wrong}, outside 0 \.\. 3"),
+            ):
+                interaction_block(**{**given, "timesteps": tau})
+
+
+def test_a_row_of_one_large_value_is_normalised_to_nothing() -> None:
+    """What rounding leaves of the mean would be as large as the values of other rows."""
+    for width, value in ((768, 4097.3), (512, 100.3), (130, 1e5)):
+        case = Case(3, width, 32, 4)
+        given = operands(case, torch.float32, "cpu")
+        given |= {"h": torch.full((3, width), value), "shift": torch.zeros_like(given["shift"])}
+        found = interaction_block(**given)
+        torch.testing.assert_close(found, reference.interaction_block(**double(given)).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [-3e38, -1e37, -1e4, -88.5])
+def test_a_unit_that_is_switched_off_is_off(lane: Any, value: float) -> None:
+    case = Case(3, 16, 32, 4)
+    given = operands(case, torch.float32, lane.device)
+    given["b_h"] = torch.full_like(given["b_h"], value)
+    leaves = {name: given[name].clone().requires_grad_() for name in ("gate", "b_h")}
+    found = interaction_block(**{**given, **leaves})
+    plain = given["h"] + (1 + given["alpha"][given["timesteps"]]) * given["b_o"]
+    torch.testing.assert_close(found, plain)
+    for gradient in torch.autograd.grad(found.sum(), list(leaves.values())) if value > -1e38 else ():
+        assert gradient.abs().max() < 1e-30
 
 
 @pytest.mark.parametrize("width", [16, 128, 300])

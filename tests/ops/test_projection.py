@@ -291,6 +291,31 @@ def test_cosine_logits(lane: Any, case: Case, no_worse_than_eager: Callable[...,
     compare(given, {**settings(case), "cosine": True}, no_worse_than_eager)
 
 
+@pytest.mark.parametrize(("classes", "left_out"), [(40, 35), (1200, 600), (1200, 1190)])
+def test_classes_that_a_bias_leaves_out(lane: Any, classes: int, left_out: int) -> None:
+    """Minus infinity for the first of the classes, whole tiles of them, leaves the others' losses and gradients."""
+    given = operands(Case(6, 8, classes), torch.float32, lane.device)
+    given["bias"][:left_out] = -math.inf
+    given["labels"] = left_out + given["labels"] % (classes - left_out)
+    features, weight = (given[name].clone().requires_grad_() for name in ("features", "weight"))
+    expected = F.cross_entropy(F.linear(features, weight, given["bias"]), given["labels"])
+    grads = torch.autograd.grad(expected, [features, weight])
+    _, found = semantic_projection(**{**given, "features": features, "weight": weight})
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, [features, weight]), grads)
+
+
+def test_a_matrix_of_one_element_may_have_any_strides(lane: Any) -> None:
+    one = torch.randn(4, 3, device=lane.device)[::4, 1::2][:, :1]
+    assert one.shape == (1, 1) and 1 not in one.stride()
+    label = torch.zeros(1, dtype=torch.int64, device=lane.device)
+    weight = torch.randn(1026, 2, device=lane.device)[::2, ::2]
+    for w in (weight, weight[:1]):
+        bias = torch.zeros(len(w), device=lane.device)
+        _, entropy = semantic_projection(one, label, None, w, bias)
+        torch.testing.assert_close(entropy, F.cross_entropy(one @ w.T, label))
+
+
 def test_cosine_ignores_lengths() -> None:
     given = operands(Case(9, 20, 7), torch.float64, "cpu")
     _, entropy = semantic_projection(**given, cosine=True)

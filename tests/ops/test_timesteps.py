@@ -83,6 +83,10 @@ def test_compiles_without_a_graph_break(lane: Any) -> None:
         ({"sample_ids": torch.zeros(3, 1, dtype=torch.int64)}, r"sample_ids must have shape \(any\)"),
         ({"stream": 256}, r"stream must be in 0 \.\. 255, not 256"),
         ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"steps": 10.5}, "steps must be an int, not float"),
+        ({"steps": 2**36}, r"steps must be less than 2\*\*38 over the batch's rows, 4, not 68719476736"),
+        ({"seed": 2**63}, r"seed must be in -2\*\*63 \.\. 2\*\*63 - 1, not 9223372036854775808"),
+        ({"step": -(2**63) - 1}, r"step must be in -2\*\*63 \.\. 2\*\*63 - 1, not -9223372036854775809"),
         ({"seed": 1.5}, "seed must be an int or an int64 tensor of shape"),
     ],
 )

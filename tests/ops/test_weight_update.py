@@ -81,6 +81,22 @@ def test_values(lane: Any, done: int, moved: float) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("betas", [(0.0, 0.0), (0.3, 0.5)])
+def test_small_betas_lose_no_gradient(lane: Any, betas: tuple[float, float]) -> None:
+    """A moment that hardly remembers takes a gradient of 1e-5 after one of 1000 as PyTorch's own does."""
+    own = torch.nn.Parameter(torch.ones(37, device=lane.device))
+    optimiser = torch.optim.AdamW([own], lr=1e-2, betas=betas, eps=1e-8, weight_decay=0.05)
+    given = arguments(torch.float32, 0, [(37,)], lane.device)
+    for name, value in (("weights", 1.0), ("exp_avg", 0.0), ("exp_avg_sq", 0.0)):
+        given[name][0].fill_(value)
+    for gradient in (1e3, 1e-5):
+        own.grad = torch.full_like(own, gradient)
+        optimiser.step()
+        given["grads"][0].fill_(gradient)
+        given = updated(given, betas=betas, clip_norm=1e9)
+    torch.testing.assert_close(given["weights"][0], own.detach())
+
+
 def test_norm(lane: Any) -> None:
     for scale in (1.0, 1e-12, 1e15):
         grads = [scale * g for g in arguments(torch.float32, device=lane.device)["grads"]]

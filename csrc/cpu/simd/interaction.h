@@ -18,12 +18,16 @@ SEDA_INLINE RowMoments row_moments(const T* h, int64_t n) {
   F total{};
   over_row(n, [&](int64_t j, auto part) { total += load(h + j, part); });
   const float mean = sum(total) / static_cast<float>(n);
-  F squares{};
+  F squares{}, rest{};
   over_row(n, [&](int64_t j, auto part) {
     const F centred = zero_outside(load(h + j, part) - mean, part);
     squares += centred * centred;
+    rest += centred;
   });
-  return {mean, 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + kNormEps)};
+  // How far rounding has left the mean: of a row of one large value nothing else remains.
+  const float off = sum(rest) / static_cast<float>(n);
+  const float variance = __builtin_fmaxf(sum(squares) / static_cast<float>(n) - off * off, 0.0f);
+  return {mean + off, 1.0f / __builtin_sqrtf(variance + kNormEps)};
 }
 template <class T>
 static void modulated_norm_rows(const NormArguments& a, int64_t begin, int64_t end) {

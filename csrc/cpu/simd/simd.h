@@ -178,7 +178,8 @@ SEDA_INLINE F exponential(F x) {
   return choose(input == input, bits<F>(bits<I>(p) + (bits<I>(shifted) << 23)), input);
 }
 
-SEDA_INLINE F sigmoid(F x) { return 1.0f / (1.0f + exponential(-x)); }
+// 0 where the exponential is at its bound: times a large x that would be more than nothing.
+SEDA_INLINE F sigmoid(F x) { return choose(x < broadcast(-88.0f), F{}, 1.0f / (1.0f + exponential(-x))); }
 
 // Philox words, each in the low half of a 64-bit lane; the high half holds what is left of a product and is ignored.
 struct VectorWords {

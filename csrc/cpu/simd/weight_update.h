@@ -24,12 +24,12 @@ static float squares(const float* x, int64_t n) {
 }
 
 static void weight_update(const UpdateArguments& a, int64_t begin, int64_t end) {
-  const bool near = a.moved < 0.5f;  // the form of torch.lerp whose error is the smaller one
+  const bool near = a.moved < 0.5f, keeps = a.new_average < 0.5f;  // the form of torch.lerp whose error is the smaller one
   over_row(end - begin, [&](int64_t i, auto part) {
     const int64_t j = begin + i;
     const F grad = load(a.grad + j, part) * a.clip;
     F average = load(a.exp_avg + j, part), square = load(a.exp_avg_sq + j, part);
-    average += (grad - average) * a.new_average;
+    average = keeps ? average + (grad - average) * a.new_average : grad - (grad - average) * (1.0f - a.new_average);
     square = square * a.old_square + grad * grad * a.new_square;
     const F weight = load(a.weight + j, part) * a.decay -
                      average * a.step_size / (square_root(square) * a.square_scale + a.epsilon);
