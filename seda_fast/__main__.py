@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .command import Parser
+from .command import Parser, run
 
 COMMANDS = {
     "extract": "make features of images and captions",
@@ -21,6 +21,10 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the commands; anything but ``--help`` and ``--version`` is refused with exit code 2."""
+    return run(lambda: _show(argv), "seda_fast")
+
+
+def _show(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="seda_fast", description=__doc__, usage="python -m seda_fast.COMMAND [options]")
     parser.add_argument("--version", action="version", version=__version__)
     _, others = parser.parse_known_args(argv)
@@ -30,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     width = max(map(len, COMMANDS))
     print(f"seda_fast {__version__}; python -m seda_fast.COMMAND --help shows a command's options\n")
     print("\n".join(f"  {name:{width}}  {told}" for name, told in COMMANDS.items()))
-    return 0
 
 
 if __name__ == "__main__":

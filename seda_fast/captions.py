@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import check_class_names
+from .arrays import check_class_names, is_unprintable
 from .files import DataError, naming, show
 
 COLUMNS = ("image", "text", "label")
@@ -48,7 +48,11 @@ def read_captions(path: Path, separator: str = "", *, by_class: bool = False) ->
     with naming(path):
         table = _captions(path, tuple(name for name in COLUMNS if name != "text" or not by_class))
         rows = [row for _, row in table]
-        labels = [_carried(row["label"].strip(), separator) for row in rows]
+        labels = [_carried(row["label"], separator) for row in rows]
+        for (line, _), label in zip(table, labels, strict=True):
+            bad = next((name for name in label or () if is_unprintable(name)), None)
+            if bad is not None:
+                raise DataError(f"line {line}: the class {show(bad)} holds control characters")
         _check_images(table, labels, separator)
         named = {name for label in labels for name in label or ()}
         names = sorted(named, key=_order(named))
@@ -98,9 +102,11 @@ def read_class_texts(path: Path, class_names: Sequence[str]) -> dict[str, str]:
 
 def _carried(label: str, separator: str) -> list[str] | None:
     """The classes that a label names; None where there is no label."""
-    if not label:
+    if not label.strip() and not (separator and separator in label):
         return None
-    return [name.strip() for name in label.split(separator) if name.strip()] if separator else [label]
+    # A separator that ends in a blank may have lost it at the label's end.
+    names = f" {label} ".split(separator) if separator else [label]
+    return [name.strip() for name in names if name.strip()]
 
 
 def _single(labels: list[list[str] | None], numbers: dict[str, int]) -> NDArray[np.int64]:

@@ -163,15 +163,20 @@ def run(command: Callable[[], None], program: str) -> int:
     except BrokenPipeError:
         # The reader of our output (head, less) has closed it; nothing is wrong and nobody is left to tell.
         sys.stderr.close()
+        _drop_output()
         return 0
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
         report(program, f"the output cannot be written: {error.strerror}")
-        # What is left of it would fail once more when the process ends.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        _drop_output()
         return BAD_INPUT
     return 0
+
+
+def _drop_output() -> None:
+    """What is left of the output would fail once more when the process ends."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def out_of_memory(error: BaseException) -> str | None:

@@ -414,7 +414,7 @@ def _build(
             class_text_rows(classes, labels[held_out]) if classes is not None
             else rows(text, held_out) if text.shape[1] else None,
             names, train, held_out, source, classes,
-            None if row_names is None else tuple(row_names[i] for i in held_out.tolist()), _told_rows(visual, labels),
+            None if row_names is None else tuple(row_names[i] for i in held_out.tolist()), told_rows(visual, labels),
         )  # fmt: skip
         paired = paired[train]
         if need_text and not paired.any():
@@ -423,7 +423,7 @@ def _build(
     return made
 
 
-def _told_rows(visual: Features, labels: Labels) -> str:
+def told_rows(visual: Features, labels: Labels) -> str:
     """What tells these rows in their order from others: their labels, and the features of some."""
     some = rows(visual, np.linspace(0, len(visual) - 1, min(_TOLD_BY, len(visual))).astype(np.int64))
     told = hashlib.sha256(np.ascontiguousarray(labels).tobytes() + np.ascontiguousarray(some).tobytes())

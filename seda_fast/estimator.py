@@ -295,6 +295,11 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         values = self.classes_.tolist()
         if self.classes_.dtype.kind not in "biufUO" or not all(isinstance(v, str | int | float) for v in values):
             raise DataError(f"classes of type {self.classes_.dtype} cannot be saved; numbers and text can")
+        odd = next(
+            (v for v in values if isinstance(v, str) and any("\ud800" <= letter <= "\udfff" for letter in v)), None
+        )
+        if odd is not None:
+            raise DataError(f"the class {odd!r} cannot be saved: it is no text that a file can hold")
         settings = {name: _plain(getattr(self, name)) for name in _ALL}
         settings["random_state"] = settings["random_state"] if isinstance(settings["random_state"], int) else None
         about = {

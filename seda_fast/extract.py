@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -78,6 +78,12 @@ class ExtractConfig:
         check_range(self, "max_pixels", 1 <= self.max_pixels <= LARGEST, f"in 1 .. {LARGEST}")
         if self.class_captions and not self.captions:
             raise ConfigError("class_captions needs captions, the table that gives images their labels")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("label_separator", "text", "text_dim"):
+            if not self.captions and getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name} needs captions, the table of texts and labels; without it images alone are seen"
+                )
         if self.class_captions and self.label_separator:
             raise ConfigError("class_captions needs one class a row, so it does not go with label_separator")
 
@@ -168,8 +174,8 @@ def read_part(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return [file[name] for name in names]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        return None  # the last two: a header that asks for another way of packing, or a password
 
 
 def write_part(path: Path, **arrays: NDArray[Any]) -> None:
@@ -426,11 +432,23 @@ def summary(about: dict[str, Any], arrays: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _tells_of_images(path: Path) -> bool:
+    """Whether a file is what this command writes beside features."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"images", "vision", "used", "left_out"} <= found.keys()
+
+
 def extract(config: ExtractConfig) -> str:
     """The whole command; returns the summary to print."""
     out = output_file(config.out, "--out", (".npz", ".safetensors"))
-    if out.exists() and not config.overwrite:
-        raise DataError(f"--out {out} is there already; give another name or --overwrite")
+    about_file = out.with_name(f"{out.name}.json")
+    for file in (out, about_file):
+        # A run that was stopped between the two leaves its own.
+        if file.exists() and not config.overwrite and not (file is about_file and _tells_of_images(file)):
+            raise DataError(f"--out: {file} is there already; give another name or --overwrite")
     if not Path(config.images).is_dir():
         raise DataError(f"--images {config.images} is not a folder")
     captions, described = read_tables(config)
@@ -463,7 +481,7 @@ def extract(config: ExtractConfig) -> str:
         }
         told = summary(about, arrays)
         # The features last: where they are, everything is.
-        with atomic_path(out.with_name(f"{out.name}.json")) as draft:
+        with atomic_path(about_file) as draft:
             draft.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         write_arrays(out, arrays)
         shutil.rmtree(parts)

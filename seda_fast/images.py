@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,10 @@ from .files import DataError
 
 # What photographs and drawings come in; others (EPS runs a program, FITS holds no picture) are not tried.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    ".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
+    ".webp",
+)  # fmt: skip
 # Pillow itself refuses twice its own limit before it decodes anything.
 LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 _ORIENTATION = 0x0112
@@ -74,9 +78,17 @@ def read_image(path: Path, max_pixels: int) -> tuple[Image.Image, tuple[str, ...
     """
     _refuse_no_file(path)
     try:
-        opened = Image.open(path, formats=FORMATS)
-    except PermissionError as error:
+        # Not by its name: of that Pillow 13 maps an uncompressed TIFF, and by the sides that a rotation will give it.
+        file = path.open("rb")
+    except OSError as error:
         raise BadImage("cannot be read", str(error.strerror)) from error
+    with file:
+        return _read(file, max_pixels)
+
+
+def _read(file: BinaryIO, max_pixels: int) -> tuple[Image.Image, tuple[str, ...]]:
+    try:
+        opened = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadImage("too large", f"more than {LARGEST} pixels") from error
     except Exception as error:
@@ -105,24 +117,60 @@ def _refuse_no_file(path: Path) -> None:
 
 def _converted(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     notes = ["animated"] if getattr(image, "is_animated", False) else []
-    if image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ())):
+    stored = str(getattr(image, "tile", ""))
+    if image.mode.startswith("I") or ";16" in stored or _is_wide_ppm(image):
         notes.append("16-bit")
+    turned = _orientation(image)  # a TIFF forgets it when its pixels are read
     image.load()
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    if turned or _orientation(image):
         notes.append("rotated")
-    upright = ImageOps.exif_transpose(image)
-    mode = upright.mode
+    upright = ImageOps.exif_transpose(image) if _orientation(image) else image
+    mode, clear = upright.mode, upright.info.get("transparency")
     if mode.startswith("I"):
-        upright = _eight_bits(np.asarray(upright))
-    elif mode == "F":
+        pixels = np.asarray(upright)
+        upright = _eight_bits(pixels)
+        if isinstance(clear, int):
+            notes.append("alpha")
+            upright = Image.fromarray(np.where(pixels == clear, np.uint8(255), np.asarray(upright)))
+        return upright.convert("RGB"), tuple(notes)
+    if clear is not None and upright.format in (None, "PNG"):
+        upright.info["transparency"] = _as_decoded(clear, stored)
+    if mode == "F":
         raise BadImage("unknown pixels", "floating point")
-    elif mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
         notes.append("alpha")
         coloured = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
     elif mode not in ("1", "L", "P", "RGB"):
         notes.append("CMYK" if mode == "CMYK" else "other colours")
     return upright.convert("RGB"), tuple(notes)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 2 .. 8, or 0 where there is nothing to turn; unreadable EXIF turns nothing."""
+    try:
+        found = image.getexif().get(_ORIENTATION)
+    except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
+        return 0
+    return found if isinstance(found, int) and 2 <= found <= 8 else 0
+
+
+def _is_wide_ppm(image: Image.Image) -> bool:
+    """Whether a PPM or PGM has values beyond 255, which Pillow brings to 8 bits by itself."""
+    maximum = [part for tile in getattr(image, "tile", ()) for part in _parts(tile) if isinstance(part, int)]
+    return image.format == "PPM" and max(maximum, default=0) > 255
+
+
+def _parts(tile: Any) -> tuple[Any, ...]:
+    return tile.args if isinstance(getattr(tile, "args", None), tuple) else ()
+
+
+def _as_decoded(clear: Any, stored: str) -> Any:
+    """The transparent colour of a PNG in the eight bits that Pillow decodes pixels of 2, 4 and 16 bits to."""
+    if isinstance(clear, tuple) and ";16" in stored:
+        return tuple(value >> 8 for value in clear)
+    wider = {"L;2": 85, "L;4": 17}
+    return clear * next((wider[mode] for mode in wider if mode in stored), 1) if isinstance(clear, int) else clear
 
 
 def _eight_bits(pixels: NDArray[np.integer]) -> Image.Image:

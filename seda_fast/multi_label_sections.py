@@ -25,7 +25,8 @@ _DECISIONS = 15
 def resampled_map(labels: NDArray[Any], log_probas: Sequence[NDArray[Any]], seed: int = 0) -> NDArray[np.float64]:
     """Mean average precision, in percent, of each of M methods on resampled rows: (draws, M).
 
-    A draw has the same rows for all methods (a paired bootstrap) and leaves out the classes that none of them carries.
+    A draw has the same rows for all methods (a paired bootstrap) and leaves out the classes that none of them carries;
+    where it has no class at all it is left out. Rows of equal scores are ranked together, as scikit-learn ranks them.
     """
     rows, truth = len(labels), labels > 0
     weights = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=_DRAWS).astype(np.float64)
@@ -36,10 +37,13 @@ def resampled_map(labels: NDArray[Any], log_probas: Sequence[NDArray[Any]], seed
             drawn = weights[:, order]
             hits = drawn * truth[order, k]
             carried = hits.sum(axis=1)
-            precision = np.cumsum(hits, axis=1) / np.maximum(np.cumsum(drawn, axis=1), 1)
+            scores = log_proba[order, k]
+            last = np.searchsorted(-scores, -scores, side="right") - 1
+            precision = (np.cumsum(hits, axis=1) / np.maximum(np.cumsum(drawn, axis=1), 1))[:, last]
             some = carried > 0
             found[some, m, k] = (hits * precision).sum(axis=1)[some] / carried[some]
-    return np.asarray(100 * np.nanmean(found, axis=2))
+    some_class = ~np.isnan(found).all(axis=(1, 2))
+    return np.asarray(100 * np.nanmean(found[some_class], axis=2))
 
 
 def _known(arrays: Arrays, methods: Sequence[str]) -> tuple[NDArray[Any], list[NDArray[Any]]]:

@@ -28,7 +28,7 @@ from .arrays import labelled_rows
 from .arrays import rows as float_rows
 from .command import choose_device, progress, run, settings_of
 from .config import check_given, check_range, check_types, setting
-from .data import FeatureSet
+from .data import FeatureSet, told_rows
 from .files import DataError, atomic_path, make_folder, output_file
 from .measure import alignment, standardised_text
 from .nn import SeDA
@@ -55,6 +55,10 @@ class ReportConfig:
         check_types(self)
         check_given(self, "model")
         check_range(self, "rows", self.rows >= 4, "at least 4")
+
+
+# What comes of files that are not as a run has written them.
+_UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,12 @@ def read_run(folder: Path, model: SeDA) -> Run:
         found = Run(folder, settings, metrics, arrays, model.class_names)
         if metrics["baselines"] and not found.labelled.any():
             raise DataError(f"{folder / OUTPUTS_FILE}: no row is labelled")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        labels = arrays["labels"]
+        if labels.ndim == 1 and len(labels) and not -1 <= labels.min() <= labels.max() < model.config.n_classes:
+            raise DataError(
+                f"{folder / OUTPUTS_FILE}: 'labels' are not of the model's {model.config.n_classes} classes"
+            )
+    except (*_UNREADABLE, OSError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{folder}: the results cannot be read ({error!r})") from error
@@ -341,6 +350,7 @@ def from_data(config: ReportConfig, run: Run, model: SeDA) -> tuple[list[str], t
             seed=run.settings["train"]["seed"],
         )
         other = not np.array_equal(data.label_test, run.arrays["labels"]) or data.visual_dim != model.config.visual_dim
+        other |= run.metrics.get("test_rows") not in (None, told_rows(data.visual_test, data.label_test))
         if other or data.split != run.metrics.get("split", data.split):
             raise DataError(f"{data.source} is not the data of this run: its test part differs")
     except DataError as error:
@@ -370,9 +380,14 @@ def report(config: ReportConfig) -> Path:
     out = output_file(config.out or str(folder / "report.html"), "--out", (".html",))
     model = SeDA.from_pretrained(folder, choose_device(config.device))
     found = read_run(folder, model)
-    middle, names = from_data(config, found, model)
-    accuracy, *classes = class_sections(found, names)
-    body = [accuracy, *middle, *classes, training_section(found), settings_section(found)]
+    try:
+        middle, names = from_data(config, found, model)
+        accuracy, *classes = class_sections(found, names)
+        body = [accuracy, *middle, *classes, training_section(found), settings_section(found)]
+    except _UNREADABLE as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{folder}: the results cannot be read ({error!r})") from error
     make_folder(out.parent)
     with atomic_path(out) as draft:
         draft.write_text(page(f"SeDA on {Path(found.metrics['data']).name}", body), encoding="utf-8")

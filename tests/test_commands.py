@@ -983,6 +983,21 @@ def test_a_table_that_cannot_be_printed_is_one_sentence(trained: Path) -> None:
     assert done.stderr == "seda_fast.predict: the output cannot be written: No space left on device\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a disk that is full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_list_of_commands_takes_a_full_disk_and_a_reader_that_left(unbuffered: str) -> None:
+    command, environment = [sys.executable, "-m", "seda_fast"], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == "seda_fast: the output cannot be written: No space left on device\n"
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_run_without_a_terminal_says_how_far_it_is(
     split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

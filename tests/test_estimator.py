@@ -385,6 +385,9 @@ def test_classes_that_json_cannot_hold_are_refused_before_anything_is_written(tm
     found.classes_ = days
     with pytest.raises(DataError, match="classes of type datetime64"):
         found.save_pretrained(tmp_path / "kept")
+    found.classes_ = np.array(["a", "b\ud800", "c"])
+    with pytest.raises(DataError, match=r"the class 'b\\ud800' cannot be saved: it is no text that a file can hold"):
+        found.save_pretrained(tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import nn
 
@@ -261,6 +261,80 @@ def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
     assert np.asarray(found)[0, :, 0].tolist() == [210, 180, 150, 120, 90, 60, 30, 0]
 
 
+@pytest.mark.parametrize("how", [None, "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_a_turned_tiff_is_the_picture_turned(tmp_path: Path, mode: str, how: str | None) -> None:
+    """Pillow maps an uncompressed one that is given by its name, and by the sides that turning will give it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    if mode == "I;16":
+        picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    elif mode != "RGB":
+        picture = picture.quantize(16) if mode == "P" else picture.convert(mode)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        found, notes = read_image(saved(tmp_path / "t.tif", picture, exif=exif, compression=how), 10_000)
+        plain, _ = read_image(saved(tmp_path / "p.png", picture if mode != "CMYK" else picture.convert("RGB")), 10_000)
+        plain.getexif()[0x0112] = orientation
+        assert np.array_equal(np.asarray(found), np.asarray(ImageOps.exif_transpose(plain))), orientation
+        assert ("rotated" in notes) == (orientation > 1)
+
+
+def png_of(depth: int, colour: int, rows: list[bytes], clear: bytes, width: int) -> bytes:
+    """A PNG with a transparent colour; ``rows`` are packed pixels."""
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)),
+        (b"tRNS", clear),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
+        (b"IEND", b""),
+    )
+    body = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "clear", "second", "notes"),
+    [
+        (2, 0, b"\x70", b"\0\x01", 255, ("alpha",)),
+        (4, 0, b"\x58", b"\0\x05", 136, ("alpha",)),
+        (8, 0, b"\x55\x88", b"\0\x55", 136, ("alpha",)),
+        (16, 0, b"\x12\x34\x80\x80", b"\x12\x34", 128, ("16-bit", "alpha")),
+        (16, 2, b"\x12\x34\x56\x78\x9a\xbc" + 3 * b"\x80\x80", b"\x12\x34\x56\x78\x9a\xbc", 128, ("16-bit", "alpha")),
+    ],
+)
+def test_a_transparent_colour_is_laid_on_white_at_every_depth(
+    tmp_path: Path, depth: int, colour: int, row: bytes, clear: bytes, second: int, notes: tuple[str, ...]
+) -> None:
+    (tmp_path / "a.png").write_bytes(png_of(depth, colour, [row], clear, 2))
+    found, told = read_image(tmp_path / "a.png", 10_000)
+    assert np.asarray(found)[0, :, 0].tolist() == [255, second]
+    assert told == notes
+
+
+def test_what_turns_nothing_is_not_counted_and_bad_exif_costs_no_image(tmp_path: Path) -> None:
+    for orientation in (0, 1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert read_image(saved(tmp_path / "a.png", flat(7, "L"), exif=exif), 10_000)[1] == ()
+    assert read_image(saved(tmp_path / "b.png", flat(7, "L"), exif=b"Exif\0\0no TIFF"), 10_000)[1] == ()
+    (tmp_path / "wide.ppm").write_bytes(b"P6 1 1 65535 " + 3 * b"\x80\x80")
+    found, notes = read_image(tmp_path / "wide.ppm", 10_000)
+    assert (np.asarray(found).ravel().tolist(), notes) == ([128, 128, 128], ("16-bit",))
+
+
+def test_all_suffixes_of_what_is_read_are_found(tmp_path: Path) -> None:
+    kinds = {"jfif": "JPEG", "jpe": "JPEG", "pnm": "PPM", "apng": "PNG", "PBM": "PPM", "jpg": "JPEG", "txt": "PNG"}
+    for suffix, kind in kinds.items():
+        saved(tmp_path / f"a.{suffix}", flat(1, "1" if suffix == "PBM" else "L"), format=kind)
+    found = find_images(tmp_path)
+    assert found == sorted(f"a.{suffix}" for suffix in kinds if suffix != "txt")
+    for name in found:
+        read_image(tmp_path / name, 10_000)
+
+
 def png_that_claims(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -321,7 +395,7 @@ def test_what_is_no_file_is_never_waited_for(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(BadImage) as caught:
             read_image(tmp_path / name, 10_000)
         assert str(caught.value) == told
-    monkeypatch.setattr(Image, "open", refused)
+    monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(BadImage, match=r"cannot be read \(Permission denied\)"):
         read_image(tmp_path / "locked.png", 10_000)
 
@@ -558,6 +632,32 @@ def test_an_earlier_result_is_not_replaced_unasked(tiles: Path, vit: Path, capsy
     assert extract.main(options(tiles, vit)) == 2
     assert "is there already" in capsys.readouterr().err
     assert (tiles / "features.npz").read_text() == "mine"
+    (tiles / "features.npz").rename(tiles / "features.npz.json")
+    assert extract.main(options(tiles, vit)) == 2
+    assert "features.npz.json is there already" in capsys.readouterr().err
+    assert (tiles / "features.npz.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", [["--text", "nowhere"], ["--label-separator", ";"], ["--text-dim", "3"]])
+def test_what_needs_a_table_is_refused_without_one(
+    tiles: Path, vit: Path, change: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tiles, vit)
+    place = given.index("--captions")
+    assert extract.main([*given[:place], *given[place + 2 :], *change]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{change[0][2:].replace('-', '_')} needs captions" in error
+
+
+def test_a_damaged_part_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "part.npz"
+    np.savez(path, a=np.arange(3))
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for flip in (1, 64):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            found = extract.read_part(path, ["a"])
+            assert found is None or found[0].shape == (3,)
 
 
 @pytest.mark.parametrize(
@@ -577,6 +677,7 @@ def test_an_earlier_result_is_not_replaced_unasked(tiles: Path, vit: Path, capsy
         ('image,text,label\na,"b,c\n', "cannot be read as a UTF-8 table (line 2: "),
         ("image;text;label\na;b;c\n", "has one column, parted by ';'; a table whose columns are parted by commas"),
         ("image,text,label,split\na,b,c,train\n./a,d,c,test\n", "line 3: the image 'a' is in the other part in line 2"),
+        ('image,text,label\na,b,c\nd,e,"f\ng"\n', "line 4: the class 'f\\ng' holds control characters"),
         ("image,text,label\na,b,c\na,d,e\n", "line 3: the image 'a' has another label in line 2; several classes of"),
         ("", "lacks the column image"),
     ],
@@ -683,6 +784,18 @@ def test_a_separator_gives_rows_several_classes(tmp_path: Path) -> None:
     path.write_text(SEVERAL + "f.png,blue,blue;red,test\n", encoding="utf-8")
     with pytest.raises(DataError, match="the class 'blue' is in the test part but not in the training part"):
         read_captions(path, ";")
+
+
+@pytest.mark.parametrize(
+    ("separator", "labels"),
+    [("; ", ["red; blue", "; ", "red; ", "red;", ""]), (" ", ["red blue", " ", " red", "red", ""])],
+)
+def test_a_separator_may_hold_blanks(tmp_path: Path, separator: str, labels: list[str]) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text("image,text,label\n" + "".join(f"{i}.png,a,{label}\n" for i, label in enumerate(labels)))
+    found = read_captions(path, separator)
+    assert found.class_names == ("blue", "red")
+    assert found.labels.tolist() == [[1, 1], [0, 0], [0, 1], [0, 1], [-1, -1]]
 
 
 def test_a_class_that_lost_its_images_leaves_the_labels(tmp_path: Path) -> None:

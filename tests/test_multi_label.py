@@ -203,6 +203,37 @@ def test_metrics_of_one_class_and_of_bad_input() -> None:
             multi_label_metrics(*bad)
 
 
+@pytest.mark.parametrize(
+    ("truth", "told", "micro", "macro"),
+    [
+        ([[1], [1], [0], [0]], [[0], [0], [0], [0]], 0.0, 0.0),
+        ([[1], [1], [0], [0]], [[1], [0], [0], [1]], 50.0, 50.0),
+        ([[1, 0], [1, 0], [0, 0], [0, 0]], [[1, 0], [0, 0], [0, 0], [0, 0]], 200 / 3, 200 / 3),
+        ([[1, 0], [0, 1], [0, 0], [0, 1]], [[1, 0], [0, 1], [0, 1], [0, 0]], 200 / 3, 75.0),
+    ],
+)
+def test_f1_counts_the_yes_of_one_class_too(
+    truth: list[list[int]], told: list[list[int]], micro: float, macro: float
+) -> None:
+    log_proba = np.log(np.where(np.array(told) > 0, 0.9, 0.1))
+    found = multi_label_metrics(log_proba, np.array(truth, dtype=np.int8))
+    assert (found["f1_micro"], found["f1_macro"]) == (pytest.approx(micro), pytest.approx(macro))
+
+
+def test_resampled_map_ranks_equal_scores_together() -> None:
+    """As the map beside it does, in whatever order rows come; and a draw without any class says nothing."""
+    labels = np.repeat([1, 0], 50)[:, None]
+    flat = np.log(np.full((100, 1), 0.5))
+    for rows in (labels, labels[::-1]):
+        drawn = resampled_map(rows, [flat])
+        assert drawn.min() > 30 and drawn.max() < 70
+        assert abs(drawn.mean() - 50) < 2
+    rare = np.zeros((10, 2), dtype=np.int64)
+    rare[3, 0] = 1
+    drawn = resampled_map(rare, [np.log(np.random.default_rng(0).uniform(size=(10, 2)))])
+    assert np.isfinite(drawn).all() and 0 < len(drawn) < 200
+
+
 def test_resampled_map_surrounds_the_measured_one() -> None:
     rng = np.random.default_rng(0)
     labels, _, _ = part(300, rng)

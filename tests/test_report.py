@@ -189,6 +189,50 @@ def test_without_baselines_or_data_the_page_says_so(
     assert "digits is not the data of this run" in capsys.readouterr().err
 
 
+def test_other_features_with_the_same_labels_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_set(tmp_path / "other.npz")
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, "visual_test": arrays["visual_test"] + 1})
+    assert report.main(["--model", str(run), "--data", str(path)]) == 2
+    assert "is not the data of this run: its test part differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("config.toml", "[run]", "[other]"),
+        ("config.toml", "test_fraction", "fraction"),
+        ("metrics.json", '"ece"', '"other"'),
+        ("metrics.json", '"heads": {', '"heads": 3, "others": {'),
+    ],
+)
+def test_results_that_were_edited_are_one_sentence(
+    run: Path, name: str, old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (run / name).read_text(encoding="utf-8")
+    assert old in text
+    (run / name).write_text(text.replace(old, new), encoding="utf-8")
+    assert report.main(["--model", str(run)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{run}: the results cannot be read" in error
+
+
+@pytest.mark.parametrize("change", ["no ids", "labels"])
+def test_outputs_that_were_edited_are_one_sentence(run: Path, change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = load_file(run / "outputs.safetensors")
+    if change == "labels":
+        arrays["labels"] = arrays["labels"] + 9
+    else:
+        del arrays["ids"]
+    save_file(arrays, run / "outputs.safetensors")
+    assert report.main(["--model", str(run)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "'labels' are not of the model's 4 classes" in error if change == "labels" else "cannot be read" in error
+
+
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.toml", "metrics.json", "outputs.safetensors"])
 def test_a_folder_that_is_no_run_is_refused(run: Path, missing: str, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "report.html").unlink()
