@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from seda_fast import SeDA, SeDAConfig, TrainConfig, engine, use_backend
 from seda_fast.engine import Plan, Rows, Stepper
 from seda_fast.loop import Trainer, TrainingSet
-from seda_fast.ops import _dispatch
+from seda_fast.ops import _dispatch, _triton
 from seda_fast.ranks import Ranks
 from seda_fast.streaming import RowReader, StreamedSet
 
@@ -510,6 +510,8 @@ def test_a_step_in_half_precision_asks_the_device_for_few_things(monkeypatch: py
     monkeypatch.setattr(
         type(kernels.noising_kernel), "run", lambda kernel, *a, **o: launched.append(kernel.fn.__name__)
     )
+    # No kernel runs here, so that the interpreter gets nothing wrong.
+    monkeypatch.setattr(_triton, "_is_interpreted_bfloat16", lambda value: False)
     monkeypatch.setattr(engine, "plan", lambda asked, *unused: Plan(asked, asked, "a test"))
     config = dataclasses.replace(CONFIG, blocks=SeDAConfig(visual_dim=1, text_dim=1, n_classes=2).blocks)
     monkeypatch.setitem(globals(), "CONFIG", config)
