@@ -511,7 +511,7 @@ def test_a_step_in_half_precision_asks_the_device_for_few_things(monkeypatch: py
         type(kernels.noising_kernel), "run", lambda kernel, *a, **o: launched.append(kernel.fn.__name__)
     )
     # No kernel runs here, so that the interpreter gets nothing wrong.
-    monkeypatch.setattr(_triton, "_is_interpreted_bfloat16", lambda value: False)
+    monkeypatch.setattr(_triton, "_interprets_bfloat16", lambda args: False)
     monkeypatch.setattr(engine, "plan", lambda asked, *unused: Plan(asked, asked, "a test"))
     config = dataclasses.replace(CONFIG, blocks=SeDAConfig(visual_dim=1, text_dim=1, n_classes=2).blocks)
     monkeypatch.setitem(globals(), "CONFIG", config)

@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -52,10 +52,18 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def _is_interpreted_bfloat16(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_is_interpreted_bfloat16(one) for one in value)
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype == torch.bfloat16
+def _interprets_bfloat16(args: Sequence[Any]) -> bool:
+    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+    # The first operand's device is all that a launch on a GPU, whose host is waited for, has to look at.
+    return first.is_cpu and any(leaf.dtype == torch.bfloat16 for leaf in _tensors(args))
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def implement_with_triton(op: str, kernel: str, function: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
@@ -65,7 +73,7 @@ def implement_with_triton(op: str, kernel: str, function: str, dtypes: tuple[tor
     """
 
     def launch(*args: Any) -> Any:
-        if any(_is_interpreted_bfloat16(value) for value in args):
+        if _interprets_bfloat16(args):
             raise RuntimeError(
                 f"backend 'triton' cannot run {op} on cpu: its interpreter gets torch.bfloat16 wrong; "
                 "float32 and float16 are right there"
