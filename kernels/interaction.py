@@ -82,7 +82,10 @@ def moments(tile, here, width):
     """Mean and reciprocal deviation of whole rows; ``here`` is where the tile's columns are features."""
     mean = tl.sum(tile, axis=1) / width
     away = tl.where(here[None, :], tile - mean[:, None], 0.0)
-    return mean, tl.rsqrt(tl.sum(away * away, axis=1) / width + NORM_EPS)
+    # How far rounding has left the mean: of a row of one large value nothing else remains.
+    off = tl.sum(away, axis=1) / width
+    variance = tl.maximum(tl.sum(away * away, axis=1) / width - off * off, 0.0)
+    return mean + off, tl.rsqrt(variance + NORM_EPS)
 
 
 @triton.jit

@@ -784,9 +784,13 @@ def has_descriptors(features: Tensor, weight: Tensor) -> bool:
     """Whether the tensors can be read by the GPU's own engine for tiles, and it gives a program what those take."""
     if features.dtype == torch.float32 or weight.dtype != features.dtype or not descriptors_on(features.device):
         return False
-    # Rows at 16 bytes each, none of them twice.
-    both = features, weight
-    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1] for t in both)
+    return all(map(_described, (features, weight)))
+
+
+def _described(matrix: Tensor) -> bool:
+    """Whether a matrix in half precision has contiguous rows, at 16 bytes each, none of them twice."""
+    rows, features = matrix.stride()
+    return features == 1 and matrix.data_ptr() % 16 == 0 and rows % 8 == 0 and rows >= matrix.shape[1]
 
 
 @functools.cache

@@ -138,6 +138,13 @@ def batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[
     yield from torch.randperm(rows, generator=generator).split(batch_size)
 
 
+def evenly_spread(rows: int, most: int) -> Tensor:
+    """Numbers of at most ``most`` of the rows, the first and the last among them, int64 (n,), ascending."""
+    count = min(rows, most)
+    # In integers: float32 does not tell the last of more than 2**24 rows from the one that would follow it.
+    return torch.arange(count) * (rows - 1) // max(1, count - 1)
+
+
 class Trainer:
     """One training of ``model`` on standardised triples; its statistics must be set (`SeDA.fit_statistics`).
 
@@ -444,7 +451,7 @@ class Trainer:
     @cached_property
     def _some_rows(self) -> dict[str, Tensor]:
         """Standardised features and texts of some rows, spread over the training part, by their names there."""
-        index = torch.linspace(0, len(self.data) - 1, min(len(self.data), _TOLD_BY)).long()
+        index = evenly_spread(len(self.data), _TOLD_BY)
         visual, text, *_ = self.data.rows(index.to(self.data.device))
         return {"some_visual": visual, "some_text": text}
 

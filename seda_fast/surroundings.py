@@ -59,5 +59,6 @@ def _float32() -> Iterator[None]:
 def seeded(seed: int) -> Iterator[None]:
     """PyTorch's default generator of the CPU at ``seed``, then as it was; one thread at a time."""
     with _GLOBAL, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # `torch.manual_seed` would seed the GPUs' generators, too, and nothing brings those back.
+        torch.default_generator.manual_seed(seed)
         yield

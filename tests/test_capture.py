@@ -262,15 +262,20 @@ def trainer(
     settings: TrainConfig = SETTINGS,
     rows: int = 60,
     odd: bool = False,
+    lone: bool = False,
     as_read: Callable[[TrainingSet], Rows] = lambda data: data,
     **options: Any,
 ) -> Trainer:
+    """``lone``: a class has no text, and labels are believed in part."""
     torch.manual_seed(0)
     model, data = SeDA(CONFIG), training_set(rows, odd)
+    if lone:
+        data = dataclasses.replace(data, paired=data.labels != 2)
     model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), data.visual, data.labels)
     model.fit_teacher(data.visual, data.text, data.labels, data.paired, 0)
     assert (model.teacher is not None) == odd
-    model.set_label_share(0.4 if odd else 1.0)
+    assert (model.unseen is not None) == lone
+    model.set_label_share(0.4 if odd or lone else 1.0)
     return Trainer(model, as_read(data), settings, engine=asked, **options)
 
 
@@ -305,20 +310,21 @@ def same_bits(one: Trainer, other: Trainer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "odd"),
+    ("backend", "given"),
     [
-        pytest.param("auto", False, id="auto"),
-        pytest.param("auto", True, id="auto, some without label or text"),
+        pytest.param("auto", {}, id="auto"),
+        pytest.param("auto", {"odd": True}, id="auto, some without label or text"),
+        pytest.param("auto", {"lone": True}, id="auto, a class without text, labels that err"),
         # Inside our operations too; thousands of calls a step.
-        pytest.param("reference", True, id="reference, some without label or text", marks=pytest.mark.slow),
+        pytest.param("reference", {"odd": True}, id="reference, some without label or text", marks=pytest.mark.slow),
     ],
 )
-def test_fifty_replays_train_as_the_eager_engine_does(tapes: list[Tape], backend: str, odd: bool) -> None:
+def test_fifty_replays_train_as_the_eager_engine_does(tapes: list[Tape], backend: str, given: dict[str, bool]) -> None:
     with use_backend(backend):
-        graphed, eager = trainer("graph", odd=odd), trainer("eager", odd=odd)
+        graphed, eager = trainer("graph", **given), trainer("eager", **given)
         graphed.run()
         eager.run()
-        direct = step_by_step(odd=odd)
+        direct = step_by_step(**given)
     (tape,) = tapes
     assert (tape.replays, graphed.stepper.done) == (40, 50)
     same_bits(graphed, direct)

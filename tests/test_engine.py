@@ -43,11 +43,19 @@ def training_set(device: str = "cpu", rows: int = ROWS) -> TrainingSet:
     return TrainingSet(*(field.to(device) for field in fields))
 
 
-def trainer(device: str = "cpu", settings: TrainConfig = SETTINGS, rows: int = ROWS, **options: Any) -> Trainer:
+def trainer(
+    device: str = "cpu", settings: TrainConfig = SETTINGS, rows: int = ROWS, lone: bool = False, **options: Any
+) -> Trainer:
+    """``lone``: a class has no text, and labels are believed in part."""
     torch.manual_seed(0)
     model, data = SeDA(CONFIG), training_set(rows=rows)
     model.fit_statistics(torch.zeros(8), torch.ones(8), torch.zeros(5), torch.ones(5), data.visual, data.labels)
-    return Trainer(model.to(device), training_set(device, rows), settings, **options)
+    there = training_set(device, rows)
+    if lone:
+        there = dataclasses.replace(there, paired=there.labels != 2)
+        model.set_unseen(data.labels, data.labels != 2)
+        model.set_label_share(0.4)
+    return Trainer(model.to(device), there, settings, **options)
 
 
 def agree(one: Trainer, other: Trainer, tolerance: float) -> None:
@@ -304,6 +312,22 @@ def test_graph_in_other_precisions_stays_near(precision: Any) -> None:
     exact.run()
     other.run()
     assert other.history[-1].losses["total"] == pytest.approx(exact.history[-1].losses["total"], rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02), ("fp16", 0.02)])
+def test_what_texts_say_beside_labels_is_captured(precision: Any, tolerance: float) -> None:
+    eager, graphed = (
+        trainer("cuda", lone=True, engine=name, precision=precision if name == "graph" else "fp32")
+        for name in ("eager", "graph")
+    )
+    eager.run()
+    graphed.run()
+    assert graphed.stepper.report()["used"] == "graph"
+    assert graphed.model.opinion is not None
+    assert graphed.model.unseen is not None
+    for a, b in zip(eager.history, graphed.history, strict=True):
+        assert b.losses["total"] == pytest.approx(a.losses["total"], rel=tolerance)
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from seda_fast.loop import (
     TrainingError,
     TrainingSet,
     batches,
+    evenly_spread,
     train,
 )
 
@@ -102,6 +103,14 @@ def test_batches_hold_every_row_once() -> None:
     found = list(batches(23, 5, torch.Generator().manual_seed(1)))
     assert [len(index) for index in found] == [5, 5, 5, 5, 3]
     assert sorted(torch.cat(found).tolist()) == list(range(23))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 5216, 2**24 + 4, 30_000_001, 2**33 + 3])
+def test_rows_that_tell_data_from_others_reach_from_the_first_to_the_last(rows: int) -> None:
+    places = evenly_spread(rows, 64)
+    assert len(places) == len(places.unique()) == min(rows, 64)
+    assert (int(places[0]), int(places[-1])) == (0, rows - 1)
+    assert bool((places.diff() <= -(-rows // 63)).all())
 
 
 def test_only_matrices_decay() -> None:

@@ -89,6 +89,7 @@ FAULTS = [
         "torch.addmm(bias.to(x.dtype)",
         "torch.addmm(0 * bias.to(x.dtype)",
     ),
+    Fault("what rounding leaves of a mean", "interaction", "return mean + off,", "return mean,", seen_by="large_value"),
     Fault("half of silu's derivative", "interaction", "grad *= 1.0 + pre * (1.0 - sigmoid)", "grad *= 1.0"),
     Fault("norm's projection left out", "interaction", " - normed * mean_product[:, None]", ""),
     Fault(

@@ -104,6 +104,18 @@ def test_estimators_are_fitted_in_threads_as_one_by_one() -> None:
     assert torch.rand(1).equal(expected)
 
 
+def test_a_gpu_s_generator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` would seed those of all GPUs, which nothing brings back."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    before = torch.get_rng_state()
+    trained()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeds == []
+    torch.manual_seed(3)
+    assert seeds == [3]
+
+
 def test_a_default_dtype_that_is_set_inside_is_kept_out_and_restored() -> None:
     with undisturbed():
         torch.set_default_dtype(torch.float64)

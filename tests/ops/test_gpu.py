@@ -182,6 +182,17 @@ def test_the_persistent_chain_errs_no_more_than_twice_as_much_as_eager(sizes: tu
     assert (got.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
 
 
+@needs_library
+@pytest.mark.parametrize("rows", [1, 200])
+def test_the_persistent_chain_takes_a_modulation_that_begins_anywhere(rows: int) -> None:
+    given = chain_arguments(rows, 64, 128, 256, 2, 3)
+    modulation = given["modulation"]
+    moved = torch.cat((modulation.new_zeros(1), modulation.flatten()))[1:].view(modulation.shape)
+    assert moved.data_ptr() % 16
+    with use_backend("cuda"):
+        assert torch.equal(reverse_chain(**{**given, "modulation": moved}), reverse_chain(**given))
+
+
 # A row for each of the three ways that a call is spread over the GPU; and what is chosen by itself, where a capture
 # must take what ran before it.
 @needs_library

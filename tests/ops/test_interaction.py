@@ -335,12 +335,12 @@ def test_on_a_cpu_a_timestep_outside_the_tables_is_refused(dtype: torch.dtype) -
                 interaction_block(**{**given, "timesteps": tau})
 
 
-def test_a_row_of_one_large_value_is_normalised_to_nothing() -> None:
+def test_a_row_of_one_large_value_is_normalised_to_nothing(lane: Any) -> None:
     """What rounding leaves of the mean would be as large as the values of other rows."""
     for width, value in ((768, 4097.3), (512, 100.3), (130, 1e5)):
         case = Case(3, width, 32, 4)
-        given = operands(case, torch.float32, "cpu")
-        given |= {"h": torch.full((3, width), value), "shift": torch.zeros_like(given["shift"])}
+        given = operands(case, torch.float32, lane.device)
+        given |= {"h": torch.full_like(given["h"], value), "shift": torch.zeros_like(given["shift"])}
         found = interaction_block(**given)
         torch.testing.assert_close(found, reference.interaction_block(**double(given)).float(), rtol=1e-5, atol=1e-5)
 

@@ -129,13 +129,9 @@ def test_large_tiles_compute_the_same(
         compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
 
 
-@pytest.mark.parametrize(
-    "case", [Case(70, 24, 150, temperature=0.7, smoothing=0.1, ignored=0.2), Case(140, 40, 300)], ids=str
-)
-def test_tiles_read_through_descriptors_compute_the_same(
-    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, case: Case
-) -> None:
-    """As on GPUs of compute capability 9; small ones in the interpreter."""
+def tiles_by_descriptors(lane: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[bool]]:
+    """The kernels' module, told to read large tiles as GPUs of compute capability 9 do, in the interpreter small ones;
+    and a list of whether the operands of each launch were read so. Skips other lanes and GPUs."""
     if lane.backend != "triton":
         pytest.skip(f"{lane}: it has no descriptors")
     kernels: Any = pytest.importorskip("seda_fast.kernels.projection")
@@ -148,12 +144,22 @@ def test_tiles_read_through_descriptors_compute_the_same(
     monkeypatch.setattr("seda_fast.kernels.tuning.ENOUGH_PROGRAMS", 1)
     # Several programs, each with several tiles.
     monkeypatch.setattr(kernels, "MULTIPROCESSORS", 8)
+    described, make = list[bool](), kernels._operands
+    monkeypatch.setattr(kernels, "_operands", lambda by, *parts: described.append(by) or make(by, *parts))
+    return kernels, described
+
+
+@pytest.mark.parametrize(
+    "case", [Case(70, 24, 150, temperature=0.7, smoothing=0.1, ignored=0.2), Case(140, 40, 300)], ids=str
+)
+def test_tiles_read_through_descriptors_compute_the_same(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    kernels, described = tiles_by_descriptors(lane, monkeypatch)
     if case.classes > 200:
         # Three parts of the rows and three chunks of the classes.
         for name, number in (("CHUNK", 128), ("LOGITS", 2**13), ("ROW_STEP", 32)):
             monkeypatch.setattr(kernels, name, number)
-    described, make = list[bool](), kernels._operands
-    monkeypatch.setattr(kernels, "_operands", lambda by, *parts: described.append(by) or make(by, *parts))
     for dtype in lane.dtypes()[1:]:
         compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
     assert described
@@ -303,6 +309,35 @@ def test_classes_that_a_bias_leaves_out(lane: Any, classes: int, left_out: int) 
     _, found = semantic_projection(**{**given, "features": features, "weight": weight})
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, [features, weight]), grads)
+
+
+@pytest.mark.parametrize("descriptors", [False, True], ids=["by pointers", "by descriptors"])
+def test_classes_left_out_in_half_precision(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, descriptors: bool
+) -> None:
+    """Large tiles, of which the first have no other class."""
+    described = tiles_by_descriptors(lane, monkeypatch)[1] if descriptors else [True]
+    for dtype in lane.dtypes()[1:]:
+        given = operands(Case(70, 24, 300), dtype, lane.device)
+        given["bias"][:200] = -math.inf
+        given["labels"] = 200 + given["labels"] % 100
+        compare(given, {}, no_worse_than_eager, f"in {dtype}")
+    assert described
+    assert all(described)
+
+
+def test_rows_of_one_feature_far_apart_are_read_without_descriptors(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one column no stride counts, but a descriptor's last one must be 1."""
+    _, described = tiles_by_descriptors(lane, monkeypatch)
+    for dtype in lane.dtypes()[1:]:
+        given = operands(Case(64, 8, 300), dtype, lane.device)
+        given |= {"features": given["features"][:, ::8], "weight": given["weight"][:, ::8], "centres": None}
+        assert given["features"].stride() == (8, 8)
+        compare(given, {}, no_worse_than_eager, f"in {dtype}")
+    assert described
+    assert not any(described)
 
 
 def test_a_matrix_of_one_element_may_have_any_strides(lane: Any) -> None:
