@@ -82,7 +82,7 @@ def model_folder(name: str, marks: Sequence[str]) -> Path:
         DataError: there is none; says where to put it.
     """
     places = [Path(name), *_cached(name), *_packaged(name)]
-    folders = [place for place in places if place.is_dir()]
+    folders = [place for place in places if os.path.isdir(place)]  # of names that are too long Path.is_dir raises
     for folder in folders:
         if any((folder / mark).is_file() for mark in marks):
             return folder
@@ -95,15 +95,20 @@ def model_folder(name: str, marks: Sequence[str]) -> Path:
 
 
 def _cache() -> Path:
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    """Where huggingface_hub keeps models; nobody's home is asked for where the environment names a place."""
+
+    def place(variable: str, otherwise: str) -> str:
+        return os.path.expandvars(os.path.expanduser(os.environ.get(variable) or otherwise))
+
+    home = place("HF_HOME", os.path.join(place("XDG_CACHE_HOME", os.path.join("~", ".cache")), "huggingface"))
+    return Path(place("HF_HUB_CACHE", os.path.join(home, "hub")))
 
 
 def _cached(name: str) -> list[Path]:
     """Snapshots of a repository "owner/name" in the cache: that of its branch main first."""
     repository = _cache() / ("models--" + name.replace("/", "--"))
     head = repository / "refs" / "main"
-    names = [head.read_text(encoding="utf-8").strip()] if head.is_file() else []
+    names = [head.read_text(encoding="utf-8").strip()] if os.path.isfile(head) else []
     return [repository / "snapshots" / n for n in names]
 
 
@@ -132,25 +137,47 @@ def vision_encoder(name: str, device: torch.device) -> VisionEncoder:
             file; or ``timm:ARCHITECTURE=FILE`` or ``open_clip:ARCHITECTURE=FILE`` with FILE the weights.
 
     Raises:
-        DataError: it is not there, damaged, or its library is missing.
+        DataError: it is not there, damaged, or its library is missing; it does not take the images that its files
+            say, or answers the same one in two ways.
     """
     library, _, rest = name.partition(":")
     if library in ("timm", "open_clip") and "=" in rest:
         architecture, _, file = rest.partition("=")
-        if not Path(file).is_file():
+        if not os.path.isfile(file):
             raise DataError(f"the weights {show(file)} are not there; nothing is downloaded, so put the file in place")
         load = _timm if library == "timm" else _open_clip
         with naming(file):
-            return load(name, architecture, {}, Path(file), device)
+            return _asked_twice(load(name, architecture, {}, Path(file), device), device)
     folder = model_folder(name, ("config.json", "open_clip_config.json"))
     with naming(folder):
-        if (folder / "open_clip_config.json").is_file():
-            weights = _weights(folder, "open_clip_model.safetensors")
-            return _open_clip(name, f"local-dir:{folder}", {}, weights, device)
-        about = _json(folder / "config.json")
-        if "architecture" in about:
-            return _timm(name, str(about["architecture"]), about, _weights(folder, "model.safetensors"), device)
-        return _transformers(name, folder, device)
+        return _asked_twice(_vision_of_folder(name, folder, device), device)
+
+
+def _vision_of_folder(name: str, folder: Path, device: torch.device) -> VisionEncoder:
+    if (folder / "open_clip_config.json").is_file():
+        weights = _weights(folder, "open_clip_model.safetensors")
+        return _open_clip(name, f"local-dir:{folder}", {}, weights, device)
+    about = _json(folder / "config.json")
+    if "architecture" in about:
+        return _timm(name, str(about["architecture"]), about, _weights(folder, "model.safetensors"), device)
+    return _transformers(name, folder, device)
+
+
+def _asked_twice(encoder: VisionEncoder, device: torch.device) -> VisionEncoder:
+    """The encoder itself, once it has taken an image and said the same of it again."""
+    image = prepared(scaled(probe_image(), encoder.scaling)[None], encoder.scaling, device)
+    try:
+        with torch.inference_mode():
+            first, second = (encoder.encode(image).float() for _ in range(2))
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise DataError(f"it does not take the images that its files say ({_first_line(error)})") from error
+    # A GPU may round one way and the other; what a masked autoencoder hides moves its features by far more.
+    if not torch.allclose(first, second, rtol=0.0, atol=1e-3 * float(first.abs().max()), equal_nan=True):
+        raise DataError(
+            "it says another thing of the same image each time, as models do that hide a part of it (masked "
+            "autoencoders); their features would fit no others"
+        )
+    return encoder
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -287,12 +314,11 @@ def _quiet_transformers() -> Any:
 def _transformers(name: str, folder: Path, device: torch.device) -> VisionEncoder:
     transformers = _quiet_transformers()
     scaling = _transformers_scaling(folder, transformers)
-    try:
-        model = transformers.AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise DataError(f"transformers cannot load it ({_first_line(error)})") from error
+    model, lacking = _loaded(transformers.AutoModel, folder)
+    if lacking and not _beside_the_pooler(lacking):
+        # What was trained as a classifier has none, and a mean over the tokens serves.
+        model, lacking = _loaded(transformers.AutoModel, folder, add_pooling_layer=False)
+    _refuse_lacking(lacking)
     model = model.eval().to(device)
 
     def encode(images: Tensor) -> Tensor:
@@ -309,6 +335,29 @@ def _transformers(name: str, folder: Path, device: torch.device) -> VisionEncode
         return hidden.mean(1) if hidden.ndim == 3 else hidden.flatten(2).mean(2)
 
     return VisionEncoder(name, scaling, encode, fingerprint(folder))
+
+
+def _loaded(kind: Any, folder: Path, **options: Any) -> tuple[Any, list[str]]:
+    """A transformers model of the class ``kind``, and what its files lack, which was drawn at random."""
+    try:
+        model, told = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise DataError(f"transformers cannot load it ({_first_line(error)})") from error
+    return model, sorted(told["missing_keys"])
+
+
+def _beside_the_pooler(names: Sequence[str]) -> list[str]:
+    return [name for name in names if "pooler" not in name.split(".")[:-1]]
+
+
+def _refuse_lacking(names: Sequence[str]) -> None:
+    """A part that is drawn at random is another one each time, and features of two runs would not fit each other."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise DataError(f"its weights lack {names[0]}{more}, without which its features mean nothing")
 
 
 def _transformers_scaling(folder: Path, transformers: Any) -> Scaling:
@@ -404,6 +453,8 @@ def text_encoder(name: str, device: torch.device, *, dim: int, batch_size: int) 
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise DataError(f"sentence-transformers cannot load it ({_first_line(error)})") from error
+        for path, module in zip(_modules(folder / "modules.json", "path"), model, strict=True):
+            _refuse_lacking_texts(folder / path, module)
 
     def encode(texts: Sequence[str]) -> NDArray[np.float32]:
         found = model.encode(list(texts), batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
@@ -415,15 +466,27 @@ def text_encoder(name: str, device: torch.device, *, dim: int, batch_size: int) 
 def _refuse_code(path: Path) -> None:
     """A module of another kind would be imported from wherever the model names it, its own folder among others, even
     without ``trust_remote_code``."""
-    try:
-        modules = [str(module["type"]) for module in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path.name} does not list the model's modules") from error
-    other = [module for module in modules if not module.startswith("sentence_transformers.")]
+    other = [module for module in _modules(path, "type") if not module.startswith("sentence_transformers.")]
     if other:
         raise DataError(
             f"{path.name} names {show(other[0])}, code that is not of sentence-transformers and is never run"
         )
+
+
+def _modules(path: Path, what: str) -> list[str]:
+    try:
+        return [str(module[what]) for module in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path.name} does not list the model's modules") from error
+
+
+def _refuse_lacking_texts(folder: Path, module: nn.Module) -> None:
+    """sentence-transformers says nothing of weights that a transformers model's file lacks, so that is loaded once
+    more. No module of its own reads what a pooler says."""
+    transformers = optional("transformers", "pip install 'seda_fast[extract]'")
+    found = next((part for part in module.modules() if isinstance(part, transformers.PreTrainedModel)), None)
+    if found is not None:
+        _refuse_lacking(_beside_the_pooler(_loaded(type(found), folder)[1]))
 
 
 def _tfidf(dim: int) -> TextEncoder:

@@ -32,6 +32,7 @@ from .nn.multi_label import THRESHOLD
 from .nn.scaling import Scaling
 from .outputs import first_nan
 from .prepare import prepare
+from .results import DERIVED
 from .surroundings import undisturbed
 
 __all__ = ["SeDAClassifier"]
@@ -129,11 +130,12 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             raise ConfigError("unlabelled is NaN, which no value equals; give another, such as -1")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be one of auto, cpu, cuda, not {self.device!r}")
-        X, y, text, text_classes = (_of_tensor(value) for value in (X, y, text, text_classes))
-        given = X
+        given = {"X": X, "y": y, "text": text, "text_classes": text_classes}
+        X, y, text, text_classes = (_of_tensor(*item) for item in given.items())
+        as_given = X
         X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True)
-        if getattr(given, "dtype", None) not in _NARROW:
-            refuse_what_float32_loses("X", check_array(given, dtype=np.float64))
+        if getattr(as_given, "dtype", None) not in _NARROW:
+            refuse_what_float32_loses("X", check_array(as_given, dtype=np.float64))
         labels = self._encode(y)
         if self.multi_label_ and text_classes is not None:
             raise ValueError("text_classes need one class a row, but y is a multi-label indicator; give text")
@@ -259,7 +261,8 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         Raises:
             ValueError: no row is labelled.
         """
-        X, y, sample_weight = (_of_tensor(value) for value in (X, y, sample_weight))
+        given = {"X": X, "y": y, "sample_weight": sample_weight}
+        X, y, sample_weight = (_of_tensor(*item) for item in given.items())
         if self.unlabelled is None:
             return float(super().score(X, y, sample_weight))
         found = y.toarray() if issparse(y) else np.asarray(y)
@@ -277,7 +280,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
     def _rows(self, X: Any) -> tuple[Tensor, Tensor]:
         """Checked features and sample ids on the model's device."""
         check_is_fitted(self, "model_")
-        X = validate_data(self, _of_tensor(X), dtype=np.float32, reset=False)
+        X = validate_data(self, _of_tensor("X", X), dtype=np.float32, reset=False)
         visual = np.add(X, np.float32(0), order="C")  # a fresh copy in which -0 and 0 are one
         device = self.model_.centres.device
         return torch.from_numpy(visual).to(device), torch.from_numpy(_ids_of(visual)).to(device)
@@ -302,7 +305,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             raise DataError(f"the class {odd!r} cannot be saved: it is no text that a file can hold")
         settings = {name: _plain(getattr(self, name)) for name in _ALL}
         settings["random_state"] = settings["random_state"] if isinstance(settings["random_state"], int) else None
-        about = {
+        about: dict[str, Any] = {
             "settings": settings,
             "seed": self.seed_,
             "classes": values,
@@ -310,6 +313,10 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             "has_text": self.has_text_,
             "feature_names": list(getattr(self, "feature_names_in_", [])),
         }
+        try:
+            json.dumps(settings)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the settings cannot be saved: {error}") from error
         directory = Path(directory)
         check_writable(directory)
         run = next((name for name in _FILES_OF_A_RUN if (directory / name).exists()), None)
@@ -317,6 +324,10 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             raise DataError(
                 f"the folder {directory} holds a training run ({run}), whose model is another; give another"
             )
+        if (directory / ESTIMATOR_FILE).exists():
+            # Graphs and reports of the model that was here are of another one now.
+            for name in DERIVED:
+                (directory / name).unlink(missing_ok=True)
         weights = self.model_.save_pretrained(directory)
         about["model_sha256"] = checksum(weights)
         with atomic_path(directory / ESTIMATOR_FILE) as draft:
@@ -354,9 +365,11 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         return _restored(cls, model, about)
 
 
-def _of_tensor(value: Any) -> Any:
+def _of_tensor(name: str, value: Any) -> Any:
     """A tensor, on whatever device, part of a graph or not, as an array, bfloat16 as float32, which holds it; anything
-    else as it is."""
+    else as it is, but for what is masked: scikit-learn would take it as if it were not."""
+    if np.ma.is_masked(value):
+        raise DataError(f"{name} has masked values; fill them, or leave their rows out")
     if not isinstance(value, Tensor):
         return value
     value = value.detach().cpu()

@@ -7,6 +7,9 @@ is kept in a hidden folder beside the result until all is, so a run that was end
 
 from __future__ import annotations
 
+from . import _extract_extra  # noqa: F401 - checks first that what this needs is installed
+
+# isort: split
 import fcntl
 import hashlib
 import json
@@ -30,7 +33,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
 
-from . import _eval_extra  # noqa: F401 - checks first that what this needs is installed
 from .arrays import labelled_rows
 from .captions import Captions, read_captions, read_class_texts
 from .command import choose_device, progress, run, settings_of
@@ -449,7 +451,7 @@ def extract(config: ExtractConfig) -> str:
         # A run that was stopped between the two leaves its own.
         if file.exists() and not config.overwrite and not (file is about_file and _tells_of_images(file)):
             raise DataError(f"--out: {file} is there already; give another name or --overwrite")
-    if not Path(config.images).is_dir():
+    if not os.path.isdir(config.images):
         raise DataError(f"--images {config.images} is not a folder")
     captions, described = read_tables(config)
     # An image may stand in several rows, with a caption each, and is seen once.

@@ -6,6 +6,9 @@ alignment step by step is measured anew, from the run's data.
 
 from __future__ import annotations
 
+from . import _eval_extra  # noqa: F401 - checks first that what measuring needs is installed
+
+# isort: split
 import json
 import math
 import sys
@@ -22,7 +25,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from scipy.stats import binomtest
 
-from . import _eval_extra  # noqa: F401 - checks first that what measuring needs is installed
 from . import multi_label_sections as multi_label
 from .arrays import labelled_rows
 from .arrays import rows as float_rows

@@ -17,8 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import tomli_w
-
 from .checkpoint import Checkpoints
 from .files import DataError, check_writable, flush
 from .loop import Epoch
@@ -29,7 +27,7 @@ OUTPUTS_FILE = "outputs.safetensors"
 TRACE_FILE, REPORT_FOLDER = "trace.json", "report"
 # What a run may write to its folder, and what the other commands and the estimator make of its model there.
 RESULTS = (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, HISTORY_FILE, OUTPUTS_FILE, TRACE_FILE, REPORT_FOLDER)
-_DERIVED = ("model.pt2", "model.onnx", "report.html", "estimator.json")
+DERIVED = ("model.pt2", "model.onnx", "report.html", "estimator.json")
 _LOCK_FILE, _DRAFT_FOLDER = "lock", "draft"
 
 
@@ -100,7 +98,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 def _remove_stale(draft: Path, out: Path) -> None:
     """What an earlier run left in ``out`` and the new one in ``draft`` does not replace: it is of another model."""
-    for name in (*RESULTS, *_DERIVED):
+    for name in (*RESULTS, *DERIVED):
         if (out / name).is_dir() and not (out / name).is_symlink():
             shutil.rmtree(out / name)
         elif not (draft / name).exists():
@@ -192,6 +190,8 @@ def _owner(text: str) -> tuple[str, int | None]:
 
 def write_settings(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> None:
     """``config.toml``: every setting in force, in the sections that ``--config`` reads."""
+    import tomli_w  # of the extra "eval": whoever predicts writes no settings
+
     path.write_text(tomli_w.dumps(sections), encoding="utf-8")
 
 

@@ -1093,6 +1093,79 @@ def test_damaged_models_are_one_sentence(tmp_path: Path, vit: Path, request: pyt
         assert folder.name in str(caught.value)
 
 
+def saved_model(folder: Path, model: Any, **about: Any) -> str:
+    """A transformers model's folder, with settings of its images; ``about`` changes its configuration's file."""
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(SCALING))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **about}))
+    return str(folder)
+
+
+SMALL_VIT = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 24,
+    "patch_size": 8,
+}  # fmt: skip
+
+
+def test_a_classifier_has_no_pooler_and_the_mean_over_its_tokens_serves(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """transformers would draw one at random, another one each time."""
+    transformers = needs("transformers", request)
+    classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL_VIT, num_labels=5)).eval()
+    encoder = encoders.vision_encoder(saved_model(tmp_path / "vit", classifier), torch.device("cpu"))
+    images = torch.randn(3, 3, 24, 24)
+    with torch.no_grad():
+        expected = classifier.vit(pixel_values=images).last_hidden_state.mean(1)
+        torch.testing.assert_close(encoder.encode(images), expected)
+
+
+def test_weights_that_lack_a_part_are_refused(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    transformers = needs("transformers", request)
+    small = transformers.ViTModel(transformers.ViTConfig(**SMALL_VIT))
+    with pytest.raises(DataError, match=r"more: its weights lack .*layers?\.1\..* and 15 more, without which its feat"):
+        encoders.vision_encoder(saved_model(tmp_path / "more", small, num_hidden_layers=2), torch.device("cpu"))
+    needs("sentence_transformers", request)
+    if importlib.util.find_spec(MINILM.replace("-", "_")) is None:
+        pytest.skip(f"{request.node.nodeid} needs {MINILM}")
+    folder = Path(shutil.copytree(encoders.model_folder(MINILM, ["modules.json"]), tmp_path / "texts"))
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, "num_hidden_layers": about["num_hidden_layers"] + 1}))
+    with pytest.raises(DataError, match=r"texts: its weights lack encoder\.layer\.6\..* and 15 more"):
+        encoders.text_encoder(str(folder), torch.device("cpu"), dim=1, batch_size=1)
+
+
+def test_a_model_that_says_two_things_of_an_image_is_refused(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    transformers = needs("transformers", request)
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    config = transformers.ViTMAEConfig(**SMALL_VIT, **decoder, decoder_intermediate_size=16)
+    model = saved_model(tmp_path / "masked", transformers.ViTMAEForPreTraining(config))
+    with pytest.raises(DataError, match=r"masked: it says another thing of the same image each time"):
+        encoders.vision_encoder(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("change", [{"image_size": 32}, {"num_channels": 1}], ids=str)
+def test_a_model_that_does_not_take_its_own_images_is_refused(
+    tmp_path: Path, request: pytest.FixtureRequest, change: dict[str, int]
+) -> None:
+    transformers = needs("transformers", request)
+    model = transformers.ViTModel(transformers.ViTConfig(**{**SMALL_VIT, **change}))
+    with pytest.raises(DataError, match=r"odd: it does not take the images that its files say \("):
+        encoders.vision_encoder(saved_model(tmp_path / "odd", model), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("option", ["--images", "--vision"])
+def test_a_name_that_is_too_long_is_not_there(
+    tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    given = {"--images": str(tiles / "images"), "--vision": str(vit), "--out": str(tiles / "new.npz")}
+    given[option] = 300 * "a"
+    assert extract.main([part for item in given.items() for part in item]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "is not on this machine" in sentence or sentence.endswith("is not a folder")
+
+
 class _Payload:
     """What an attacker would put into a pickle."""
 
@@ -1176,6 +1249,38 @@ def test_a_name_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monkey
     assert encoders.model_folder("someone/small", ["config.json"]) == snapshot
     with pytest.raises(DataError, match=r"holds no model: there is none of modules\.json"):
         encoders.model_folder("someone/small", ["modules.json"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, "~/.cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/else"}, "/else/huggingface/hub"),
+        ({"HF_HOME": "~/models", "XDG_CACHE_HOME": "/else"}, "~/models/hub"),
+        ({"HF_HUB_CACHE": "$HF_HOME/kept", "HF_HOME": "/models"}, "/models/kept"),
+    ],
+    ids=str,
+)
+def test_the_cache_is_where_huggingface_hub_has_it(environment: dict[str, str], place: str) -> None:
+    code = (
+        "from huggingface_hub import constants; from seda_fast import encoders\n"
+        "print(constants.HF_HUB_CACHE, encoders._cache())"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_", "HUGGING"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == 2 * [os.path.expanduser(place)]
+
+
+def test_a_model_s_folder_needs_no_home(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a user without a name, in a container."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert encoders.model_folder(str(vit), ["config.json"]) == vit
 
 
 def test_a_missing_library_is_one_sentence() -> None:

@@ -186,7 +186,7 @@ class SeDA(nn.Module):
         self.visual = VisualHead(config)
         self.kernel = KernelHead(config.visual_dim, config.n_classes)
         self.teacher: PairTeacher | BinaryPairTeacher | None = None
-        self.register_buffer("unseen", None, persistent=False)
+        self.register_buffer("unseen", None)  # part of the state where there are such classes
         self.register_buffer("seen", None, persistent=False)
         self.opinion: TextOpinion | None = None
         self.label_share = 1.0
@@ -310,6 +310,15 @@ class SeDA(nn.Module):
         marked = torch.zeros(self.config.n_classes, dtype=torch.bool, device=device)
         marked[classes.to(device)] = True
         self.unseen, self.seen = (marked, (~marked).nonzero()[:, 0]) if len(classes) else (None, None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """What is loaded says which classes no text shows; a state that names none has none."""
+        marked = state_dict.get(prefix + "unseen")
+        none = torch.zeros(0, dtype=torch.int64)
+        # One of another length is refused below, as what nothing here is for.
+        fits = marked is not None and marked.shape == (self.config.n_classes,)
+        self._mark_unseen(marked.nonzero()[:, 0] if marked is not None and fits else none)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     @torch.no_grad()
     def set_kernel_head(
@@ -711,7 +720,8 @@ class SeDA(nn.Module):
         about: dict[str, Any] = {"config": dataclasses.asdict(self.config), "class_names": list(self.class_names)}
         if self.unseen is not None:
             about["unseen"] = self.unseen.nonzero()[:, 0].tolist()
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        state = {name: value for name, value in self.state_dict().items() if name not in about}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         path = directory / WEIGHTS_FILE
         with atomic_path(path) as draft:
             save_file(tensors, draft, metadata={_METADATA_KEY: json.dumps(about, sort_keys=True)})
