@@ -36,8 +36,11 @@ bench: $(STAMP)
 api: $(STAMP)
 	$(PY) docs/make_api.py
 
+# What the libraries are made of; ninja makes anew only what has changed.
+SOURCES := $(shell find csrc -type f -not -path '*/__pycache__/*')
+
 # The lock file goes first: with its torch in place pip has no reason to fetch another.
-$(STAMP): requirements.lock pyproject.toml setup.py
+$(STAMP): requirements.lock pyproject.toml setup.py $(SOURCES)
 	@test -x $(PY) || { \
 	  for python in $(CANDIDATES); do \
 	    if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
@@ -52,4 +55,5 @@ $(STAMP): requirements.lock pyproject.toml setup.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find seda_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f seda_fast/_C*.so seda_fast/libseda_fast_*.so seda_fast/_build.json
+	find $(wildcard seda_fast kernels csrc tests benchmarks docs) -name __pycache__ -type d -prune -exec rm -rf {} +

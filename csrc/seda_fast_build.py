@@ -194,6 +194,7 @@ def find_nvcc() -> str:
     found = shutil.which(looked)
     if found is None:
         raise CannotBuildError(f"no CUDA compiler was found (looked for {looked})")
+    compiler_version(quoted(found))  # refuses what cannot be run
     return found
 
 
@@ -315,11 +316,15 @@ def ninja_file(compiler: str, targets: list[Target], nvcc: str | None = None) ->
 
 
 def compiler_version(compiler: str, line: int = 0) -> str:
-    """A line of what a command, as the shell reads it, says of its version."""
-    done = subprocess.run([*words(compiler), "--version"], text=True, capture_output=True, check=False)
+    """A line of what a command, as the shell reads it, says of its version; its name where it says nothing."""
+    try:
+        done = subprocess.run([*words(compiler), "--version"], text=True, capture_output=True, check=False)
+    except OSError as error:  # a file of another machine, say
+        raise CannotBuildError(f"{compiler} cannot be run: {error.strerror}") from error
     if done.returncode != 0:
         raise CannotBuildError(f"{compiler} --version fails: {done.stderr.strip()[-300:]}")
-    return done.stdout.splitlines()[line]
+    lines = done.stdout.splitlines()
+    return lines[line] if -len(lines) <= line < len(lines) else compiler
 
 
 def run_ninja(ninja: str, *outputs: str) -> str | None:

@@ -343,6 +343,26 @@ def test_a_launcher_and_flags_beside_the_compiler_are_not_taken_for_it(build_mod
         assert build_module.host_compiler(command) == program
 
 
+def test_a_compiler_that_cannot_be_run_or_says_nothing_of_itself(
+    build_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    quiet, other, short = (tmp_path / name for name in ("quiet", "of another machine", "nvcc"))
+    quiet.write_text("#!/bin/sh\n")
+    other.write_bytes(b"\x7fELFnothing")
+    short.write_text("#!/bin/sh\necho one line\n")
+    for file in (quiet, other, short):
+        file.chmod(0o755)
+    assert build_module.compiler_version(str(quiet)) == str(quiet)
+    assert build_module.compiler_version(str(short), line=-2) == str(short)
+    with pytest.raises(build_module.CannotBuildError, match=r"of another machine' cannot be run: Exec format error"):
+        build_module.compiler_version(f"'{other}'")
+    monkeypatch.setenv("NVCC", str(other))
+    with pytest.raises(build_module.CannotBuildError, match=r"of another machine' cannot be run"):
+        build_module.find_nvcc()
+    monkeypatch.setenv("NVCC", str(short))
+    assert build_module.find_nvcc() == str(short)
+
+
 def test_what_cannot_be_read_in_a_switch_is_named(build_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("abc", "0", "-2", "1.5"):
         monkeypatch.setenv("MAX_JOBS", wrong)

@@ -773,17 +773,60 @@ def test_memory_that_runs_out_is_one_sentence(capfd: pytest.CaptureFixture[str])
         run_command(another, "seda_fast.train")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_missing_extra_is_one_sentence(command: str, tmp_path: Path) -> None:
+# What an install without extras lacks, at least.
+EXTRAS = [
+    "matplotlib",
+    "onnx",
+    "onnxscript",
+    "PIL",
+    "scipy",
+    "sentence_transformers",
+    "sklearn",
+    "tomli_w",
+    "transformers",
+]
+
+
+def without(modules: list[str], command: str, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """``python -m seda_fast.<command>`` where the modules are not installed."""
     code = (
         "import importlib.util as u, runpy, sys\n"
-        "find = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name == 'sklearn' else find(name, *rest)\n"
-        f"runpy.run_module('seda_fast.{command}', run_name='__main__')\n"
+        f"absent, find = set({modules!r}), u.find_spec\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in absent:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "u.find_spec = lambda name, *rest: None if name.partition('.')[0] in absent else find(name, *rest)\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        f"runpy.run_module('seda_fast.{command}', run_name='__main__', alter_sys=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        *((command, "matplotlib, scipy, sklearn, tomli_w", "eval") for command in ("train", "evaluate", "report")),
+        ("extract", "PIL, matplotlib, scipy, sklearn, tomli_w", "extract"),
+    ],
+)
+def test_a_missing_extra_is_one_sentence(command: str, missing: str, extra: str, tmp_path: Path) -> None:
+    done = without(EXTRAS, command, ["--help"], tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "sklearn not installed; this command needs: pip install 'seda_fast[eval]'\n"
+    assert done.stderr == f"{missing} not installed; this command needs: pip install 'seda_fast[{extra}]'\n"
+    one = without(["sklearn"], command, ["--help"], tmp_path)
+    assert one.stderr == f"sklearn not installed; this command needs: pip install 'seda_fast[{extra}]'\n"
+
+
+def test_what_needs_no_extra_runs_without(trained: Path, tmp_path: Path) -> None:
+    """README: predict, info and the Python face."""
+    data = str(trained / "data.npz")
+    given = ["--model", str(trained / "run"), "--data", data, "--out", "p.csv", "--features", "aligned.npz"]
+    for command, arguments in (("predict", given), ("info", []), ("export", ["--help"])):
+        done = without(EXTRAS, command, arguments, tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"p.csv", "aligned.npz"}
 
 
 # ---------------------------------------------------------------------------------------- what a user must not lose

@@ -320,6 +320,47 @@ def test_the_package_names_scikit_learn_where_it_is_missing(monkeypatch: pytest.
 # ------------------------------------------------------------------------------------------------- files
 
 
+def test_saving_anew_leaves_nothing_of_the_model_before(tmp_path: Path, data: Sample) -> None:
+    saved = SeDAClassifier(**SMALL).fit(data.visual, data.labels)
+    saved.save_pretrained(tmp_path)
+    for name in ("model.pt2", "model.onnx", "report.html", "mine.txt"):
+        (tmp_path / name).touch()
+    saved.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "estimator.json", "mine.txt"}
+    # Where no estimator was, such a file is the user's.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.onnx").touch()
+    saved.save_pretrained(tmp_path / "other")
+    assert (tmp_path / "other" / "model.onnx").exists()
+
+
+def test_settings_that_no_file_can_hold_cost_no_estimator(tmp_path: Path, data: Sample) -> None:
+    SeDAClassifier(**SMALL).fit(data.visual, data.labels).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    odd = SeDAClassifier(**SMALL, unlabelled=np.datetime64("1970-01-01")).fit(data.visual, data.labels)
+    with pytest.raises(DataError, match="the settings cannot be saved"):
+        odd.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_masked_values_are_refused(data: Sample) -> None:
+    """scikit-learn takes what lies under the mask."""
+    first = np.arange(len(data.labels)) == 0
+    masked = np.ma.masked_array(data.visual, mask=np.repeat(first[:, None], data.visual.shape[1], axis=1))
+    labels = np.ma.masked_array(data.labels, mask=first)
+    model = SeDAClassifier(**SMALL).fit(np.ma.masked_array(data.visual), data.labels)
+    for name, call in (
+        ("X", lambda: SeDAClassifier(**SMALL).fit(masked, data.labels)),
+        ("y", lambda: SeDAClassifier(**SMALL).fit(data.visual, labels)),
+        ("text", lambda: SeDAClassifier(**SMALL).fit(data.visual, data.labels, text=masked)),
+        ("X", lambda: model.predict(masked)),
+        ("X", lambda: model.transform(masked)),
+        ("y", lambda: model.score(data.visual, labels)),
+    ):
+        with pytest.raises(DataError, match=f"^{name} has masked values; fill them, or leave their rows out$"):
+            call()
+
+
 @pytest.mark.parametrize("kind", ["text", "object", "int", "bool", "float"])
 def test_save_and_load(tmp_path: Path, data: Sample, kind: str) -> None:
     y = {

@@ -136,6 +136,19 @@ def test_program_file_describes_itself(program: Path, loaded: Any) -> None:
     assert str(Path(export.__file__).parent).encode() not in content
 
 
+def test_classes_that_no_text_shows_are_part_of_the_graph(model: Path, tmp_path: Path) -> None:
+    made = SeDA.from_pretrained(model)
+    made._mark_unseen(torch.tensor([1, 3]))
+    made.save_pretrained(tmp_path)
+    assert export.main(["--model", str(tmp_path), "--seed", str(SEED), "--features"]) == 0
+    visual, ids = rows(9)
+    module = torch.export.load(tmp_path / "model.pt2").module()
+    found = [tensor.detach().numpy() for tensor in module(torch.from_numpy(visual), torch.from_numpy(ids))]
+    assert_as_predicted(tmp_path, found, visual, ids)
+    with pytest.raises(AssertionError):
+        assert_as_predicted(model, found, visual, ids)
+
+
 def test_a_graph_that_differs_is_not_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

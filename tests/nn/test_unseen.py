@@ -99,6 +99,15 @@ def test_what_is_unseen_is_saved_and_a_damaged_list_is_refused(tmp_path: Path) -
     model.eval().save_pretrained(tmp_path)
     x = torch.from_numpy(visual)
     assert torch.equal(SeDA.from_pretrained(tmp_path)(x), model(x))
+    # As a state, too, of a module like any other, and of one that has no such classes.
+    other = SeDA(config).eval()
+    other.load_state_dict(model.state_dict(), strict=False)
+    for buffer in ("unseen", "seen"):
+        assert torch.equal(getattr(other, buffer), getattr(model, buffer))
+    assert torch.equal(other(x), model(x))
+    other.load_state_dict({name: value for name, value in other.state_dict().items() if name != "unseen"})
+    assert other.unseen is None
+    assert other.seen is None
     model.unseen[4] = False
     assert not torch.equal(SeDA.from_pretrained(tmp_path)(x), model(x))
     model.unseen = torch.ones(K + 1, dtype=torch.bool)
