@@ -160,14 +160,17 @@ def refuse_what_float32_loses(name: str, array: NDArray[Any]) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         largest = np.fmax(np.abs(low), np.abs(high))
         # Between neighbours of float32 at that size; what varies by the last bits of float64 is constant.
-        spacing, varies = largest * np.finfo(np.float32).eps, high - low > 4 * largest * np.finfo(np.float64).eps
+        single = np.finfo(np.float32)
+        spacing = np.maximum(largest * single.eps, single.tiny)
+        varies = high - low > 4 * largest * np.finfo(np.float64).eps
         # What goes no further than two neighbours has three values left at most.
         lost = varies & (high - low < 2 * spacing)
     if lost.any() and lost.sum() == varies.sum():
         column = int(np.argmax(lost))
+        advice = "subtract the columns' means first" if largest[column] >= single.tiny else "multiply them first"
         raise DataError(
             f"'{name}' holds rows that float32 cannot tell apart: column {column} goes from {low[column]:.10g} "
-            f"to {high[column]:.10g}; subtract the columns' means first"
+            f"to {high[column]:.10g}; {advice}"
         )
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -162,7 +163,6 @@ def run(command: Callable[[], None], program: str) -> int:
         return BAD_INPUT
     except BrokenPipeError:
         # The reader of our output (head, less) has closed it; nothing is wrong and nobody is left to tell.
-        sys.stderr.close()
         _drop_output()
         return 0
     except OSError as error:
@@ -171,12 +171,23 @@ def run(command: Callable[[], None], program: str) -> int:
         report(program, f"the output cannot be written: {error.strerror}")
         _drop_output()
         return BAD_INPUT
+    finally:
+        _drop_what_nobody_heard()
     return 0
 
 
 def _drop_output() -> None:
     """What is left of the output would fail once more when the process ends."""
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _drop_what_nobody_heard() -> None:
+    """What stderr has not taken would fail once more when the process ends, and change its exit code."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -190,11 +201,15 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def report(program: str, sentence: str) -> None:
-    """A sentence on stderr; of several ranks, all but the first say which they are."""
+    """A sentence on stderr; of several ranks, all but the first say which they are.
+
+    One that nobody can hear (the reader of a pipe has gone, a log's disk is full) costs no work.
+    """
     rank = os.environ.get("RANK", "0")
     who = program if rank == "0" else f"{program} (rank {rank})"
     if sys.stderr is not None:  # else print would take the standard output
-        print(f"{who}: {sentence}", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):
+            print(f"{who}: {sentence}", file=sys.stderr, flush=True)
 
 
 def progress(total: int, label: str) -> tqdm[NoReturn]:

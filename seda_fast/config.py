@@ -157,9 +157,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("epochs", "batch_size"):
-            check_range(self, name, getattr(self, name) >= 0, "at least 1, or 0 for the rule")
-        for name in ("learning_rate", "clip_norm", "teacher_temperature"):
+            check_range(self, name, 0 <= getattr(self, name) < 2**31, "in 1 .. 2**31 - 1, or 0 for the rule")
+        for name in ("learning_rate", "clip_norm"):
             check_range(self, name, getattr(self, name) > 0, "positive")
+        # Beyond that its square, and what is divided by it, are of no float32.
+        check_range(self, "teacher_temperature", 1e-6 <= self.teacher_temperature <= 1e6, "in 1e-6 .. 1e6")
         for f in dataclasses.fields(self):
             if f.name.endswith("_weight") or f.name == "weight_decay":
                 check_range(self, f.name, getattr(self, f.name) >= 0, "at least 0")

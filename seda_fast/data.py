@@ -391,7 +391,7 @@ def _build(
         raise DataError("'text_train' has no row with text (all are NaN)")
     ids = np.arange(len(visual), dtype=np.int64)
     row_names = _row_names(arrays, "visual_train", len(visual))
-    if any(key in arrays for key in ("visual_test", "label_test", "text_test")):
+    if any(key in arrays for key in ("visual_test", "label_test", "text_test", "names_test")):
         given = names if "class_names" in arrays else None
         test = _evaluation_rows(arrays, source, unpaired, given, labels.ndim == 2)
         if labels.ndim == 2:
@@ -696,5 +696,5 @@ def _load_digits(test_fraction: float, seed: int) -> FeatureSet:
         text_train, text_test = digits.text_features([texts[i] for i in train], [texts[i] for i in test])
         return FeatureSet(
             visual[train], text_train, labels[train], visual[test], labels[test], text_test,
-            digits.CLASS_NAMES, train, test, "digits",
+            digits.CLASS_NAMES, train, test, "digits", split=told_rows(visual, labels),
         )  # fmt: skip

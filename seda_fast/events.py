@@ -40,7 +40,8 @@ class EventLog:
             for path in self._folder.glob(_FILES) if anew else ():
                 path.unlink()
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-            self._writer = writer(str(self._folder), purge_step=done + 1, flush_secs=_FLUSH_SECONDS)
+            with self._naming():
+                self._writer = writer(str(self._folder), purge_step=done + 1, flush_secs=_FLUSH_SECONDS)
 
     def losses(self, step: int, means: Mapping[str, float], learning_rate: float) -> None:
         """Mean loss terms of the steps up to ``step`` since the last call, and the learning rate of ``step``."""
@@ -56,14 +57,23 @@ class EventLog:
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            with self._naming():
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write what is still in memory."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with self._naming():
+                writer.close()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"the folder {self._folder} cannot be written: {error.strerror or error}") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

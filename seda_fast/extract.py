@@ -39,7 +39,7 @@ from .command import choose_device, progress, run, settings_of
 from .config import ConfigError, check_given, check_range, check_types, setting
 from .data import split_rows
 from .encoders import TextEncoder, VisionEncoder, prepared, text_encoder, vision_encoder
-from .files import STRINGS, DataError, atomic_path, output_file, printable
+from .files import STRINGS, DataError, atomic_path, output_file, printable, save_npz
 from .images import LARGEST, BadImage, find_images, read_image, scaled
 
 PROGRAM = "seda_fast.extract"
@@ -182,7 +182,7 @@ def read_part(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
 
 def write_part(path: Path, **arrays: NDArray[Any]) -> None:
     with atomic_path(path) as draft:
-        np.savez(draft, allow_pickle=False, **arrays)
+        save_npz(draft, arrays)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as draft:
         if path.suffix == ".npz":
-            np.savez(draft, allow_pickle=False, **arrays)
+            save_npz(draft, arrays)
             return
         metadata = {name: json.dumps(value.tolist()) for name, value in arrays.items() if name in STRINGS}
         tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items() if name not in STRINGS}

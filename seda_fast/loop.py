@@ -330,9 +330,7 @@ class Trainer:
         keeping, done = self._keeping, self.stepper.done
         if keeping is not None and keeping.checkpoints is not None:
             keeping.checkpoints.raise_failure()  # no use to train on to the next one
-        due = keeping is not None and (
-            done % max(1, round(keeping.every * self.steps_per_epoch)) == 0 or done == self.total_steps
-        )
+        due = keeping is not None and (done % self._steps_between(keeping.every) == 0 or done == self.total_steps)
         told = keeping is not None and keeping.interrupts is not None and keeping.interrupts.requested is not None
         if not (due or (told and self._ranks.alone) or self._time_to_look()):
             return
@@ -354,6 +352,10 @@ class Trainer:
             self._finish_checkpoint()
             where = f"; --resume continues from {self._last_checkpoint}" if keeping.checkpoints is not None else ""
             raise Interrupted(f"stopped in step {done} of {self.total_steps}{where}", signum)
+
+    def _steps_between(self, epochs: float) -> int:
+        """Of two checkpoints, so many epochs apart; of more than there are, at the end alone."""
+        return max(1, round(min(epochs, self.settings.epochs) * self.steps_per_epoch))
 
     def _time_to_look(self) -> bool:
         """Whether to wait for the device: always on a CPU, which has no queue; never for the sake of a look on one GPU,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .arrays import rows as float_rows
 from .data import EvaluationRows, class_text_rows
+from .files import DataError
 from .metrics import alignment_metrics, classification_metrics, multi_label_metrics
 from .nn import STEPWISE, SeDA
 from .outputs import Outputs
@@ -57,6 +58,7 @@ def standardised_text(model: SeDA, rows: EvaluationRows) -> Float | None:
     """The rows' text (M, Dt), standardised as the model does, NaN where it is missing; None with fewer than 4 texts.
 
     Where the rows bring no text at all, a model that was trained with class texts knows those of their classes.
+    Raises DataError where a text is infinite in the model's units.
     """
     if rows.text is None and model.text_classes is not None and rows.labelled.sum() >= 4:
         return class_text_rows(model.text_classes.cpu().numpy(), rows.labels)
@@ -64,7 +66,14 @@ def standardised_text(model: SeDA, rows: EvaluationRows) -> Float | None:
         return None
     text = float_rows(rows.text, np.arange(len(rows.text)))
     with torch.inference_mode():
-        return model.standardise_text(torch.from_numpy(text).to(model.centres.device)).cpu().numpy()
+        found: Float = model.standardise_text(torch.from_numpy(text).to(model.centres.device)).cpu().numpy()
+    beyond = np.isinf(found).any(axis=1)
+    if beyond.any():
+        raise DataError(
+            f"{rows.source}: row {int(np.argmax(beyond))} of 'text_test' is so far from the texts of the training that "
+            "it is infinite in their units"
+        )
+    return found
 
 
 def raw_class_texts(model: SeDA) -> Float | None:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from .command import choose_device, progress, run, settings_of, split_settings
 from .config import ConfigError, check_given, check_range, check_types, setting
 from .data import VisualRows, load_visual
-from .files import DataError, atomic_path, make_folder, output_file
+from .files import DataError, atomic_path, make_folder, output_file, save_npz
 from .nn import WEIGHTS_FILE, SeDA
 from .nn.multi_label import THRESHOLD
 from .outputs import PREDICTION_SEED, Float, Outputs
@@ -70,7 +70,7 @@ def write_features(path: Path, outputs: Outputs, ids: np.ndarray) -> None:
         if path.suffix == ".safetensors":
             save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, draft)
         else:
-            np.savez(draft, allow_pickle=False, **arrays)
+            save_npz(draft, arrays)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,12 @@ def prepare(
     with seeded(seed):
         model = SeDA(config, data.class_names)
     of_visual, of_text = mean_and_deviation(data.visual_train), _text_moments(data)
+    for name, (_, deviation) in (("visual_train", of_visual), ("text_train", of_text)):
+        if 0 < deviation.max(initial=0) < np.finfo(np.float32).tiny:
+            raise DataError(
+                f"{data.source}: '{name}' varies by {deviation.max():.3g} at most, which float32 cannot tell from "
+                "nothing; multiply it first"
+            )
     model.scaling = _found_scaling(data, (of_visual, of_text), scaling, seed, ranks)
     moments = (*_scaled(of_visual, model.scaling.visual), *_scaled(of_text, model.scaling.text))
     about = (torch.from_numpy(np.asarray(a)) for a in (data.label_train, data.paired_train, data.ids_train))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,8 +107,23 @@ ALONE = Ranks()
 
 
 def job() -> str | None:
-    """What ``torchrun`` calls the job that these processes are of, the same after a restart; None without it."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+    """Names the job that these processes are of, the same after a restart of them; None without ``torchrun``.
+
+    What ``torchrun`` calls it is "none" for every job that is not given a name; what tells one from another is the
+    process that starts the ranks, by its host, number and time of start.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name is None else f"{name} {socket.gethostname()} {os.getppid()} {_began(os.getppid())}"
+
+
+def _began(process: int) -> str:
+    """When a process began, in clock ticks since the host did; empty where the system does not say."""
+    try:
+        # Its name, in brackets, may hold blanks and brackets.
+        after = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    except OSError:
+        return ""
+    return after.split()[19]
 
 
 def restarted(ranks: Ranks) -> bool:
@@ -115,6 +132,20 @@ def restarted(ranks: Ranks) -> bool:
     On several hosts only that where it died counts it.
     """
     return bool(ranks.largest([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))])[0])
+
+
+def _announced(more: Sequence[str] = ()) -> int:
+    """How many ranks the environment tells of, which then has to hold ``more`` beside the usual variables."""
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdecimal() or int(told) < 1:
+        raise ConfigError(f"WORLD_SIZE is {told!r} in the environment, which is no number of ranks")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", *more) if name not in os.environ]
+    if int(told) > 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {told} in the environment, but {missing[0]} is not set; start several ranks with "
+            "torchrun, or unset WORLD_SIZE"
+        )
+    return int(told)
 
 
 def _own_gpu() -> int:
@@ -141,10 +172,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     gloo carries what lies on the host, nccl what lies on a GPU; each rank of a host takes one GPU.
 
     Raises:
-        ConfigError: there are more ranks than GPUs on this host.
+        ConfigError: there are more ranks than GPUs on this host, or the environment tells of ranks by half.
         RankLost: another rank ended while this one waited for it.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _announced(("LOCAL_RANK",) if device.type == "cuda" else ())
     if world == 1:
         yield ALONE
         return

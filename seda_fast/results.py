@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,7 +42,12 @@ def unfinished_folder(out: Path) -> Path:
 
 @contextmanager
 def results_folder(
-    out: Path, *, overwrite: bool, resume: bool, report: Callable[[str], None]
+    out: Path,
+    *,
+    overwrite: bool,
+    resume: bool,
+    report: Callable[[str], None],
+    undisturbed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[Path, Checkpoints]]:
     """A draft folder whose files move to ``out`` when the block ends well and vanish otherwise, and the checkpoints.
 
@@ -54,6 +59,7 @@ def results_folder(
         overwrite: replace the results that are there; an unfinished run that is there may be dropped.
         resume: the checkpoints that are there are this run's.
         report: called with a sentence on what was found and put right (a stale lock, a damaged checkpoint).
+        undisturbed: made around the move to ``out``, which a signal would leave with files of two runs.
 
     Raises:
         DataError: ``out`` cannot be written; it holds the results of an earlier run, or an unfinished one; or another
@@ -79,7 +85,7 @@ def results_folder(
                 shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
                 draft.mkdir()
             yield draft, checkpoints
-            with _writing(out):
+            with undisturbed(), _writing(out):
                 if finished:  # else what has the names of what is made of a model is the user's own
                     _remove_stale(draft, out)
                 _move(draft, out)

@@ -318,6 +318,10 @@ def _worth_saying(run: RunConfig, data: FeatureSet, rows: Rows, model: SeDA) -> 
     """Sentences on settings that change nothing here, and on classes that no text shows."""
     if data.split is None and run.test_fraction != RunConfig().test_fraction:
         yield f"test_fraction is not used: {data.source} has a test part of its own"
+    if not run.tensorboard and run.log_every != RunConfig().log_every:
+        yield "log_every is not used: it is of --tensorboard"
+    if not model.config.has_memory and model.config.memory_heads != SeDAConfig.memory_heads:
+        yield "memory_heads is not used: only of data with one text a class have the networks a memory"
     in_memory = rows.device.type == "cpu" and not isinstance(data.visual_train, np.memmap)
     if in_memory and run.memory_share != RunConfig().memory_share:
         yield "memory_share is not used: only a folder of .npy files with a test part of its own is read batch by batch"
@@ -344,6 +348,7 @@ def train_and_evaluate(
     )
     config = settings.model_config(data)
     model, rows = _prepared(data, config, settings, device, ranks)
+    standardised_text(model, data.test_part)  # refuses what could not be measured after hours
     for sentence in _worth_saying(settings.run, data, rows, model) if ranks.first else ():
         report(PROGRAM, sentence)
     if settings.run.baselines and not isinstance(rows, TrainingSet):
@@ -423,7 +428,9 @@ def run_on(settings: Settings, ranks: Ranks, interrupts: Interrupts) -> None:
         return
     told = Path(options.tensorboard) / out.absolute().name if options.tensorboard else None
     with (
-        results_folder(out, overwrite=options.overwrite, resume=resume, report=say) as (draft, checkpoints),
+        results_folder(
+            out, overwrite=options.overwrite, resume=resume, report=say, undisturbed=interrupts.deferred
+        ) as (draft, checkpoints),
         event_log(told, overwrite=options.overwrite, resume=resume) as events,
     ):
         keeping = dataclasses.replace(keeping, checkpoints=checkpoints)

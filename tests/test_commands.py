@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -257,7 +258,7 @@ def test_a_test_part_whose_texts_are_all_equal_has_no_alignment(tmp_path: Path) 
     [
         (["--wings", "2"], "unrecognized arguments: --wings 2"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-        (["--epochs", "-1"], "epochs must be at least 1, or 0 for the rule, not -1"),
+        (["--epochs", "-1"], "epochs must be in 1 .. 2**31 - 1, or 0 for the rule, not -1"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--data", "nowhere.npz"], "nowhere.npz: does not exist"),
         (["--config", "nowhere.toml"], "nowhere.toml: cannot be read"),
@@ -981,6 +982,110 @@ def test_every_command_that_is_stopped_says_so_in_a_sentence(
     assert capfd.readouterr().err == f"seda_fast.predict: stopped by {number.name}\n"
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("nobody", ["2> >(true)", "2> /dev/full"], ids=["the reader has gone", "the disk is full"])
+def test_sentences_that_nobody_can_hear_cost_no_training(tmp_path: Path, nobody: str) -> None:
+    """It ended with code 0 and without results, or with code 1 and without a word."""
+    labels = np.arange(60) % 3
+    texts = np.where(labels[:, None] < 2, labels[:, None] + np.zeros((60, 4)), np.nan).astype(np.float32)
+    make_set(tmp_path / "data.npz", visual_train=np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32),
+             text_train=texts, label_train=labels, visual_test=None, text_test=None, label_test=None)  # fmt: skip
+    command = [sys.executable, "-m", "seda_fast.train", "--data", "data.npz", "--unpaired", "keep", "--no-baselines"]
+    command += ["--out", "run", *TINY]
+    heard = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "1 of 3 classes have labelled rows but none with a text" in heard.stderr
+    shutil.rmtree(tmp_path / "run")
+    script = f"{shlex.join(command)} {nobody}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment, but RANK is not set; start several ranks with"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "but MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, which is no number of ranks"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_ranks_that_are_told_of_by_half_are_one_sentence(
+    command: str, environment: dict[str, str], sentence: str, trained: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    module = {"train": train, "evaluate": evaluate, "predict": predict}[command]
+    given = ["--data", str(trained / "data.npz")]
+    given += ["--out", str(trained / "new")] if command == "train" else ["--model", str(trained / "run")]
+    assert module.main(given) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert sentence in said
+
+
+def test_settings_that_change_nothing_are_told(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", str(trained / "data.npz"), "--out", str(tmp_path / "run"), "--no-baselines", *TINY]
+    assert train.main([*given, "--log-every", "3", "--memory-heads", "2", "--checkpoint-every", "1e308"]) == 0
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "seda_fast.train: log_every is not used: it is of --tensorboard",
+        "seda_fast.train: memory_heads is not used: only of data with one text a class have the networks a memory",
+    ]
+    shares = ["--data", "digits", "--test-fraction", "0.3", "--out", str(tmp_path / "digits"), "--no-baselines", *TINY]
+    assert train.main(shares) == 0
+    assert "test_fraction" not in capfd.readouterr().err
+    assert len(load_file(tmp_path / "digits" / "outputs.safetensors")["labels"]) == 540
+    assert evaluate.main(["--model", str(tmp_path / "digits"), "--data", "digits"]) == 0
+
+
+def test_a_text_that_cannot_be_measured_is_refused_before_the_training(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(trained / "data.npz") as source:
+        arrays = dict(source)
+    arrays["text_train"] = (1e-3 * arrays["text_train"]).astype(np.float32)
+    arrays["text_test"][7, 0] = 3e38
+    np.savez(tmp_path / "far.npz", **arrays)
+    given = ["--data", str(tmp_path / "far.npz")]
+    assert train.main([*given, "--out", str(tmp_path / "run"), *TINY]) == 2
+    far = "far.npz: row 7 of 'text_test' is so far from the texts of the training that it is infinite in their units"
+    assert far in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["far.npz"]
+    near = {**arrays, "text_test": np.delete(arrays["text_test"], 7, 0)}
+    near |= {name: np.delete(arrays[name], 7, 0) for name in ("visual_test", "label_test")}
+    np.savez(tmp_path / "near.npz", **near)
+    given_near = ["--data", str(tmp_path / "near.npz"), "--out", str(tmp_path / "run"), "--no-baselines", *TINY]
+    assert train.main(given_near) == 0
+    assert evaluate.main(["--model", str(tmp_path / "run"), *given]) == 2
+    assert far in capsys.readouterr().err
+
+
+def test_a_signal_leaves_no_files_of_two_runs(split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    given = ["--data", str(split / "data.npz"), "--out", str(out), "--no-baselines", *TINY]
+    assert train.main([*given, "--seed", "1"]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    replace, moved = Path.replace, []
+
+    def told(self: Path, target: Path) -> Path:
+        if "draft" in self.parts and not self.name.startswith("."):
+            moved.append(self.name)
+            if len(moved) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", told)
+    assert train.main([*given, "--seed", "2", "--overwrite"]) in (0, 143)
+    assert len(moved) > 4
+    changed = {"config.toml", "history.csv", "metrics.json", "model.safetensors", "outputs.safetensors"}
+    assert all((out / name).read_bytes() != before[name] for name in changed)
 
 
 def test_streams_that_are_closed_or_speak_little_cost_no_result(trained: Path, tmp_path: Path) -> None:

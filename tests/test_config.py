@@ -31,8 +31,10 @@ def test_model_settings_out_of_range_are_one_sentence(change: dict[str, object],
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"epochs": -1}, "epochs must be at least 1, or 0 for the rule, not -1"),
+        ({"epochs": -1}, "epochs must be in 1 .. 2**31 - 1, or 0 for the rule, not -1"),
+        ({"batch_size": 10**20}, f"batch_size must be in 1 .. 2**31 - 1, or 0 for the rule, not {10**20}"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, not 0.0"),
+        ({"teacher_temperature": 1e300}, "teacher_temperature must be in 1e-6 .. 1e6, not 1e+300"),
         ({"clip_norm": float("inf")}, "clip_norm must be a finite number, not inf"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number, not nan"),
         ({"dropout": 1}, "dropout must be in 0 .. 1, 1 excluded, not 1.0"),

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from seda_fast import SeDAClassifier, digits
+from seda_fast import SeDAClassifier, SeDAConfig, digits
 from seda_fast.data import KEYS, DataError, FeatureSet, load_visual, mean_and_deviation, rows, split_rows
-from seda_fast.files import atomic_path, check_writable, read_arrays
+from seda_fast.files import atomic_path, check_writable, read_arrays, save_npz
+from seda_fast.prepare import prepare
 
 NAMES = ("cat", "dog", "eel")
 
@@ -238,6 +239,11 @@ def test_unlabelled_rows_cannot_be_split():
     assert "no row is labelled" in refusal(split_rows, np.full((9, 3), -1), 0.2, 0)
 
 
+def prepared(visual, text, labels):
+    config = SeDAConfig(visual_dim=visual.shape[1], text_dim=text.shape[1], n_classes=3, width=16, blocks=1)
+    prepare(FeatureSet.from_arrays(visual, text, labels, unpaired="keep"), config, 0, torch.device("cpu"))
+
+
 def test_float64_features_that_float32_cannot_tell_apart_are_refused(tmp_path):
     rng = np.random.default_rng(0)
     visual, text, labels = rng.normal(size=(60, 4)), rng.normal(size=(60, 3)), np.arange(60) % 3
@@ -253,6 +259,12 @@ def test_float64_features_that_float32_cannot_tell_apart_are_refused(tmp_path):
     for name, array in (("visual_train", visual + 1e8), ("text_train", text), ("label_train", labels)):
         np.save(folder / f"{name}.npy", array)
     assert "'visual_train' holds rows that float32 cannot tell apart" in refusal(FeatureSet.load, folder)
+    for single, factor in ((np.float64, 1e-50), (np.float32, 1e-42)):
+        tiny = {"visual": (visual * factor).astype(single), "text": (text * factor).astype(single)}
+        for name, (v, t) in (("visual", (tiny["visual"], text)), ("text", (visual, tiny["text"]))):
+            with pytest.raises(DataError, match=f"'{name}_train'.*multiply (it|them) first"):
+                prepared(v, t, labels)
+    prepared(visual * 1e-30, text, labels)
     few = np.ones((60, 2))
     few[:30] += 2.0**-20  # eight neighbours of float32 away
     FeatureSet.from_arrays(few, text, labels, few[:6], labels[:6], unpaired="keep")
@@ -694,6 +706,31 @@ def test_digits(embedded):
     assert sorted([*embedded.ids_train, *embedded.ids_test]) == list(range(1797))
     assert {a.dtype for a in (embedded.visual_train, embedded.text_train, embedded.text_test)} == {np.dtype(np.float32)}
     FeatureSet.from_arrays(**{key: getattr(embedded, key) for key in KEYS})  # passes every check of a file
+
+
+def test_names_of_a_test_part_that_is_not_there_are_refused(tmp_path):
+    visual, labels = np.arange(60.0).reshape(-1, 2), np.arange(30) % 3
+    arrays = {"visual_train": visual, "text_train": visual, "label_train": labels, "names_test": np.array(["a", "b"])}
+    np.savez(tmp_path / "set.npz", **arrays)
+    assert "set.npz: lacks the keys 'visual_test', 'label_test'" in refusal(FeatureSet.load, tmp_path / "set.npz")
+
+
+def test_an_archive_is_what_numpy_writes_and_holds_no_pickle(tmp_path):
+    """NumPy before 2.2 would take `allow_pickle` for the name of an array."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "visual": rng.normal(size=(5, 3)).astype(np.float32),
+        "ids": np.arange(5)[::2],
+        "names": np.array(["é", "b"]),
+    }
+    save_npz(tmp_path / "ours.npz", arrays)
+    np.savez(tmp_path / "theirs.npz", **arrays)
+    with np.load(tmp_path / "ours.npz", allow_pickle=False) as ours, np.load(tmp_path / "theirs.npz") as theirs:
+        assert ours.files == theirs.files == list(arrays)
+        for name in arrays:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    with pytest.raises(ValueError, match="Object arrays cannot be saved"):
+        save_npz(tmp_path / "odd.npz", {"names": np.array(["a", None])})
 
 
 def test_digits_are_reproducible_and_the_seed_moves_the_split_alone(embedded):

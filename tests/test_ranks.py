@@ -23,7 +23,7 @@ from torch import Tensor
 from seda_fast import FeatureSet, SeDAConfig, evaluate, predict, train
 from seda_fast.config import ConfigError
 from seda_fast.prepare import prepare
-from seda_fast.ranks import Ranks, joined
+from seda_fast.ranks import Ranks, job, joined
 from seda_fast.results import unfinished_folder
 
 # Runs as one of several processes, or alone; the first prints what the test compares, by dtype.
@@ -202,7 +202,8 @@ def test_ranks_leave_without_a_crash(tmp_path: Path) -> None:
 def test_more_ranks_than_gpus_are_refused_before_nccl_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("a GPU was taken"))
-    for name, value in {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():
+    told = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    for name, value in {**told, "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     refusal = pytest.raises(ConfigError, match="3 ranks on this host need a GPU each, and it has 2; start fewer")
     with refusal, joined(torch.device("cuda")):
@@ -211,6 +212,19 @@ def test_more_ranks_than_gpus_are_refused_before_nccl_is(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCAL_RANK", "2")
     with refusal, joined(torch.device("cuda")):
         pass
+
+
+def test_a_job_is_told_by_what_starts_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert job() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    code = "import os; os.environ['TORCHELASTIC_RUN_ID'] = 'none'; from seda_fast.ranks import job; print(job())"
+    ours = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert ours[0].stdout == ours[1].stdout
+    assert ours[0].stdout.split()[2] == str(os.getpid())
+    # Of a process that has this number later, on a host that counts its ticks from its own start.
+    monkeypatch.setattr("seda_fast.ranks._began", lambda process: "7")
+    assert job() not in (None, ours[0].stdout.strip())
 
 
 def differ(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:

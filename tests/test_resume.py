@@ -318,9 +318,16 @@ def test_what_torchrun_starts_anew_goes_on_with_its_own_run_alone(
     assert train.main(["--data", str(data), *SMALL, "--epochs", "1", "--out", str(out)]) == 0
     earlier = (out / "model.safetensors").read_bytes()
     arguments = [*unfinished(data, out, monkeypatch, "--overwrite"), "--resume"]
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
+    # What torchrun calls every job that is not named.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    # Another job, of another process, has left an unfinished run: neither its first attempt nor a later one goes on.
+    with monkeypatch.context() as before:
+        before.setattr(os, "getppid", lambda: 1)
+        unfinished(data, out, before, "--overwrite")
     capfd.readouterr()
+    assert train.main(["--data", str(data), *SMALL, "--epochs", "1", "--out", str(out)]) == 2
+    assert "give another --out or --overwrite" in capfd.readouterr().err
     # The first attempt ended before it began to train: what is here is another run's.
     unfinished(data, out, monkeypatch, "--overwrite")
     assert "continuing" not in capfd.readouterr().err
