@@ -145,6 +145,9 @@ def bench_interaction_needs_no_more_memory_than_eager(device: torch.device, benc
     tau = torch.randint(0, STEPS, (ROWS["cuda"],), device=device).sort().values
     peaks = []
     for block in (interaction_block, eager):
+        # The gradients of the one before would count for the next.
+        for tensor in given.values():
+            tensor.grad = None
         torch.cuda.reset_peak_memory_stats()
         arguments = {"timesteps": tau} if block is interaction_block else {"tau": tau, "dropout": 0.0}
         block(**given, **arguments).sum().backward()

@@ -16,7 +16,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -281,13 +281,18 @@ def versions() -> dict[str, str]:
 
 
 def commit(root: Path) -> str:
-    """The checkout's commit, marked where files differ from it."""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The checkout's commit, marked where files differ from it; those of records do not count."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        name = git("describe", "--always", "--abbrev=12", "--exclude=*")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
     except OSError:  # no git here
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return f"{name}-dirty" if name and changed else name or "unknown"
 
 
 def as_json(contest: Contest, root: Path) -> dict[str, Any]:
@@ -308,10 +313,11 @@ def as_json(contest: Contest, root: Path) -> dict[str, Any]:
     }
 
 
-def with_earlier(new: dict[str, Any], file: Path) -> dict[str, Any]:
+def with_earlier(new: dict[str, Any], file: Path, passed: Collection[str] = ()) -> dict[str, Any]:
     """``new`` and what an earlier run on the same device, of the same commit and versions, wrote of other workloads.
 
-    So that benchmarks can be run a few at a time.
+    So that benchmarks can be run a few at a time. ``passed`` names the benchmarks that did this time: what was left out
+    of their workloads before is forgotten.
     """
     try:
         old = json.loads(file.read_text())
@@ -319,15 +325,20 @@ def with_earlier(new: dict[str, Any], file: Path) -> dict[str, Any]:
         return new
 
     def same(record: dict[str, Any]) -> list[Any]:
-        # The record itself, once written, makes a checkout dirty.
-        return [*(record.get(name) for name in ("device", "versions", "repeats")), record["commit"].split("-")[0]]
+        return [record.get(name) for name in ("device", "versions", "repeats", "commit")]
 
     if same(old) != same(new):
         return new
     measured = {row["workload"] for row in new["rows"]}
     rows = [row for row in old["rows"] if row["workload"] not in measured]
-    joined = {part: {**old.get(part, {}), **new[part]} for part in ("growth", "starts", "runs", "left_out")}
-    return {**new, "rows": rows + new["rows"], **joined}
+    joined = {part: {**old.get(part, {}), **new[part]} for part in ("growth", "starts", "runs")}
+    anew = {*measured, *new["growth"]}
+    earlier = {
+        place: said
+        for place, said in old.get("left_out", {}).items()
+        if place not in passed and not any(place.startswith(f"{workload}: ") for workload in anew)
+    }
+    return {**new, "rows": rows + new["rows"], **joined, "left_out": {**earlier, **new["left_out"]}}
 
 
 def as_table(rows: list[Row]) -> str:
@@ -556,7 +567,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     folder: Path = config.getoption("--results")
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", device_name(contest.device).lower()).strip("-")
-    result = with_earlier(as_json(contest, Path(__file__).resolve().parents[1]), folder / f"{name}.json")
+    passed = {report.nodeid for report in terminalreporter.stats.get("passed", ())}
+    result = with_earlier(as_json(contest, Path(__file__).resolve().parents[1]), folder / f"{name}.json", passed)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     title = f"{result['device']}, commit {result['commit']}"
     drawn = draw([Row(**row) for row in result["rows"]], title, folder / f"{name}.png")

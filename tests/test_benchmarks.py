@@ -279,8 +279,48 @@ def test_a_later_run_keeps_what_an_earlier_one_measured_of_other_workloads(
     for change in ({"commit": "another"}, {"device": "another"}, {"repeats": 1}):
         file.write_text(json.dumps({**found, **change}))
         assert len(harness.with_earlier(harness.as_json(contest, repository), file)["rows"]) == 1
+    left = {"second: compiled": "OSError", "third: compiled": "OSError", "b.py::wrong": "failed", "b.py::new": "failed"}
+    file.write_text(json.dumps({**found, "left_out": left}))
+    contest.left_out = {"fourth: peer": "ImportError"}
+    again = harness.with_earlier(harness.as_json(contest, repository), file, {"b.py::wrong"})["left_out"]
+    assert again == {"third: compiled": "OSError", "b.py::new": "failed", "fourth: peer": "ImportError"}
     file.write_text("{")
     assert len(harness.with_earlier(harness.as_json(contest, repository), file)["rows"]) == 1
+
+
+def test_a_record_of_changed_files_says_so(harness: Any, tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+
+    records = tmp_path / "benchmarks" / "results"
+    records.mkdir(parents=True)
+    for file in (tmp_path / "code.py", records / "device.json"):
+        file.write_text("1")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "all")
+    clean = harness.commit(tmp_path)
+    assert len(clean) == 12
+    (records / "device.json").write_text("2")
+    assert harness.commit(tmp_path) == clean
+    (tmp_path / "code.py").write_text("2")
+    assert harness.commit(tmp_path) == f"{clean}-dirty"
+    assert harness.commit(tmp_path / "nowhere") == "unknown"
+
+
+def test_a_step_s_products_are_counted(repository: Path) -> None:
+    train = load(repository / "benchmarks" / "bench_train.py")
+    config = train.SeDAConfig(**{**train.SIZES, **train.SMALL})
+    model = train.SeDA(config)
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "modulation" not in name)
+    # No weight costs more than 2 FLOPs forward and 4 backward; the tables' are of no row.
+    assert 3 * weights < train.flops_a_row(model) < 6 * weights
+
+
+def test_a_chain_s_least_products_are_those_of_the_folded_one(repository: Path) -> None:
+    chain = load(repository / "benchmarks" / "bench_reverse_chain.py")
+    assert chain.products(1, folded=True) == chain.products(1, folded=False)
+    assert chain.products(1024, folded=True) < 0.92 * chain.products(1024, folded=False)
 
 
 @pytest.mark.slow(seconds=420)

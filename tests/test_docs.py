@@ -24,13 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
-
-
 def in_order(page: Path) -> list[tuple[str, str]]:
     """Language ("" of a command, or of what it printed) and content of a page's blocks."""
     return re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Contents of the blocks in one language."""
+    return [content for found, content in in_order(page) if found == language]
 
 
 def commands(block: str) -> list[list[str]]:
@@ -40,9 +41,7 @@ def commands(block: str) -> list[list[str]]:
 
 
 WITH_COMMANDS = [page for page in DOCS if any(commands(block) for _, block in in_order(page))]
-WITH_PYTHON = [
-    page for page in DOCS if page not in WITH_COMMANDS and blocks(page.read_text(encoding="utf-8"), "python")
-]
+WITH_PYTHON = [page for page in DOCS if page not in WITH_COMMANDS and blocks(page, "python")]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
@@ -50,7 +49,7 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """Blocks of a page share their names, as a reader's session would."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for number, example in enumerate(blocks(page.read_text(encoding="utf-8"), "python"), 1):
+    for number, example in enumerate(blocks(page, "python"), 1):
         exec(compile(example, f"{page.name}, example {number}", "exec"), names)
 
 
@@ -236,11 +235,13 @@ def test_links_lead_to_files_that_are_there(page: Path) -> None:
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
 def test_commands_and_their_options_exist(page: Path) -> None:
-    for block in blocks(page.read_text(encoding="utf-8"), ""):
+    for block in blocks(page, ""):
         for name, *words in commands(block):
             command = importlib.import_module(name)
             sections = [kind for kind in vars(command).values() if dataclasses.is_dataclass(kind)]
-            known = {"--" + field.name.replace("_", "-") for kind in sections for field in dataclasses.fields(kind)}
+            fields = [field for kind in sections for field in dataclasses.fields(kind)]
+            known = {"--" + field.name.replace("_", "-") for field in fields} | {"--config"}
+            known |= {"--no-" + field.name.replace("_", "-") for field in fields if isinstance(field.default, bool)}
             unknown = {word for word in words if word.startswith("--")} - known
             assert not unknown, f"{page.name}: {name} {words}"
 

@@ -736,3 +736,8 @@ def test_published_page_is_that_of_the_published_records(repository: Path, tmp_p
     command.main(["--report-only", "--out", str(tmp_path / "quality.json"), "--docs", str(tmp_path)])
     written = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert written == (repository / "docs/quality.md").read_text(encoding="utf-8")
+    made, kept = (
+        json.loads(file.read_text())
+        for file in (tmp_path / "quality.json", repository / "benchmarks/results/quality.json")
+    )
+    assert made == kept

@@ -78,12 +78,17 @@ class TimestepModulation(nn.Module):
     def __init__(self, width: int, blocks: int, embedding: int) -> None:
         super().__init__()
         self.width, self.blocks = width, blocks
-        half = torch.arange(embedding // 2, dtype=torch.float64) / (embedding // 2)
-        self.register_buffer("frequencies", (-math.log(10_000.0) * half).exp().float(), persistent=False)
+        self.register_buffer("frequencies", _frequencies(embedding), persistent=False)
         self.embed = nn.Linear(embedding, embedding)
         self.tables = nn.Linear(embedding, blocks * 3 * width)
         nn.init.zeros_(self.tables.weight)
         nn.init.zeros_(self.tables.bias)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """What is made of nothing but settings is made anew: `torch.nn.Module.to_empty` has emptied it, too."""
+        super()._load_from_state_dict(*arguments)
+        like = self.frequencies
+        self.frequencies = _frequencies(2 * len(like)).to(like.device, like.dtype)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """``timesteps`` (n,) integer -> (L, 3, n, d), a view."""
@@ -93,6 +98,12 @@ class TimestepModulation(nn.Module):
         rows: Tensor = self.tables(torch.nn.functional.silu(self.embed(embedding)))
         tables: Tensor = rows.unflatten(1, (self.blocks, 3, self.width))
         return tables.permute(1, 2, 0, 3)
+
+
+def _frequencies(embedding: int) -> Tensor:
+    """Of a sinusoidal embedding, (embedding / 2,) float32, from 1 downward."""
+    half = torch.arange(embedding // 2, dtype=torch.float64, device="cpu") / (embedding // 2)
+    return (-math.log(10_000.0) * half).exp().float()
 
 
 class MemoryRead(nn.Module):

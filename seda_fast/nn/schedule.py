@@ -15,7 +15,8 @@ def cosine_alpha_bar(steps: int) -> Tensor:
 
     Their offset s = 0.008 and their cap of 0.999 on each beta.
     """
-    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    # On the CPU also where a model is made on the meta device, whose constants nothing brings afterwards.
+    t = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
     f = ((t + 0.008) / 1.008 * (math.pi / 2)).cos().square()
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - beta, dim=0)

@@ -319,6 +319,9 @@ class SeDA(nn.Module):
         fits = marked is not None and marked.shape == (self.config.n_classes,)
         self._mark_unseen(marked.nonzero()[:, 0] if marked is not None and fits else none)
         super()._load_from_state_dict(state_dict, prefix, *others)
+        # `torch.nn.Module.to_empty` empties what no state brings, too.
+        device, dtype = self.centres.device, self.signal.dtype
+        self.signal, self.noise = (table.to(device, dtype) for table in self.schedule.training_tables())
 
     @torch.no_grad()
     def set_kernel_head(

@@ -264,6 +264,25 @@ def test_it_is_a_module_like_any_other() -> None:
             made.align(visual, steps=steps)
 
 
+@pytest.mark.parametrize("way", ["assign", "to_empty"])
+def test_a_model_made_on_the_meta_device_is_what_it_loads(way: str) -> None:
+    """Tables that are made of settings alone are in no state, and `to_empty` leaves them full of what lay there."""
+    full, data = model(), batch()
+    with torch.device("meta"):
+        made = SeDA(CONFIG)
+    if way == "to_empty":
+        made.to_empty(device="cpu")
+        for buffer in made.buffers():
+            buffer.fill_(7)
+    made.load_state_dict(full.state_dict(), assign=way == "assign")
+    for (name, found), (_, expected) in zip(made.named_buffers(), full.named_buffers(), strict=True):
+        assert torch.equal(found, expected), name
+    assert losses(made, data).total.equal(losses(full, data).total)
+    visual = torch.randn(5, DV)
+    with torch.no_grad():
+        assert torch.equal(made.eval()(visual), full.eval()(visual))
+
+
 def test_path_ends_where_align_ends() -> None:
     made = model()
     visual = torch.randn(5, DV)

@@ -26,9 +26,11 @@ static void logits_rows(const LogitsArguments& a, int64_t begin, int64_t end) {
     });
     float* state = a.state + 4 * i;
     const float before = state[0], block = largest(top), now = block > before ? block : before;
+    // Where a bias of minus infinity leaves out all classes so far, the difference of two infinities is no number.
+    const float base = now == -__builtin_inff() ? 0.0f : now;
     F exponentials{};
     over_row(a.columns, [&](int64_t j, auto part) {
-      exponentials += zero_outside(exponential(logit(j, part) - now), part);
+      exponentials += zero_outside(exponential(logit(j, part) - base), part);
     });
     const float carried = before == now ? state[1] : state[1] * __builtin_expf(before - now);
     state[0] = now;
