@@ -212,19 +212,17 @@ def assert_same_on_backend(model: SeDA, data: TrainingSet, rows: int, close: Any
         found = torch.autograd.grad(value, list(own.parameters()))
         return {"the loss": value.detach(), **dict(zip(dict(own.named_parameters()), found, strict=True))}
 
-    wide, drawn = copy.deepcopy(model).double(), Draw(*taus, *noise)
+    wide, drawn = copy.deepcopy(model).double(), Draw(*taus, *(n.float() for n in noise))
     exact = gradients(
         wide,
-        lambda: plain_loss(
-            wide, visual.double(), text.double(), labels, Draw(*taus, *(n.double() for n in noise)), QUIET
-        ),
+        lambda: plain_loss(wide, visual.double(), text.double(), labels, Draw(*taus, *noise), QUIET),
         False,
     )
     usual = gradients(model, lambda: plain_loss(model, visual, text, labels, drawn, QUIET), half)
     given = (visual, text, labels, paired, ids)
     found = gradients(model, lambda: model.losses(*given, seed=seed, step=step, settings=QUIET).total, half)
     for name, value in found.items():
-        close(value, exact[name], usual[name], f"a step's {name}")
+        close(value, exact[name], usual[name], f"seda_fast, {name} of a step")
 
 
 def bench_training_step(
