@@ -293,8 +293,8 @@ def _holdout(labels: Int, images: Int, share: float, seed: int) -> NDArray[np.bo
         if len(rows) > 1:
             held[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
     held = held[images]
-    # An image may have rows of two classes.
-    return held & np.isin(labels, labels[~held])
+    # An image may have rows of two classes, of which one has no other image.
+    return held & ~np.isin(images, images[held & ~np.isin(labels, labels[~held])])
 
 
 def _choose_l2(

@@ -430,6 +430,11 @@ def told_rows(visual: Features, labels: Labels) -> str:
     return told.hexdigest()
 
 
+def told_texts(part: EvaluationRows) -> str | None:
+    """The same of the rows' texts; None without any."""
+    return None if part.text is None else told_rows(part.text, part.labels)
+
+
 def _evaluation_rows(
     arrays: Mapping[str, Any],
     source: str,
@@ -628,7 +633,7 @@ def split_rows(
         drawn = drawn_from[held_out_rows(labels[drawn_from], test_fraction, seed)]
     else:
         drawn = _drawn_rows(labels, drawn_from, test_fraction, seed, class_names)
-    held_out = np.isin(images, drawn)
+    held_out = np.isin(images, images[drawn])
     if labels.ndim == 1 and len(np.unique(labels[known & ~held_out])) < len(np.unique(labels[known])):
         raise DataError(_too_few(labels, drawn_from, test_fraction))
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -30,7 +30,7 @@ from .arrays import labelled_rows
 from .arrays import rows as float_rows
 from .command import choose_device, progress, run, settings_of
 from .config import check_given, check_range, check_types, setting
-from .data import FeatureSet, told_rows
+from .data import FeatureSet, told_rows, told_texts
 from .files import DataError, atomic_path, make_folder, output_file
 from .measure import alignment, standardised_text
 from .nn import SeDA
@@ -325,9 +325,10 @@ def alignment_section(run: Run, data: FeatureSet, model: SeDA, rows: int) -> str
     if min(distance.y) < floor:
         notes.append(paragraph("The dashed line is no floor here: half of the test rows are too few to tell the texts' "
                                "distribution. Compare runs on the same rows with each other.", note=True))  # fmt: skip
+    rows = 0 if text is None else int((~np.isnan(text).all(axis=1)).sum())
     return section(
         "Alignment by step",
-        paragraph(f"After each step of the textual stage, on {len(some)} test rows: distance of the mapped features' "
+        paragraph(f"After each step of the textual stage, on {rows} test rows: distance of the mapped features' "
                   f"distribution from that of the true texts (lower is nearer), and cosine to a row's {own}."),
         line_chart([distance], "step", "Frechet distance", level=level),
         *notes,
@@ -353,6 +354,8 @@ def from_data(config: ReportConfig, run: Run, model: SeDA) -> tuple[list[str], t
         )
         other = not np.array_equal(data.label_test, run.arrays["labels"]) or data.visual_dim != model.config.visual_dim
         other |= run.metrics.get("test_rows") not in (None, told_rows(data.visual_test, data.label_test))
+        other |= data.text_dim not in (0, model.config.text_dim) or tuple(data.class_names) != model.class_names
+        other |= run.metrics.get("test_texts") not in (None, told_texts(data.test_part))
         if other or data.split != run.metrics.get("split", data.split):
             raise DataError(f"{data.source} is not the data of this run: its test part differs")
     except DataError as error:

@@ -30,7 +30,7 @@ from .baselines import BASELINES, Baseline, enough_epochs, fit_baseline
 from .checkpoint import Checkpoints
 from .command import choose_device, progress, report, run, settings_of
 from .config import ConfigError, SeDAConfig, TrainConfig, check_given, check_range, check_types, setting
-from .data import EvaluationRows, FeatureSet, told_rows
+from .data import EvaluationRows, FeatureSet, told_rows, told_texts
 from .engine import EngineName, PrecisionName, Rows
 from .events import EventLog, event_log, require_tensorboard
 from .figures import write_figures
@@ -379,7 +379,8 @@ def train_and_evaluate(
     if events is not None:
         events.metrics(metrics)
     metrics.update(
-        data=data.source, split=data.split, test_rows=told_rows(part.visual, part.labels), seed=settings.train.seed,
+        data=data.source, split=data.split, test_rows=told_rows(part.visual, part.labels),
+        test_texts=told_texts(part), seed=settings.train.seed,
         device=str(device), versions=versions(),
     )  # fmt: skip
     model.save_pretrained(draft)

@@ -273,6 +273,20 @@ def test_float64_features_that_float32_cannot_tell_apart_are_refused(tmp_path):
             SeDAClassifier(epochs=1).fit(far, labels)
 
 
+def test_an_image_is_held_out_by_whichever_of_its_rows_is_drawn():
+    """The row that stands for an image may be another than its first."""
+    rng = np.random.default_rng(0)
+    visual = np.repeat(rng.standard_normal((100, 4)), 2, 0)
+    found = FeatureSet.from_arrays(visual, visual, np.tile([0, 1], 100), test_fraction=0.2)
+    assert len(found.label_test) == 40
+    # A class that comes second alone: 30 images of it beside 200 of one row.
+    visual = np.vstack((np.repeat(rng.standard_normal((30, 4)), 2, 0), rng.standard_normal((200, 4))))
+    labels = np.r_[np.tile([0, 2], 30), np.arange(200) % 2]
+    for seed in range(3):
+        found = FeatureSet.from_arrays(visual, visual, labels, test_fraction=0.2, seed=seed)
+        assert np.bincount(found.label_test, minlength=3)[2] in (5, 6, 7)
+
+
 def test_rows_of_an_image_are_never_in_both_parts():
     """As where an image has several captions: copies of a test row in training flatter whatever learns by heart."""
     rng = np.random.default_rng(0)
@@ -299,7 +313,8 @@ def test_rows_of_an_image_are_never_in_both_parts():
         mixed = FeatureSet.from_arrays(
             np.repeat(visual[:36], 2, 0), np.repeat(text[:36], 2, 0), np.tile(pattern, 72 // len(pattern))
         )
-        assert set(mixed.label_test) == {0, 1, 2} or len(mixed.label_test) < 10
+        known = np.array(pattern) >= 0
+        assert set(mixed.label_test) == {0, 1, 2} if known.all() else len(mixed.label_test)
         assert set(mixed.label_train) >= {0, 1, 2}
     words = refusal(
         FeatureSet.from_arrays, visual[[0, 0, 1, 1, 2, 3, 4]], text[:7], [0, -1, 0, -1, 1, 1, 1]

@@ -297,12 +297,10 @@ class SeDA(nn.Module):
     def set_unseen(self, labels: Tensor, paired: Tensor) -> None:
         """Find the classes of labelled rows of which none has a text; ``labels`` (N,) or (N, K), ``paired`` (N,) bool.
 
-        The textual head does not see them, but where a teacher of pairs names them. ``unseen`` (K,) bool marks them,
-        ``seen`` holds the numbers of all others; both are None where there are none.
+        The textual head does not see them; what a teacher says of unlabelled pairs shows it too little of them.
+        ``unseen`` (K,) bool marks them, ``seen`` holds the numbers of all others; both are None where there are none.
         """
-        lone = None
-        if not self.config.class_text and (self.teacher is None or self.config.multi_label):
-            lone = classes_without_pairs(labels, paired, self.config.n_classes)
+        lone = None if self.config.class_text else classes_without_pairs(labels, paired, self.config.n_classes)
         self._mark_unseen(torch.zeros(0, dtype=torch.int64) if lone is None else lone)
 
     def _mark_unseen(self, classes: Tensor) -> None:
@@ -619,7 +617,9 @@ class SeDA(nn.Module):
         tell, by their own product; among the rest, which have what the others leave to them, the textual head tells.
         """
         textual, rest = heads[1], sum(weights) - weights[1]
-        told = [(w / rest if rest else 0.0) * x for i, (w, x) in enumerate(zip(weights, heads, strict=True)) if i != 1]
+        if not rest:
+            return textual  # nobody else is asked
+        told = [w / rest * x for i, (w, x) in enumerate(zip(weights, heads, strict=True)) if i != 1]
         others = sum(told, torch.zeros_like(textual))
         if self.config.multi_label:
             return torch.where(unseen, others, textual)

@@ -108,17 +108,20 @@ def shifted(proba: Tensor, shares: Tensor) -> Tensor:
     g the nats a row by which they explain the rows better, the probabilities are multiplied by the shares' ratio to the
     power max(0, 1 - `SHIFT_FLOOR` / g), and normalised.
     """
-    n_classes = len(shares)
-    # A class without a labelled row has no share to begin with, and none to be multiplied.
+    n_classes, there = len(shares), shares > 0
+    # A class without a labelled row has no share to begin with, and none to be multiplied: what weak classifiers leave
+    # it would be over nothing, and all rows would become its.
+    known = proba if there.all() else (proba + _EPS) * there
+    known = known if known is proba else known / known.sum(1, keepdim=True)
     before = (shares + _EPS) / (shares + _EPS).sum()
     ratio = torch.ones_like(before)
     for _ in range(_SHIFT_STEPS):
-        counts = ratio * (proba.mT @ (1 / (proba @ ratio)))
-        ratio = (counts / before + n_classes) / (len(proba) + n_classes)
-    gain = float((proba @ ratio).log().mean())
+        counts = ratio * (known.mT @ (1 / (known @ ratio)))
+        ratio = (counts / before + n_classes) / (len(known) + n_classes)
+    gain = float((known @ ratio).log().mean())
     if gain <= SHIFT_FLOOR:
         return proba
-    drawn = proba * ratio ** (1 - SHIFT_FLOOR / gain)
+    drawn = known * ratio ** (1 - SHIFT_FLOOR / gain)
     return drawn / drawn.sum(1, keepdim=True)
 
 

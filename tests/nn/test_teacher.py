@@ -329,6 +329,18 @@ def test_shifted_probabilities_are_bayes_under_the_new_shares() -> None:
     torch.testing.assert_close(found.sum(1), torch.ones(20000))
 
 
+def test_a_class_without_a_row_does_not_take_what_weak_classifiers_leave_it() -> None:
+    """Its share is nothing, over which what floors leave it was divided: it got every row."""
+    proba = torch.full((200, 4), 0.25).mul(1 + 0.2 * torch.randn(200, 4)).abs()
+    proba[:, 3] = 1e-4
+    proba /= proba.sum(1, keepdim=True)
+    for shares in (torch.tensor([0.8, 0.1, 0.1, 0.0]), torch.tensor([0.05, 0.05, 0.9, 0.0])):
+        found = module.shifted(proba, shares)
+        assert found.isfinite().all()
+        torch.testing.assert_close(found.sum(1), torch.ones(200))
+        assert (found.argmax(1) == 3).sum() == 0
+
+
 def test_a_class_without_a_label_gets_none_by_the_shares() -> None:
     v, t, y = pairs(600)
     labels = few_labels(y, 4)
