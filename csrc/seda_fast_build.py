@@ -194,7 +194,10 @@ def find_nvcc() -> str:
     found = shutil.which(looked)
     if found is None:
         raise CannotBuildError(f"no CUDA compiler was found (looked for {looked})")
-    compiler_version(quoted(found))  # refuses what cannot be run
+    try:
+        subprocess.run([found, "--version"], capture_output=True, check=False)
+    except OSError as error:  # a file of another machine, say
+        raise CannotBuildError(f"{found} cannot be run: {error.strerror}") from error
     return found
 
 
