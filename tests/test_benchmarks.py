@@ -249,7 +249,7 @@ def test_a_peer_that_does_not_load_is_named_with_the_reason(
     interaction.bench_interaction(**fixtures)
     projection.bench_projection(**fixtures, size=0)
     chain.bench_reverse_chain(**fixtures, challengers=lambda *unused: {}, place=0)
-    assert {row.competitor for row in contest.rows} == {"seda_fast", "eager"}
+    assert {row.competitor for row in contest.rows} == {"seda_fast", "eager", "eager, gates once"}
     said = {place.partition(": ")[2]: reason for place, reason in contest.left_out.items()}
     assert set(said) == {"xformers SwiGLU", "liger-kernel, without centre loss", "eager, diffusers' DDIMScheduler"}
     assert all(reason.startswith("ModuleNotFoundError: ") for reason in said.values()), said
