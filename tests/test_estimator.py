@@ -1,6 +1,7 @@
 """`SeDAClassifier` is a scikit-learn estimator: its checks, pipelines, searches, files, and the command's training."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 from functools import partial
@@ -332,6 +333,23 @@ def test_saving_anew_leaves_nothing_of_the_model_before(tmp_path: Path, data: Sa
     (tmp_path / "other" / "model.onnx").touch()
     saved.save_pretrained(tmp_path / "other")
     assert (tmp_path / "other" / "model.onnx").exists()
+
+
+def test_weights_that_cannot_be_written_cost_no_estimator(
+    tmp_path: Path, data: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = SeDAClassifier(**SMALL, random_state=1).fit(data.visual, data.labels)
+    first.save_pretrained(tmp_path)
+
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("seda_fast.nn.seda.save_file", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        SeDAClassifier(**SMALL, random_state=2).fit(data.visual, data.labels).save_pretrained(tmp_path)
+    again = SeDAClassifier.from_pretrained(tmp_path)
+    assert again.get_params() == first.get_params()
+    np.testing.assert_array_equal(again.predict_proba(data.visual), first.predict_proba(data.visual))
 
 
 def test_settings_that_no_file_can_hold_cost_no_estimator(tmp_path: Path, data: Sample) -> None:

@@ -723,7 +723,8 @@ class SeDA(nn.Module):
         about: dict[str, Any] = {"config": dataclasses.asdict(self.config), "class_names": list(self.class_names)}
         if self.unseen is not None:
             about["unseen"] = self.unseen.nonzero()[:, 0].tolist()
-        state = {name: value for name, value in self.state_dict().items() if name not in about}
+        state = self.state_dict()
+        state.pop("unseen", None)  # it stands in ``about``
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         path = directory / WEIGHTS_FILE
         with atomic_path(path) as draft:
