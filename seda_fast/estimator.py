@@ -325,7 +325,7 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
                 f"the folder {directory} holds a training run ({run}), whose model is another; give another"
             )
         if (directory / ESTIMATOR_FILE).exists():
-            # Graphs and reports of the model that was here are of another one now; its settings stay until its weights go.
+            # Graphs and reports of the model that was here are of another one; its settings stay until its weights go.
             for name in set(DERIVED) - {ESTIMATOR_FILE}:
                 (directory / name).unlink(missing_ok=True)
         weights = self.model_.save_pretrained(directory)
