@@ -12,7 +12,12 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 
 
 def make(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    """What ``make`` says in ``folder``, also where a ``make`` with its own variables, such as VENV, runs the tests."""
+    inherited = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "VENV", "PYTHON")
+    environment = {name: value for name, value in os.environ.items() if name not in inherited}
+    done = subprocess.run(
+        ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
