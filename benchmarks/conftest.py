@@ -32,6 +32,9 @@ REPEATS = 30
 QUICK_REPEATS = 3
 # Seconds that the largest point of a growth may take beyond its warm-up before it is left out of further rounds.
 GROWTH_BUDGET = 20.0
+# Among other sizes a call that takes fewer seconds is made once untimed before it is timed: they have taken its place
+# in the caches, and the first of a round's calls would pay for that alone.
+WARM_BELOW = 0.1
 # A CPU timing shorter than this is noise; the call is repeated inside it.
 SHORTEST = 2e-3
 # Cycles that a GPU is kept waiting before an operation is timed, about five milliseconds: its launches take the host
@@ -384,8 +387,10 @@ def measure_growth(contest: Contest, name: str, points: Points, others: dict[str
     for _ in range(min(contest.repeats, 10)):
         for which in sorted(times, key=lambda which: which[1]):
             if spent[which] < GROWTH_BUDGET:
-                begin = time.perf_counter()
-                times[which].append(contest.clock(series[which[0]][which[1]], calls[which]))
+                begin, call = time.perf_counter(), series[which[0]][which[1]]
+                if times[which] and times[which][-1] < WARM_BELOW:
+                    call()
+                times[which].append(contest.clock(call, calls[which]))
                 spent[which] += time.perf_counter() - begin
     medians = {c: [statistics.median(times[c, n]) for n in those] for c, those in series.items()}
     ours = medians.pop(OURS)

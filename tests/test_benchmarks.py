@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,22 @@ def test_sizes_are_compared_with_competitors_and_one_that_fails_is_named(harness
     assert all(2 < ratio < 8 for ratio in found["ratios"]["slow"]), found
     assert found["times"][0] == 1, "a CPU's times are not kept"
     assert contest.left_out == {"sums: broken": "ValueError: no code for this size"}
+
+
+def test_whoever_comes_first_after_another_size_does_not_pay_for_that(harness: Any, contest: Any) -> None:
+    sizes, last = (1, 2), [0]
+
+    def call(size: int) -> Callable[[], None]:
+        def run() -> None:
+            time.sleep(0.04 if last[0] != size else 0.004)
+            last[0] = size
+
+        return run
+
+    contest.repeats = 5
+    points, others = ({size: call(size) for size in sizes} for _ in range(2))
+    harness.measure_growth(contest, "naps", points, {"other": others})
+    assert all(0.5 < ratio < 2 for ratio in contest.growth["naps"]["ratios"]["other"]), contest.growth
 
 
 def test_the_report_names_the_machine_and_the_commit(
