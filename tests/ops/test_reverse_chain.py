@@ -109,6 +109,17 @@ def test_values(lane: Any, case: Case, no_worse_than_eager: Callable[..., None])
         no_worse_than_eager(reverse_chain(**given), plain(**given), exact, str(dtype))
 
 
+@pytest.mark.parametrize("noisy", [True, False])
+def test_more_rows_than_a_block_of_them_has(lane: Any, noisy: bool, no_worse_than_eager: Callable[..., None]) -> None:
+    if lane.backend != "cpp":
+        pytest.skip(f"{lane}: rows do not go in blocks of many")
+    given = arguments(Case(2051, 12, 8, 16, 32, 2, 3, noisy), torch.float32, lane.device)
+    exact = plain(**convert(given, Tensor.double))
+    no_worse_than_eager(reverse_chain(**given), plain(**given), exact, "three blocks")
+    last = {name: given[name][-1:] for name in ("initial", "source", "condition", "sample_ids")}
+    torch.testing.assert_close(reverse_chain(**given)[-1:], reverse_chain(**given | last), rtol=1e-4, atol=1e-4)
+
+
 def test_rows_that_go_through_the_steps_in_parts(lane: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if lane.backend != "triton":
         pytest.skip(f"{lane}: it takes all rows at once")
