@@ -8,6 +8,7 @@ a CPU, whose clock and neighbours change, only ratios are.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -166,11 +167,16 @@ class Contest:
                 del competitors[name]
                 continue
             check(name, result)
+        # Once more beside the competitors: other work on the machine comes and goes.
+        if workload.dtype in self.matrix_rate:
+            self.matrix_rate[workload.dtype] = self._matrix_rate(workload.dtype)
         counts = {name: self.clock.calls_for(call) for name, call in competitors.items()}
         times: dict[str, list[float]] = {name: [] for name in competitors}
         for _ in range(self.repeats):
             for name, call in competitors.items():
                 times[name].append(self.clock(call, counts[name], host=workload.host))
+        if workload.dtype in self.matrix_rate:
+            self.matrix_rate[workload.dtype] = max(self.matrix_rate[workload.dtype], self._matrix_rate(workload.dtype))
         floor, bound = self.floor(workload)
         ours = statistics.median(times[OURS])
         backend = "torch"  # a function of PyTorch's own operations
@@ -292,10 +298,12 @@ def commit(root: Path) -> str:
 
     try:
         name = git("describe", "--always", "--abbrev=12", "--exclude=*")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+        changed = git("diff", "HEAD", "--", ".", ":(exclude)benchmarks/results")
     except OSError:  # no git here
         return "unknown"
-    return f"{name}-dirty" if name and changed else name or "unknown"
+    # Says which changes these are: records of different ones are not joined.
+    mark = f"-dirty-{hashlib.sha256(changed.encode()).hexdigest()[:8]}" if changed else ""
+    return f"{name}{mark}" if name else "unknown"
 
 
 def as_json(contest: Contest, root: Path) -> dict[str, Any]:
@@ -330,7 +338,7 @@ def with_earlier(new: dict[str, Any], file: Path, passed: Collection[str] = ()) 
     def same(record: dict[str, Any]) -> list[Any]:
         return [record.get(name) for name in ("device", "versions", "repeats", "commit")]
 
-    if same(old) != same(new):
+    if same(old) != same(new) or new["commit"] == "unknown":
         return new
     measured = {row["workload"] for row in new["rows"]}
     rows = [row for row in old["rows"] if row["workload"] not in measured]

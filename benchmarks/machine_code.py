@@ -404,7 +404,9 @@ def heading() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities times ten")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "tf32"], help="dtypes of the operands")
+    dtypes = ["bfloat16", "float16", "float32", "tf32"]
+    usual = ["bfloat16", "float32", "tf32"]
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=usual, help="dtypes of the operands")
     parser.add_argument("--features", type=int, help="noising alone, of so many features a row")
     parser.add_argument("--every-tile", action="store_true", help="all tiles that a kernel may get, not the chosen one")
     parser.add_argument("--ones", action="store_true", help="every size and stride 1, as of the smallest operands")
@@ -413,8 +415,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="write a Markdown table here")
     options = parser.parse_args()
     if options.features:
-        dtypes = [getattr(torch, name) for name in options.dtypes]
-        launches = [launch for dtype in dtypes for launch in noising_launches(dtype, options.features)]
+        stored = [getattr(torch, name) for name in options.dtypes if name != "tf32"]  # which noising does not know
+        launches = [launch for dtype in stored for launch in noising_launches(dtype, options.features)]
     else:
         launches = all_launches(options.dtypes)
     if options.every_tile:
@@ -423,6 +425,8 @@ def main() -> None:
         launches = [with_ones(launch) for launch in launches]
     if options.doubles:
         launches = [with_doubles(launch) for launch in launches if "fp32" in launch.signature.values()]
+    if not launches:
+        parser.error("nothing is left of what was asked for")
     reports = list(dict.fromkeys(read(launch, t) for launch in launches for t in options.targets if launch.runs_on(t)))
     print(as_table(reports), end="")
     if options.json:

@@ -113,8 +113,12 @@ def torch_version(home: Path) -> str:
 
 def find_torch() -> Path:
     """Folder of the installed torch package, without importing it."""
-    paths = sysconfig.get_paths()
-    folders = [*sys.path, paths["purelib"], paths["platlib"]]
+    schemes = [sysconfig.get_default_scheme()]
+    if sys.prefix == sys.base_prefix:
+        # Outside of a virtual environment pip installs for the user, too, which its isolated builds do not see.
+        schemes.append(sysconfig.get_preferred_scheme("user"))
+    paths = [sysconfig.get_path(part, scheme) for scheme in schemes for part in ("purelib", "platlib")]
+    folders = [*sys.path, *paths]
     for home in (Path(folder or ".") / "torch" for folder in folders):
         if not (home / "include/torch/csrc/stable/library.h").is_file():
             continue
@@ -123,7 +127,8 @@ def find_torch() -> Path:
             raise CannotBuildError(f"PyTorch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}")
         return home
     raise CannotBuildError(
-        "PyTorch's headers were not found in the environment that is installed into; install torch first"
+        "PyTorch's headers were not found in the environment that is installed into; install torch first, and where it "
+        "is there, add --no-build-isolation"
     )
 
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -460,6 +461,19 @@ def _warmup_cosine(total: int) -> Callable[[int], float]:
     return lambda step: min((step + 1) / warmup, 0.5 * (1.0 + math.cos(math.pi * min(step, total) / total)))
 
 
+@contextmanager
+def _seeded(seed: int, device: str) -> Iterator[None]:
+    """The generators of the CPU and of ``device`` at ``seed``, then as they were; those of other GPUs stay as they are,
+    which `torch.manual_seed` would not leave them."""
+    gpus = [torch.device(device)] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 def _fit_network(
     name: str,
     data: _Targets,
@@ -476,9 +490,7 @@ def _fit_network(
     labels, paired = (torch.from_numpy(array[rows]).to(device) for array in (data.labels, data.paired))
     known = torch.from_numpy(labelled_rows(data.labels)[rows])
     loss = _Loss(name, settings, float(known.float().mean()), float(paired.float().mean()))
-    forked = [torch.device(device)] if device.startswith("cuda") else []
-    with torch.random.fork_rng(devices=forked):
-        torch.manual_seed(seed)
+    with _seeded(seed, device):
         network = _build(name, visual.shape[1], text.shape[1], n_classes, settings).to(device).train()
         if labels.ndim == 2 and isinstance(network.head, nn.Linear):
             nn.init.zeros_(network.head.bias).data += rate_logits(labels)

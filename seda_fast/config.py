@@ -25,6 +25,8 @@ SamplerName = Literal["ddim", "renoise"]
 
 # Both networks' blocks and three noises of conditions and heads have streams of their own from 6 on, of 256 in all.
 _MOST_BLOCKS = 123
+# Of a sum of a few decimals.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +88,9 @@ class SeDAConfig:
             f"a divisor of the width {self.width}",
         )  # fmt: skip
         check_range(self, "textual_weight", 0 <= self.textual_weight <= 1, "in 0 .. 1")
-        check_range(
-            self, "visual_weight", 0 <= self.visual_weight <= 1 - self.textual_weight, "in 0 .. 1 - textual_weight"
-        )
+        # As decimals add up to 1, whatever their roundings do.
+        fits = self.visual_weight >= 0 and self.textual_weight + self.visual_weight <= 1 + _ROUNDING
+        check_range(self, "visual_weight", fits, "in 0 .. 1 - textual_weight")
         check_range(self, "kernel_weight", 0 <= self.kernel_weight <= 1, "in 0 .. 1")
         if self.multi_label and self.class_text:
             raise ConfigError("class_text needs one class a row, so it does not go with multi_label")
@@ -102,7 +104,8 @@ class SeDAConfig:
     @property
     def semantic_weight(self) -> float:
         """Weight of the semantic head's log-probabilities: what the textual and the visual one leave."""
-        return 1 - self.textual_weight - self.visual_weight
+        rest = 1 - self.textual_weight - self.visual_weight
+        return rest if rest > _ROUNDING else 0.0
 
     def head_weights(self, heads: int) -> tuple[float, ...]:
         """Weights of the log-probabilities of three heads, semantic, textual and visual, or of four: kernel last."""

@@ -13,6 +13,7 @@ are refused even when they hold whole numbers, since that is where a wrong colum
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
@@ -281,7 +282,7 @@ def load_visual(
     if str(path) == "digits":
         part = _load_digits(test_fraction, seed).test_part
         found = VisualRows(part.visual, part.labels, part.class_names, part.ids, part.source)
-    elif Path(path).suffix.lower() == ".npy" and not Path(path).is_dir():
+    elif Path(path).suffix.lower() == ".npy" and not os.path.isdir(path):
         arrays: dict[str, Any] = {"visual": read_npy(Path(path), "visual", check_layout)}
         with naming(path):
             found = _visual_rows(arrays, str(path))
@@ -630,7 +631,7 @@ def split_rows(
     if labels.ndim == 1:
         drawn_from = _a_class_each(labels, images, drawn_from)
     if labels.ndim == 2:
-        drawn = drawn_from[held_out_rows(labels[drawn_from], test_fraction, seed)]
+        drawn = drawn_from[held_out_rows(_carried(labels, images, drawn_from), test_fraction, seed)]
     else:
         drawn = _drawn_rows(labels, drawn_from, test_fraction, seed, class_names)
     held_out = np.isin(images, images[drawn])
@@ -655,6 +656,14 @@ def _a_class_each(labels: Labels, images: Labels, first: Labels) -> Labels:
             have[classes[rarest]] += 1
             instead.append(int(of_image[one_each[rarest]]))
     return np.sort(np.concatenate((chosen, np.array(instead, dtype=np.int64))))
+
+
+def _carried(labels: Labels, images: Labels, first: Labels) -> Labels:
+    """What the rows of each image carry together, (n, K), its first rows ``first`` (n,) ascending: they go together."""
+    own = np.flatnonzero(np.isin(images, first))
+    carried = np.zeros((len(first), labels.shape[1]), dtype=labels.dtype)
+    np.maximum.at(carried, np.searchsorted(first, images[own]), labels[own])
+    return carried
 
 
 def _too_few(labels: Labels, rows: Labels, test_fraction: float) -> str:

@@ -537,8 +537,9 @@ class Stepper:
             return self._losses(batch, self.seed, self.step, shard, False)  # type: ignore[no-any-return]
         try:
             return self._losses(batch, self.seed, self.step, shard, True)  # type: ignore[no-any-return]
-        except torch._dynamo.exc.TorchDynamoException as error:
-            # No compiler is there, say; it fails at the first call, before anything has changed.
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            # No compiler is there, say, or this process compiled it in too many sizes before; it fails at the first
+            # call, before anything has changed.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._fall("engine compile", "eager", f"it failed: {reason}", lasting=True)
             self.plan, self.objective.compiled = self.plan._replace(used="eager"), None

@@ -125,7 +125,19 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         Raises:
             ValueError: data or a setting cannot be used; one sentence that names it.
             TrainingError: the loss is no longer finite.
+
+        Whatever ends it early leaves the estimator as it was, fitted or not.
         """
+        before = dict(self.__dict__)
+        try:
+            return self._fit(X, y, text, text_classes)
+        except BaseException:
+            # Else the model of before would tell of the classes of now.
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _fit(self, X: Any, y: Any, text: Any, text_classes: Any) -> SeDAClassifier:
         if self.unlabelled is not None and self.unlabelled != self.unlabelled:
             raise ConfigError("unlabelled is NaN, which no value equals; give another, such as -1")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -176,13 +188,14 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         labelled = np.ones(len(y), dtype=bool) if self.unlabelled is None else np.asarray(y != self.unlabelled)
         if not labelled.any():
             raise ValueError(f"y has no labelled row: every value is {self.unlabelled!r}, which marks unlabelled rows")
-        check_classification_targets(y if labelled.all() else np.array(y[labelled].tolist()))
+        known = y if self.unlabelled is None else _without_marks(y[labelled])
+        check_classification_targets(known)
         if labelled.all() and self.unlabelled is not None:
             _refuse_marks_of_another_type(y, self.unlabelled)
-        encoder = LabelEncoder().fit(y[labelled])
+        encoder = LabelEncoder().fit(known)
         self.classes_ = encoder.classes_
         labels = np.full(len(y), UNLABELLED, dtype=np.int64)
-        labels[labelled] = encoder.transform(y[labelled])
+        labels[labelled] = encoder.transform(known)
         return labels
 
     def _encode_indicators(self, y: NDArray[Any]) -> Labels:
@@ -270,8 +283,10 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         labelled = ~marked
         if not labelled.any():
             raise ValueError(f"y has no labelled row: every value is {self.unlabelled!r}, which marks unlabelled rows")
+        if found.ndim == 1 and labelled.all():
+            _refuse_marks_of_another_type(found, self.unlabelled)
         weights = None if sample_weight is None else np.asarray(sample_weight)[labelled]
-        return float(super().score(_safe_indexing(X, labelled), found[labelled], weights))
+        return float(super().score(_safe_indexing(X, labelled), _without_marks(found[labelled]), weights))
 
     @property
     def _n_features_out(self) -> int:
@@ -385,6 +400,15 @@ def _checked_text(text: Any, visual: NDArray[Any]) -> tuple[NDArray[Any], Mask]:
     if found.ndim and len(found) != len(visual):
         raise DataError(f"text has {len(found)} rows but X has {len(visual)}")
     return check_text("text", found, "keep")
+
+
+def _without_marks(labelled: NDArray[Any]) -> NDArray[Any]:
+    """Class labels (n,) beside which `unlabelled` stood: numbers in an array of objects, which are no classes to
+    scikit-learn, as an array of numbers."""
+    if labelled.dtype != object or labelled.ndim != 1:
+        return labelled
+    plain = np.array(labelled.tolist())
+    return plain if plain.dtype.kind in "biuf" and plain.ndim == 1 else labelled
 
 
 def _refuse_marks_of_another_type(y: NDArray[Any], unlabelled: Any) -> None:

@@ -5,6 +5,7 @@ Nothing here unpickles. `read_arrays` looks at names, shapes, dtypes and sizes b
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -26,6 +27,10 @@ Layout = Callable[[str, tuple[int, ...], "np.dtype[Any]"], None]
 
 # Deflate cannot do better than 1032 to 1; an entry that claims more lies about its size.
 _DEFLATE_LIMIT = 1032
+# Characters of a file's name that its draft's keeps.
+_STEM = 20
+# What systems say that flush no folder, or let none be opened that may not be listed.
+_NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 # Arrays of strings, which safetensors files hold as JSON in their metadata.
 STRINGS = ("class_names", "names", "names_train", "names_test")
 _SAFETENSORS_DTYPES = {
@@ -230,12 +235,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     file is removed and `path` stays as it was. An OSError becomes a DataError.
     """
     target = Path(path)
-    draft = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
+    # Of a name as long as a name may be, no longer one can be made.
+    draft = target.with_name(f".{target.stem[:_STEM]}.{secrets.token_hex(6)}{target.suffix}")
     try:
         draft.touch(exist_ok=False)
         mode = draft.stat().st_mode  # what the umask allows; some writers make files that only the owner reads
         yield draft
-        draft.chmod(mode)
+        if draft.stat().st_mode != mode:
+            with suppress(PermissionError):  # as on disks that know no rights of single files
+                draft.chmod(mode)
         flush(draft)
         draft.replace(target)
         flush(target.parent)  # a rename lasts only when its folder is on disk
@@ -255,12 +263,19 @@ def checksum(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Returns when the file or folder ``path`` is on disk, not only in the system's memory."""
-    handle = os.open(path, os.O_RDONLY)
+    """Returns when the file or folder ``path`` is on disk, not only in the system's memory.
+
+    Some file systems do that for no folder, and some folders may be written but not read: there is nothing to wait for.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FLUSH or not path.is_dir():
+            raise
 
 
 def save_npz(path: str | Path, arrays: Mapping[str, NDArray[Any]]) -> None:

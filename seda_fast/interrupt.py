@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -88,7 +88,9 @@ class Interrupts:
         if self._deferring and not self._over.wait(GRACE_SECONDS):
             os.kill(os.getpid(), number)
         if not self._over.wait(LAST_SECONDS):
-            print("stopped by force, as an operation did not return", file=sys.stderr, flush=True)
+            if sys.stderr is not None:
+                with suppress(OSError, ValueError):  # whoever reads it may have ended by the same signal
+                    print("stopped by force, as an operation did not return", file=sys.stderr, flush=True)
             os._exit(128 + number)
 
     def _heard(self, ear: socket.socket) -> int | None:

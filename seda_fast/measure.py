@@ -25,6 +25,7 @@ from .outputs import Outputs
 
 Float = NDArray[np.float32]
 
+_BLOCK = 4096  # rows looked at together
 # What a table shows of the class metrics: heading and key.
 COLUMNS = (("top-1", "top1"), ("top-5", "top5"), ("balanced", "balanced_accuracy"), ("ECE", "ece"))
 MULTI_LABEL_COLUMNS = (
@@ -74,6 +75,22 @@ def standardised_text(model: SeDA, rows: EvaluationRows) -> Float | None:
             "it is infinite in their units"
         )
     return found
+
+
+def refuse_unpredictable(model: SeDA, visual: NDArray[Any], source: str) -> None:
+    """Raises DataError where a row of the test part ``visual`` (M, Dv) is so large, in the units of the training, that
+    its prediction would not be a number: models square features to norm them and to compare rows."""
+    for begin in range(0, len(visual), _BLOCK):
+        block = float_rows(visual, np.arange(begin, min(begin + _BLOCK, len(visual))))
+        with torch.inference_mode():
+            rows = model.standardise_visual(torch.from_numpy(block).to(model.centres.device))
+            lengths = rows.square().sum(dim=1) + (rows / model.kernel.scale).square().sum(dim=1)
+        beyond = (~lengths.isfinite()).cpu().numpy()
+        if beyond.any():
+            row = begin + int(np.argmax(beyond))
+            raise DataError(
+                f"{source}: row {row} of 'visual_test' has features so large that its prediction is not a number"
+            )
 
 
 def raw_class_texts(model: SeDA) -> Float | None:

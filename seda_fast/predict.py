@@ -139,11 +139,19 @@ def _refuse_own_files(folder: Path, data: str, written: Mapping[str, Path | None
         if path is None or not path.exists():
             continue
         for read in (folder / WEIGHTS_FILE, Path(data)):
-            if read.exists() and path.samefile(read):
+            if _same_file(path, read):
                 raise DataError(f"{option} {path} is what is read")
         for name in RESULTS:
-            if (folder / name).exists() and path.samefile(folder / name):
+            if _same_file(path, folder / name):
                 raise DataError(f"{option} {path} is of the model's training; give another name")
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    """No where ``other`` is not there or may not be looked at: reading it says that by its name."""
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

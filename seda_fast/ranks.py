@@ -145,6 +145,11 @@ def _announced(more: Sequence[str] = ()) -> int:
             f"WORLD_SIZE is {told} in the environment, but {missing[0]} is not set; start several ranks with "
             "torchrun, or unset WORLD_SIZE"
         )
+    rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "1")
+    if int(told) > 1 and not (rank.isdecimal() and int(rank) < int(told)):
+        raise ConfigError(f"RANK is {rank!r} in the environment, which is none of 0 .. {int(told) - 1}")
+    if int(told) > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise ConfigError(f"MASTER_PORT is {port!r} in the environment, which is no port")
     return int(told)
 
 
@@ -165,6 +170,17 @@ def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
     return type(error) is RuntimeError and any(name in str(error).lower() for name in names)
 
 
+def _met() -> tuple[Any, int, int]:
+    """The ranks' common store, this one's number and how many there are."""
+    try:
+        found: tuple[Any, int, int] = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    except (ValueError, dist.DistError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(f"the ranks cannot meet at {place} (MASTER_ADDR, MASTER_PORT): {said}") from error
+    return found
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Joins the ranks that ``torchrun`` announces in the environment; without it this process is alone.
@@ -172,7 +188,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     gloo carries what lies on the host, nccl what lies on a GPU; each rank of a host takes one GPU.
 
     Raises:
-        ConfigError: there are more ranks than GPUs on this host, or the environment tells of ranks by half.
+        ConfigError: there are more ranks than GPUs on this host, the environment tells of ranks by half, or they do
+            not meet where it says.
         RankLost: another rank ended while this one waited for it.
     """
     world = _announced(("LOCAL_RANK",) if device.type == "cuda" else ())
@@ -181,7 +198,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(_own_gpu())
-    store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    store, rank, world = _met()
     # torchrun's store may outlive a restart, and with it the addresses of processes that are no more.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -289,9 +289,7 @@ def interaction_block_backward(
     grad_gate = grad_hidden * pre * sigmoid
     grad_pre = grad_hidden * gate * sigmoid * (1 + pre * (1 - sigmoid))
 
-    centred = h - h.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
-    normed = centred * rstd
+    normed, rstd = _normed(h)
     grad_z = grad_pre @ w_h
     grad_normed = grad_z * (1 + scale[tau])
     inner = grad_normed - grad_normed.mean(-1, keepdim=True)
@@ -417,11 +415,18 @@ def interaction_network_backward(
     return [*ends, *(value for parts in found for value in parts), *d_conditions]
 
 
+def _normed(h: Tensor) -> tuple[Tensor, Tensor]:
+    """``n(h)`` (B, d) and the reciprocal deviations (B, 1), computed in at least float32: the square of what lies 256
+    from a row's mean is no number of float16."""
+    centred = h.to(torch.promote_types(h.dtype, torch.float32))
+    centred = centred - centred.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+    return (centred * rstd).to(h.dtype), rstd.to(h.dtype)
+
+
 def _layer_norm_backward(h: Tensor, grad: Tensor) -> Tensor:
     """Gradient of `layer_norm` (B, d) from that of its result."""
-    centred = h - h.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
-    normed = centred * rstd
+    normed, rstd = _normed(h)
     return rstd * (grad - grad.mean(-1, keepdim=True) - normed * (grad * normed).mean(-1, keepdim=True))
 
 
@@ -639,8 +644,10 @@ def reverse_chain(
     normed_condition, gates = embed_condition(condition, w_c, b_c, w_g, b_g)
     gate = gates.chunk(len(w_h), dim=1)
     first_row = torch.zeros(initial.shape[0], dtype=torch.int64, device=initial.device)
-    a, b, c, e, w = coefficients.to(initial.dtype).unbind(1)
-    x, result = initial, torch.zeros_like(initial)
+    # A rounded coefficient would err the same way at every row: bfloat16 has three digits.
+    wide = torch.promote_types(initial.dtype, torch.float32)
+    a, b, c, e, w = coefficients.to(wide).unbind(1)
+    x, result = initial, torch.zeros_like(initial, dtype=wide)
     for i in range(coefficients.shape[0]):
         h = F.linear(x, w_x, b_x) + normed_condition
         for layer in range(len(w_h)):
@@ -662,8 +669,9 @@ def reverse_chain(
         if i + 1 < coefficients.shape[0]:
             x = a[i] * x0_hat + b[i] * x + c[i] * source
             if noisy:
-                x = x + e[i] * normals(seed, step + 1 + i, sample_ids, x.shape[1], stream).to(x.dtype)
-    return result
+                x = x + e[i] * normals(seed, step + 1 + i, sample_ids, x.shape[1], stream).to(wide)
+            x = x.to(initial.dtype)
+    return result.to(initial.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from . import multi_label_sections as multi_label
 from .arrays import labelled_rows
 from .arrays import rows as float_rows
 from .command import choose_device, progress, run, settings_of
+from .command import report as say
 from .config import check_given, check_range, check_types, setting
 from .data import FeatureSet, told_rows, told_texts
 from .files import DataError, atomic_path, make_folder, output_file
@@ -361,7 +362,7 @@ def from_data(config: ReportConfig, run: Run, model: SeDA) -> tuple[list[str], t
     except DataError as error:
         if config.data:
             raise
-        print(f"{PROGRAM}: without alignment by step: {error}", file=sys.stderr)
+        say(PROGRAM, f"without alignment by step: {error}")
         missing = f"Not shown, since the run's data could not be read: {error}"
         return [section("Data and alignment", paragraph(missing))], None
     return [data_section(run, data), alignment_section(run, data, model, config.rows)], data.names_test

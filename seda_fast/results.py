@@ -1,12 +1,14 @@
 """The folder of a run's results: its files, that it appears whole or not at all, and where an unfinished run lives.
 
 While a run is unfinished, ``OUT.unfinished`` beside its results holds the lock, the checkpoints and the draft of the
-results; it goes when the results are there.
+results; it goes when the results are there. Where ``OUT`` is a mounted volume, ``OUT/.unfinished`` does: what lies
+beside it is on another file system, from which nothing can be moved, and which a container loses.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .checkpoint import Checkpoints
-from .files import DataError, check_writable, flush
+from .files import DataError, atomic_path, check_writable, flush
 from .loop import Epoch
 from .nn import WEIGHTS_FILE
 
@@ -37,6 +39,8 @@ def unfinished_folder(out: Path) -> Path:
     Beside the folder itself where ``out`` is a link to it: two runs by two names of a folder meet there.
     """
     place = Path(os.path.realpath(out))
+    if os.path.ismount(place):
+        return place / ".unfinished"
     return place.parent / f"{place.name}.unfinished"
 
 
@@ -112,13 +116,16 @@ def _remove_stale(draft: Path, out: Path) -> None:
 
 
 def _move(draft: Path, out: Path) -> None:
-    """All files of ``draft`` to ``out``, by one rename where nothing is there yet; they are on disk when it returns."""
+    """All files of ``draft`` to ``out``, by one rename where nothing is there yet; they are on disk when it returns.
+
+    An empty folder that is there is the user's, with its rights, and may be where their shell is: it stays.
+    """
     files = sorted(path for path in draft.rglob("*") if path.is_file())
     for path in [*files, *{file.parent for file in files}]:
         flush(path)
     renamed = False
-    with suppress(OSError):  # there is something, or a link to a folder: file by file then
-        if not out.is_symlink():
+    with suppress(OSError):  # the folder above may not be there yet
+        if not os.path.lexists(out):
             draft.rename(out)
             renamed = True
     if renamed:
@@ -127,9 +134,20 @@ def _move(draft: Path, out: Path) -> None:
     for file in files:
         target = out / file.relative_to(draft)
         target.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target)
+        _replace(file, target)
     for folder in {(out / file.relative_to(draft)).parent for file in files}:
         flush(folder)
+
+
+def _replace(file: Path, target: Path) -> None:
+    """``target`` is ``file`` then; of another mount, which may be one of the same file system, by a copy."""
+    try:
+        file.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with atomic_path(target) as copy:
+            shutil.copyfile(file, copy)
 
 
 @contextmanager
@@ -146,10 +164,11 @@ def _locked(place: Path, out: Path, report: Callable[[str], None]) -> Iterator[N
     try:
         yield
     finally:
-        with suppress(OSError):  # the folder stays where checkpoints are in it
+        with suppress(OSError):
             (place / _LOCK_FILE).unlink()
+        file.close()  # before the folder goes: NFS keeps an open file's content in it
+        with suppress(OSError):  # the folder stays where checkpoints are in it
             place.rmdir()
-        file.close()
 
 
 def _acquire(place: Path, out: Path, report: Callable[[str], None]) -> IO[str]:

@@ -37,7 +37,16 @@ from .figures import write_figures
 from .files import atomic_path
 from .interrupt import Interrupts
 from .loop import Epoch, Keeping, Telling, Trainer, TrainingSet
-from .measure import alignment, class_metrics, outputs_metrics, peak_memory_bytes, standardised_text, table, versions
+from .measure import (
+    alignment,
+    class_metrics,
+    outputs_metrics,
+    peak_memory_bytes,
+    refuse_unpredictable,
+    standardised_text,
+    table,
+    versions,
+)
 from .nn import SeDA
 from .nn.multi_label import labelled_rows as are_labelled
 from .nn.scaling import Scaling
@@ -132,7 +141,9 @@ def parse(argv: Sequence[str] | None) -> Settings:
 
 def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) -> dict[str, Baseline]:
     """All baselines that these standardised rows can train, with the settings they were tuned for."""
-    visual, text, labels, paired, _ = rows.rows(torch.arange(len(rows), device=rows.device))
+    # Not by a gather of all rows, which may take up to half of the memory as they are.
+    visual, labels, paired = rows.visual, rows.labels, rows.paired
+    text = rows.text if rows.text_classes is None else rows.text_classes[labels.clamp(min=0)]
     text = text.masked_fill(~paired[:, None], float("nan"))
     arrays = (visual.cpu().numpy(), text.cpu().numpy(), labels.cpu().numpy())
     labelled, with_text = labelled_rows(arrays[2]), paired.cpu().numpy()
@@ -150,9 +161,10 @@ def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) 
                 options["epochs"] = enough_epochs(int(learned[name].sum()))
             try:
                 found[name] = fit_baseline(name, *arrays, **options)
-            except ValueError as error:
+            except (ValueError, MemoryError) as error:
                 # SeDA needs less of the rows: its training, which is done, is not lost for that.
-                report(PROGRAM, f"the baseline {name} cannot be trained on these rows and is left out: {error}")
+                said = "there is not enough memory" if isinstance(error, MemoryError) else error
+                report(PROGRAM, f"the baseline {name} cannot be trained on these rows and is left out: {said}")
             bar.update()
     return found
 
@@ -348,7 +360,9 @@ def train_and_evaluate(
     )
     config = settings.model_config(data)
     model, rows = _prepared(data, config, settings, device, ranks)
-    standardised_text(model, data.test_part)  # refuses what could not be measured after hours
+    # What could not be predicted or measured is refused now, not after hours.
+    refuse_unpredictable(model, data.visual_test, data.source)
+    standardised_text(model, data.test_part)
     for sentence in _worth_saying(settings.run, data, rows, model) if ranks.first else ():
         report(PROGRAM, sentence)
     if settings.run.baselines and not isinstance(rows, TrainingSet):

@@ -281,9 +281,10 @@ def test_a_peer_that_does_not_load_is_named_with_the_reason(
 
 
 def test_a_later_run_keeps_what_an_earlier_one_measured_of_other_workloads(
-    harness: Any, contest: Any, repository: Path, tmp_path: Path
+    harness: Any, contest: Any, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "device.json"
+    monkeypatch.setattr(harness, "commit", lambda root: "0123456789ab")
     for name in ("first", "second", "second"):
         contest.rows.clear()
         contest.growth = {name: {"slope": 1.0}}
@@ -303,6 +304,9 @@ def test_a_later_run_keeps_what_an_earlier_one_measured_of_other_workloads(
     assert again == {"third: compiled": "OSError", "b.py::new": "failed", "fourth: peer": "ImportError"}
     file.write_text("{")
     assert len(harness.with_earlier(harness.as_json(contest, repository), file)["rows"]) == 1
+    file.write_text(json.dumps({**found, "commit": "unknown"}))
+    monkeypatch.setattr(harness, "commit", lambda root: "unknown")
+    assert len(harness.with_earlier(harness.as_json(contest, repository), file)["rows"]) == 1, "of whatever code"
 
 
 def test_a_record_of_changed_files_says_so(harness: Any, tmp_path: Path) -> None:
@@ -321,7 +325,10 @@ def test_a_record_of_changed_files_says_so(harness: Any, tmp_path: Path) -> None
     (records / "device.json").write_text("2")
     assert harness.commit(tmp_path) == clean
     (tmp_path / "code.py").write_text("2")
-    assert harness.commit(tmp_path) == f"{clean}-dirty"
+    one = harness.commit(tmp_path)
+    assert one.startswith(f"{clean}-dirty-")
+    (tmp_path / "code.py").write_text("3")
+    assert harness.commit(tmp_path).startswith(f"{clean}-dirty-") and harness.commit(tmp_path) != one
     assert harness.commit(tmp_path / "nowhere") == "unknown"
 
 

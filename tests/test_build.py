@@ -642,7 +642,17 @@ def test_torch_is_found_without_importing_it_and_an_old_one_is_refused(
     with pytest.raises(build_module.CannotBuildError, match=r"PyTorch 2\.9\.1 is older than 2\.10"):
         build_module.find_torch()
     monkeypatch.setattr(sys, "path", [])
-    monkeypatch.setattr(build_module.sysconfig, "get_paths", lambda: {"purelib": "/", "platlib": "/"})
+    user = build_module.sysconfig.get_preferred_scheme("user")
+    monkeypatch.setattr(build_module.sysconfig, "get_path", lambda part, scheme: "/")
+    with pytest.raises(build_module.CannotBuildError, match="headers were not found"):
+        build_module.find_torch()
+    # A user's own packages, which pip's isolated builds do not see.
+    (old / "version.py").write_text("__version__ = '2.11.0'\n")
+    own = {user: str(tmp_path)}
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr(build_module.sysconfig, "get_path", lambda part, scheme: own.get(scheme, "/"))
+    assert build_module.find_torch() == old
+    monkeypatch.setattr(sys, "prefix", "/elsewhere")
     with pytest.raises(build_module.CannotBuildError, match="headers were not found"):
         build_module.find_torch()
 

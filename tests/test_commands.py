@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -963,6 +965,51 @@ def test_names_that_are_too_long_are_one_sentence(trained: Path, tmp_path: Path)
         assert done.returncode == 2
         (sentence,) = done.stderr.splitlines()
         assert "File name too long" in sentence
+    (tmp_path / "a.csv").touch()
+    for name in (f"{long}.npy", f"{long}.npz"):
+        done = run_module("seda_fast.predict", *given[:2], "--data", name, "--out", "a.csv", cwd=tmp_path)
+        assert done.returncode == 2
+        (sentence,) = done.stderr.splitlines()
+        assert "File name too long" in sentence
+    # The longest name that there can be.
+    longest = f"{'l' * 251}.csv"
+    assert run_module("seda_fast.predict", *given, longest, cwd=tmp_path).returncode == 0
+    assert (tmp_path / longest).stat().st_size > 100
+
+
+def test_what_a_disk_cannot_do_beside_writing_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some know no rights of single files, some flush no folder."""
+
+    def refuse(self: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    fsync = os.fsync
+
+    def files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with atomic_path(tmp_path / "a.csv") as draft:
+        draft.write_text("x")
+    assert (tmp_path / "a.csv").read_text() == "x"
+    with atomic_path(tmp_path / "a.csv") as draft:  # as writers do that make files for their owner alone
+        os.chmod(draft, 0o600)
+        draft.write_text("y")
+    assert (tmp_path / "a.csv").read_text() == "y"
+    monkeypatch.setattr(os, "fsync", refuse_all)
+    with (
+        pytest.raises(DataError, match=r"a\.csv cannot be written: Input/output error"),
+        atomic_path(tmp_path / "a.csv") as draft,
+    ):
+        draft.write_text("z")
+    assert (tmp_path / "a.csv").read_text() == "y"
+
+
+def refuse_all(handle: int) -> None:
+    raise OSError(errno.EIO, "Input/output error")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1065,6 +1112,22 @@ def test_a_text_that_cannot_be_measured_is_refused_before_the_training(
     assert train.main(given_near) == 0
     assert evaluate.main(["--model", str(tmp_path / "run"), *given]) == 2
     assert far in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [3e38, 3e16])
+def test_features_that_cannot_be_predicted_are_refused_before_the_training(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    with np.load(trained / "data.npz") as source:
+        arrays = dict(source)
+    arrays["visual_train"] = (1e-3 * arrays["visual_train"]).astype(np.float32)
+    arrays["visual_test"] = (1e-3 * arrays["visual_test"]).astype(np.float32)
+    arrays["visual_test"][7, 0] = value
+    np.savez(tmp_path / "far.npz", **arrays)
+    assert train.main(["--data", str(tmp_path / "far.npz"), "--out", str(tmp_path / "run"), *TINY]) == 2
+    said = "far.npz: row 7 of 'visual_test' has features so large that its prediction is not a number"
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["far.npz"]
 
 
 def test_a_signal_leaves_no_files_of_two_runs(split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

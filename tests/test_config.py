@@ -71,3 +71,12 @@ def test_settings_are_frozen_and_integers_pass_as_floats() -> None:
     assert isinstance(config.learning_rate, float)
     with pytest.raises(AttributeError):
         config.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("textual", "visual"), [(0.8, 0.2), (0.9, 0.1), (0.7, 0.3), (0.6, 0.4), (1.0, 0.0)])
+def test_weights_that_add_up_to_1_as_decimals_leave_nothing(textual: float, visual: float) -> None:
+    """1 - 0.8 is less than 0.2 in binary."""
+    found = SeDAConfig(visual_dim=2, text_dim=2, n_classes=2, textual_weight=textual, visual_weight=visual)
+    assert found.semantic_weight == 0
+    with pytest.raises(ConfigError, match="visual_weight must be"):
+        SeDAConfig(visual_dim=2, text_dim=2, n_classes=2, textual_weight=textual, visual_weight=visual + 1e-3)

@@ -396,12 +396,13 @@ def test_tf32_needs_a_gpu() -> None:
         trainer(precision="tf32")
 
 
-def test_a_compiler_that_fails_is_told_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["TorchDynamoException", "FailOnRecompileLimitHit"])
+def test_a_compiler_that_fails_is_told_and_training_goes_on(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     import torch._dynamo
 
     def failing(function: Any, **options: Any) -> Any:
         def fail(*args: Any) -> Any:
-            raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a long story")
+            raise getattr(torch._dynamo.exc, kind)("no compiler\nand a long story")
 
         return fail
 

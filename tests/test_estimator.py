@@ -548,3 +548,41 @@ def test_files_of_another_model_are_neither_mixed_nor_written(
     with pytest.raises(DataError, match=r"holds a training run \(metrics.json\)"):
         fitted.save_pretrained(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.json"]
+
+
+def test_a_fit_that_fails_leaves_what_was_fitted_before(data: Sample) -> None:
+    """Else the old model's columns would go by the new classes' names."""
+    visual, labels, text = data.visual, data.labels, data.text
+    model = SeDAClassifier(**SMALL, random_state=0).fit(visual, np.array(["a", "b", "c"])[labels], text=text)
+    before, kept = model.predict(visual), dict(vars(model))
+    with pytest.raises(ValueError, match="text"):
+        model.fit(visual[:, :3], np.array(["x", "y", "z"])[labels], text=np.full_like(text, np.inf))
+    assert vars(model) == kept
+    assert np.array_equal(model.predict(visual), before)
+    fresh = SeDAClassifier(**SMALL, random_state=0)
+    with pytest.raises(ValueError, match="text"):
+        fresh.fit(visual, labels, text=np.full_like(text, np.inf))
+    assert not [name for name in vars(fresh) if name.endswith("_") and not name.startswith("_")]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_numbers_beside_a_mark_of_another_type_are_fitted_and_scored(data: Sample, marked: bool) -> None:
+    """As a frame's column of objects: scikit-learn takes an array of them for no classes."""
+    visual, labels, text = data.visual, data.labels, data.text
+    y = labels.astype(object)
+    if marked:
+        y[::4] = "?"
+    model = SeDAClassifier(**SMALL, random_state=0, unlabelled="?").fit(visual, y, text=text)
+    plain = SeDAClassifier(**SMALL, random_state=0, unlabelled=-1)
+    plain.fit(visual, np.where(y == "?", -1, labels), text=text)
+    assert model.classes_.tolist() == [0, 1, 2]
+    assert np.array_equal(model.predict(visual), plain.predict(visual))
+    assert model.score(visual, y) == plain.score(visual, np.where(y == "?", -1, labels))
+
+
+def test_a_mark_that_became_text_is_refused_by_score_too(data: Sample) -> None:
+    visual, labels, text = data.visual, data.labels, data.text
+    names = np.array(["a", "b", "c"])[labels]
+    model = SeDAClassifier(**SMALL, random_state=0).fit(visual, names, text=text)
+    with pytest.raises(ValueError, match="y holds '-1', but unlabelled is -1"):
+        model.score(visual[:2], ["a", -1])

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-from benchmarks.quality import explore, explored, methods
-from benchmarks.quality.regimes import Rows, Task
-from benchmarks.quality.runs import Job, Record, Runs
+from benchmarks.quality import explore, explored, methods, workers
+from benchmarks.quality.regimes import SETS, Rows, Task
+from benchmarks.quality.runs import Job, Record, Runs, weight_name
 from benchmarks.quality.variants import _SGD, VARIANTS, _FastSGD, _Muon, _Split, _Warped
 from seda_fast import engine
 from seda_fast.nn.schedule import NoiseSchedule
@@ -181,6 +181,28 @@ def test_page_tells_differences_on_the_same_folds(tmp_path: Path) -> None:
     assert "| DDIM | 20 | 10, 10.000, 10.0 |" in text
     assert "| the estimate noised afresh at every step; the last | 5 | 2.5, 2.500, 2.5 |" in text
     assert "cosine" not in text.split("## Other ways")[0].split("## With all labels")[1].splitlines()[4]
+
+
+def test_trainings_of_an_earlier_recipe_are_not_added_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of today's recipe less one of an earlier one's would be told as the effect of what the variant changes."""
+    monkeypatch.setattr(workers, "make", lambda runs, wanted, *rest: [runs.add(made("mixup_all", 1, 93.0))])
+    (tmp_path / f"{SETS['cub10']}.npz").write_bytes(b"")
+    runs = Runs(tmp_path / "runs.jsonl")
+    runs.add(made("defaults", 1, 90.0))
+    chosen = ["--data", str(tmp_path), "--sets", "cub10", "--runs", str(runs.path), "--out", str(tmp_path / "page.md")]
+    before = runs.path.read_text()
+    assert explore.main(chosen) == 2
+    said = capsys.readouterr().err
+    assert "trainings of an earlier recipe" in said and said.count("\n") == 1
+    assert runs.path.read_text() == before and not (tmp_path / "page.md").exists()
+    runs.path.unlink()
+    record = made("defaults", 1, 90.0)
+    record.metrics[weight_name(0.0, "kernel")] = 80.0
+    Runs(runs.path).add(record)
+    assert explore.main(chosen) == 0
+    assert "earlier recipe" not in (tmp_path / "page.md").read_text(encoding="utf-8").replace("today's", "earlier")
 
 
 def test_variants_need_labels_where_they_say_so() -> None:

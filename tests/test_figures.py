@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -182,3 +183,12 @@ def test_a_failed_write_leaves_no_half_picture(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(DataError, match=r"loss\.png cannot be written: No space left"):
         write_figures(tmp_path, **inputs())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_letters_are_not_set_by_latex(tmp_path: Path) -> None:
+    """Whoever writes papers may have said so for all figures: class names and captions are none of its language."""
+    with matplotlib.rc_context({"text.usetex": True}):
+        written = write_figures(tmp_path / "tex", **inputs())
+    write_figures(tmp_path / "plain", **inputs())
+    for path in written:
+        assert path.read_bytes() == (tmp_path / "plain" / path.name).read_bytes()

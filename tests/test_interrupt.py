@@ -55,3 +55,15 @@ def test_the_wait_has_an_end_even_where_nothing_returns(kind: str) -> None:
         "hears": ("stopped by SIGTERM\n", ""),
         "deaf": ("", "stopped by force, as an operation did not return\n"),
     }[kind]
+
+
+def test_the_end_comes_where_nobody_reads_that_it_does() -> None:
+    """Of "... 2>&1 | tee log" Ctrl-C ends tee as well."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGS, "deaf"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "ready\n"
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143

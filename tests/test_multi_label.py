@@ -588,3 +588,15 @@ def test_shop_photos_are_classified_as_well_as_by_a_linear_probe(shared_data: Pa
     chance = 100 * content["label_test"].mean()
     assert found["map"] > 8 * chance
     assert found["map"] > reference["map"] - 1
+
+
+def test_a_class_of_an_image_s_second_rows_is_not_lost_from_training() -> None:
+    """An image with two captions whose labels differ: the classes of both go with it."""
+    features = np.random.default_rng(0).normal(size=(21, 4)).astype(np.float32)
+    features[20] = features[0]
+    labels = np.zeros((21, 2), np.int64)
+    labels[:20, 0] = np.arange(20) % 2 == 0
+    labels[20, 1] = 1
+    for seed in range(20):
+        found = FeatureSet.from_arrays(features, features, labels, seed=seed)
+        assert (found.label_train[:, 1] > 0).any(), seed

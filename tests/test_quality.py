@@ -1,5 +1,6 @@
 """The quality harness: its regimes, its folds, its statistics, and that a stopped command goes on."""
 
+import gzip
 import itertools
 import json
 import os
@@ -393,14 +394,21 @@ def test_folds_that_nothing_was_chosen_on_are_measured_and_shown(folder: Path) -
     records += [record("mlp", "fresh 2/2", 99.0, {"epochs": 3}), record("mlp", "cv 2/2", 99.0)]
     (found,) = summary.cross_validated(records, {})
     assert found == {
-        "set": "cub10", "regime": "full", "folds": 2, "top1": {"seda": 82.0, "mlp": 80.0, "linear": 75.5},
+        "set": "cub10", "regime": "full", "folds": 2, "of": 2, "top1": {"seda": 82.0, "mlp": 80.0, "linear": 75.5},
         "best_baseline": "mlp", "difference": 2.0, "standard_error": pytest.approx(1.0),
     }  # fmt: skip
     assert summary.cost_of_selection(records) == (1, 1.0)
     assert summary.summarise(records, {}) == []
     text = page.markdown([], {}, "make it", (0, 0.0), [found])
-    assert "`make it --cross-validate 2 --regimes full`" in text
+    assert "(`make it --cross-validate 2 --folds 2 --regimes full`)" in text
     assert "| cub10 full | 82.0 | 75.5 | 80.0 | - | - | - | - | +2.0 ± 1.0 | 2 |" in text
+    # Folds of another size train on another share of the rows, and are no part of the same mean.
+    thirds = [record(m, f"fresh {k}/3", 50.0 + k) for m in ("seda", "linear") for k in range(3)]
+    both = summary.cross_validated([*records, *thirds], {})
+    assert [(row["of"], row["folds"], row["top1"]["seda"]) for row in both] == [(2, 2, 82.0), (3, 3, 51.0)]
+    text = page.markdown([], {}, "make it", (0, 0.0), both)
+    assert "--cross-validate 2 --folds 2 --regimes full`, `make it --cross-validate 3 --regimes full`" in text
+    assert "| 2, of 1/2 each |" in text
 
 
 def test_command_writes_tables_and_pictures_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -423,6 +431,78 @@ def test_command_writes_tables_and_pictures_and_goes_on(folder: Path, capsys: py
     assert "give --data" in capsys.readouterr().err
 
 
+def test_records_are_not_continued_with_another_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor folds with other titles, by which rows are kept together."""
+    out, titles = folder / "out", folder / f"{SETS['cub10']}.texts.json.gz"
+    paths = ["--runs", str(out / "runs.jsonl"), "--out", str(out / "quality.json"), "--docs", str(out)]
+    chosen = ["--data", str(folder), "--sets", "cub10", "--regimes", "full", "--methods", "linear", *paths]
+    with gzip.open(titles, "wt") as stream:
+        json.dump({"train": [str(i) for i in range(60)]}, stream)
+    assert command.main([*chosen, "--seeds", "1", "--cross-validate", "2"]) == 0
+    titles.unlink()
+    assert command.main([*chosen, "--seeds", "1"]) == 0  # of a test part no title is asked
+    before = (out / "runs.jsonl").read_bytes()
+    capsys.readouterr()
+    assert command.main([*chosen, "--cross-validate", "4"]) == 2
+    assert f"another {titles.name}" in capsys.readouterr().err
+    file = folder / f"{SETS['cub10']}.npz"
+    with np.load(file) as source:
+        arrays = {**source}
+    np.savez(file, **{**arrays, "visual_train": arrays["visual_train"] + 1})
+    assert command.main([*chosen, "--seeds", "2"]) == 2
+    said = capsys.readouterr().err
+    assert f"has records of another {file.name}" in said and said.count("\n") == 1
+    assert (out / "runs.jsonl").read_bytes() == before
+    np.savez(file, a=np.ones(1))
+    assert command.main([*chosen, "--seeds", "1"]) == 2
+    said = capsys.readouterr().err
+    assert str(file) in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--folds", "1"], "--folds must be at least 2, not 1"),
+        (["--cross-validate", "2", "--folds", "0"], "--folds must be at least 2, not 0"),
+        (["--select", "3", "--repeats", "0"], "--repeats must be at least 1, not 0"),
+        (["--seeds", "0"], "--seeds must be at least 1, not 0"),
+        (["--cross-validate", "-1"], "--cross-validate must be at least 0, not -1"),
+        (["--workers", "0"], "--workers must be at least 1, not 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_counts_that_measure_nothing_are_refused(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        command.arguments(options)
+    assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_is_given_beside_quick_counts(folder: Path) -> None:
+    given = ["--quick", "--sets", "cub10", "--methods", "mlp", "--seeds", "3"]
+    found = command.arguments(given)
+    assert (found.sets, found.methods, found.seeds) == (["cub10"], ["mlp"], 3)
+    assert found.regimes == command.QUICK["regimes"]
+    assert found.selected == command.ROOT / command.PUBLISHED["selected"]
+    # Settings that are chosen quickly do not take the place of the published ones.
+    assert command.arguments([*given, "--select", "2"]).selected == command.ROOT / "runs/quality_quick/selected.json"
+
+
+def test_a_choice_for_one_set_keeps_what_others_took(folder: Path) -> None:
+    def choice(name: str, seconds: float) -> dict[str, dict[str, Any]]:
+        of_seda = {"seconds": {name: seconds}, "visual_weights": {f"{name} full": {"1": seconds}}, "sets": [name]}
+        shown = {"settings": {}, "tried": 2, "default_top1": 1.0, "top1": 1.0, "standard_error": 0.0}
+        of_seda |= {"precision": "fp32", "float32": {"gain": 0.0, "standard_error": 0.0, "trainings": 3}}
+        return {"seda": {**shown, **of_seda}, f"mlp on {name}": shown}
+
+    found = selection.merged(selection.merged({}, choice("a", 1.0)), choice("b", 2.0))
+    assert set(found) == {"seda", "mlp on a", "mlp on b"}
+    assert found["seda"]["seconds"] == {"a": 1.0, "b": 2.0}
+    assert set(found["seda"]["visual_weights"]) == {"a full", "b full"}
+    assert "| seda, on b | 2 |" in page.markdown([], found, "make it", (0, 0.0))
+
+
 def own_set(folder: Path, rng: np.random.Generator, **others: object) -> None:
     """A set as users have it, ``folder``/mine.npz, without a test part."""
     rows = made_rows(rng, 120)
@@ -438,11 +518,12 @@ def test_a_set_of_one_s_own_is_measured_for_itself(
     own_set(tmp_path, rng)
     monkeypatch.setattr(command, "ROOT", tmp_path / "root")
 
-    def make(runs: Runs, wanted: Sequence[Job], folder: Path, *rest: object) -> None:
+    def make(runs: Runs, wanted: Sequence[Job], folder: Path, *rest: object) -> list[object]:
         for job in wanted:
             probe = replace(job, method="linear")
             found = measure(probe, selection.task_of(probe, load(job.set, folder)))
             runs.add(replace(found, job=job, alignment=aligned, alignment_point=aligned))
+        return []
 
     monkeypatch.setattr(workers, "make", make)
     chosen = ["--data", str(tmp_path), "--sets", "mine", "--regimes", "full", "tail", "--methods", "seda", "linear"]
@@ -469,6 +550,38 @@ def test_a_set_of_one_s_own_is_measured_for_itself(
     assert command.main([*chosen, "--seeds", "1", "--runs", str(tmp_path / "other.jsonl")]) == 0
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_set_of_one_s_own_has_too_little_text_for_is_left_out_and_named(
+    tmp_path: Path,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    processes: int,
+) -> None:
+    """A probe on texts of one class cannot be, and what follows is measured for all that."""
+    rows = made_rows(rng, 120)
+    text = np.where((rows.labels == 0)[:, None], rows.text, np.float32(np.nan))
+    tests = {"visual_test": rows.visual[:30], "text_test": rows.text[:30], "label_test": rows.labels[:30]}
+    own_set(tmp_path, rng, text_train=text, **tests)
+    monkeypatch.setattr(command, "ROOT", tmp_path / "root")
+    chosen = ["--data", str(tmp_path), "--sets", "mine", "--regimes", "full", "--seeds", "1"]
+    chosen += ["--workers", str(processes)]
+    assert command.main([*chosen, "--methods", "one_step_mse", "linear"]) == 0
+    said = capsys.readouterr().err
+    assert "left out: one_step_mse on mine in the regime full, seed 0: labels: a linear probe needs" in said
+    measured = {r.job.method for r in Runs(tmp_path / "root/runs/quality_own/runs.jsonl")}
+    assert measured == {"linear"}
+    assert command.main([*chosen, "--methods", "one_step_mse", "--select", "2"]) == 2
+    assert "no settings can be chosen: one_step_mse on mine" in capsys.readouterr().err
+
+
+def test_no_text_at_all_has_the_units_it_comes_in(task: Task) -> None:
+    without = replace(task, train=replace(task.train, text=np.full_like(task.train.text, np.nan)))
+    found = methods.standardised(without, 0)
+    assert np.array_equal(found.test.text, task.test.text)
+    assert measure(Job("mine", "full", "linear", "test", 0), without).metrics["top1"] > 50
+
+
 def test_on_a_set_of_one_s_own_settings_are_chosen_for_the_others_alone(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,10 +589,11 @@ def test_on_a_set_of_one_s_own_settings_are_chosen_for_the_others_alone(
     own_set(tmp_path, rng)
     monkeypatch.setattr(command, "ROOT", tmp_path / "root")
 
-    def make(runs: Runs, wanted: Sequence[Job], *rest: object) -> None:
+    def make(runs: Runs, wanted: Sequence[Job], *rest: object) -> list[object]:
         for job in wanted:
             metrics = {"top1": int(job.key, 16) % 997 / 10, **{weight_name(w): 1.0 for w in VISUAL_WEIGHTS}}
             runs.add(Record(job, metrics, None, None, np.zeros(30, bool), 1.0))
+        return []
 
     monkeypatch.setattr(workers, "make", make)
     chosen = ["--data", str(tmp_path), "--sets", "mine", "--regimes", "tail"]
@@ -546,10 +660,11 @@ def test_the_quick_command_measures_anew_and_leaves_what_is_published(
     known: list[int] = []
     aligned = dict.fromkeys(("frechet", "frechet_floor", "cosine", "recall_at_1", "recall_at_10"), 1.0)
 
-    def make(runs: Runs, wanted: Sequence[Job], *rest: object) -> None:
+    def make(runs: Runs, wanted: Sequence[Job], *rest: object) -> list[object]:
         known.append(len(runs.records))
         for job in wanted:
             runs.add(Record(job, {"top1": 50.0}, aligned, None, np.ones(4, bool), 1.0))
+        return []
 
     monkeypatch.setattr(workers, "make", make)
     for _ in range(2):

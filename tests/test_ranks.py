@@ -214,6 +214,36 @@ def test_more_ranks_than_gpus_are_refused_before_nccl_is(monkeypatch: pytest.Mon
         pass
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc' in the environment, which is no port"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is '70000' in the environment, which is no port"),
+        ({"RANK": "x"}, "RANK is 'x' in the environment, which is none of 0 .. 1"),
+        ({"RANK": "2"}, "RANK is '2' in the environment, which is none of 0 .. 1"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_ranks_that_are_told_nonsense_are_refused(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], said: str
+) -> None:
+    usual = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**usual, **told}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(said)), joined(torch.device("cpu")):
+        pass
+
+
+def test_ranks_that_cannot_meet_are_told_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        place = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"cannot meet at 127.0.0.1:{port} "), joined(torch.device("cpu")):
+            pass
+
+
 def test_a_job_is_told_by_what_starts_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert job() is None

@@ -4,7 +4,10 @@ import html
 import json
 import math
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -179,6 +182,11 @@ def test_without_baselines_or_data_the_page_says_so(
     data.rename(tmp_path / "moved.npz")
     assert report.main(["--model", str(out)]) == 0
     assert "without alignment by step" in capsys.readouterr().err
+    # A sentence that nobody hears, here as nothing is open for it, costs no page and goes nowhere else.
+    (out / "report.html").unlink()
+    command = f"{shlex.quote(sys.executable)} -m seda_fast.report --model {shlex.quote(str(out))} 2>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(out / "report.html")]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "does not exist" in text_of(page, "Data and alignment")
     assert "The run trained no baselines" in text_of(page, "Where prediction changed against the MLP")

@@ -1,6 +1,7 @@
 """Nothing is lost: a run that is killed, told to stop, or out of disk goes on to the bits of an undisturbed one."""
 
 import csv
+import errno
 import json
 import os
 import random
@@ -504,3 +505,48 @@ def test_results_moved_in_part_are_completed(data: Path, tmp_path: Path, monkeyp
     assert train.main([*arguments, "--resume"]) == 0
     assert train.main([*arguments[:-2], "--out", str(tmp_path / "plain")]) == 0
     assert same(out, tmp_path / "plain")
+
+
+def test_results_go_to_a_mounted_volume(
+    nursery: Nursery, data: Path, tmp_path: Path, small_disk: Callable[[int], Path]
+) -> None:
+    """Nothing can be moved there from beside it, and what lies beside it a container loses."""
+    out = small_disk(50_000_000)
+    assert nursery.run("--data", str(data), *SMALL, "--epochs", "1", "--out", str(out)) == 0
+    assert (out / "model.safetensors").is_file() and (out / "report").is_dir()
+    assert not unfinished_folder(out).exists()
+    assert [path.name for path in tmp_path.iterdir() if "unfinished" in path.name] == []
+    assert nursery.run("--data", str(data), *SMALL, "--epochs", "1", "--out", str(out), "--overwrite") == 0
+
+
+def test_results_that_cannot_be_moved_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As to a bind mount of the same file system, which looks like any folder."""
+    out = tmp_path / "out"
+    (out / "report").mkdir(parents=True)
+    replace = Path.replace
+
+    def across(self: Path, target: Path) -> Path:
+        if out in Path(target).parents and out not in self.parents:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", across)
+    with results_folder(out, overwrite=False, resume=False, report=print) as (draft, _):
+        (draft / "report").mkdir()
+        (draft / "report" / "loss.png").write_bytes(b"1")
+        (draft / "config.toml").write_text("2")
+    assert (out / "report" / "loss.png").read_bytes() == b"1"
+    assert (out / "config.toml").read_text() == "2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_empty_folder_that_is_there_stays_the_user_s(tmp_path: Path) -> None:
+    """With its rights, and their shell in it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o2770)
+    before = out.stat()
+    with results_folder(out, overwrite=False, resume=False, report=print) as (draft, _):
+        (draft / "config.toml").write_text("2")
+    assert (out / "config.toml").read_text() == "2"
+    assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from seda_fast import FeatureSet, SeDA, SeDAClassifier, SeDAConfig, TrainConfig
+from seda_fast.baselines import fit_baseline
 from seda_fast.loop import train
 from seda_fast.prepare import prepare
 from seda_fast.surroundings import undisturbed
@@ -153,3 +154,20 @@ def test_tensors_are_scored_as_arrays_are() -> None:
     weights = torch.linspace(0.1, 1, 48, dtype=torch.bfloat16, requires_grad=True)
     arrays = [a.detach().float().numpy() for a in (visual, weights)]
     assert model.score(visual, targets, weights) == model.score(arrays[0], indicator, arrays[1])
+
+
+@pytest.mark.parametrize("name", ["mlp", "one_step"])
+def test_baselines_leave_a_gpu_s_generator_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    before = torch.get_rng_state()
+    found = [fit_baseline(name, VISUAL, TEXT, LABELS, n_classes=3, seed=0, epochs=1) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeds == []
+    assert np.array_equal(*(baseline.log_proba(VISUAL) for baseline in found))
+
+
+def test_data_are_read_under_another_default_device(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        found = FeatureSet.from_arrays(VISUAL, TEXT, LABELS)
+    assert np.array_equal(found.label_test, FeatureSet.from_arrays(VISUAL, TEXT, LABELS).label_test)

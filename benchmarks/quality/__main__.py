@@ -8,7 +8,6 @@ of its own; so are sets measured that are not the published ones (``--data FOLDE
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -22,7 +21,7 @@ from .methods import ABLATIONS, METHODS, MLP_PSEUDO, SEDA
 from .page import markdown
 from .plots import plot
 from .regimes import REGIMES, SETS, load
-from .runs import FRESH, TEST, Job, Runs
+from .runs import CHOICE, FRESH, TEST, Job, Runs, earlier_recipe, other_file
 from .selection import Selected
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +30,12 @@ PUBLISHED = {"runs": "benchmarks/results/quality_runs.jsonl", "out": "benchmarks
 FILES = {"runs": "runs.jsonl", "out": "quality.json", "docs": "", "selected": "selected.json"}
 OWN_FILES = {name: f"runs/quality_own/{file}" for name, file in FILES.items()}
 QUICK_FILES = {name: f"runs/quality_quick/{file}" for name, file in FILES.items()} | {"selected": PUBLISHED["selected"]}
-QUICK = {"sets": ["wikipedia", "cub10"], "regimes": ["full", "labels-4"], "methods": ["seda", "linear", "mlp"]}
+# What is measured where nothing is said of it.
+USUAL = {"sets": list(SETS), "regimes": list(REGIMES), "methods": list(METHODS), "seeds": 5}
+QUICK = {"sets": ["wikipedia", "cub10"], "regimes": ["full", "labels-4"], "methods": ["seda", "linear", "mlp"],
+         "seeds": 1}  # fmt: skip
+# The least of each count.
+LEAST = {"seeds": 1, "select": 0, "folds": 2, "cross_validate": 0, "repeats": 1, "workers": 1}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -41,18 +45,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sets",
         nargs="+",
-        default=list(SETS),
         metavar="NAME",
         help=f"{', '.join(SETS)} (default: these), or others whose NAME.npz lies in --data, as seda_fast.train takes "
         "them: measured for themselves, into runs/quality_own",
     )
-    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=5, help="seeds of each training on a test part's set")
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
+    parser.add_argument("--seeds", type=int, help="seeds of each training on a test part's set (default: 5)")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two small sets, two regimes, three methods, one seed, all anew, into runs/quality_quick",
+        help="two small sets, two regimes, three methods and one seed, unless told otherwise, all anew, into "
+        "runs/quality_quick",
     )
     parser.add_argument(
         "--select",
@@ -61,7 +65,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="first choose settings among N by folds; SeDA's only where no set is one's own",
     )
-    parser.add_argument("--folds", type=int, default=3, help="folds of a partition")
+    parser.add_argument("--folds", type=int, default=selection.FOLDS, help="folds of a partition")
     parser.add_argument(
         "--cross-validate",
         type=int,
@@ -69,7 +73,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="measure N folds of fresh partitions of the training parts, not the test parts",
     )
-    parser.add_argument("--repeats", type=int, default=2, help="partitions into folds of that choice's last round")
+    parser.add_argument(
+        "--repeats", type=int, default=selection.REPEATS, help="partitions into folds of the choice's last round"
+    )
     parser.add_argument(
         "--select-precision",
         choices=("fp32", "bf16"),
@@ -87,17 +93,24 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=Path, help=f"{what} (default: {PUBLISHED[name]})")
     parser.add_argument("--report-only", action="store_true", help="train nothing, write from what is known")
-    chosen = parser.parse_args(argv)
-    if chosen.workers < 1:
-        parser.error(f"--workers must be at least 1, not {chosen.workers}")
-    if chosen.quick:
-        for name, value in QUICK.items():
+    return completed(parser, parser.parse_args(argv))
+
+
+def completed(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> argparse.Namespace:
+    """With the defaults of what was not given, which depend on what was; leaves where a count is too small."""
+    for name, value in (QUICK if chosen.quick else USUAL).items():
+        if getattr(chosen, name) is None:
             setattr(chosen, name, value)
-        chosen.seeds = 1
+    for name, least in LEAST.items():
+        if getattr(chosen, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(chosen, name)}")
     # Only its own records are thrown away, never a file that was named.
     chosen.anew = chosen.quick and chosen.runs is None
     chosen.own = not set(chosen.sets) <= set(SETS)
-    for name, place in (QUICK_FILES if chosen.quick else OWN_FILES if chosen.own else PUBLISHED).items():
+    places = QUICK_FILES if chosen.quick else OWN_FILES if chosen.own else PUBLISHED
+    if chosen.quick and chosen.select:  # its settings are its own, and the published ones stay
+        places = places | {"selected": f"runs/quality_quick/{FILES['selected']}"}
+    for name, place in places.items():
         if getattr(chosen, name) is None:
             setattr(chosen, name, ROOT / place)
     return chosen
@@ -131,7 +144,11 @@ def select(chosen: argparse.Namespace, runs: Runs) -> Selected:
     """Choose settings by cross-validation and write them down beside those of other sets."""
 
     def ready(wanted: Sequence[Job]) -> Runs:
-        workers.make(runs, wanted, chosen.data, chosen.workers, "selection")
+        missing = any(job.key not in runs.records and job.method == SEDA for job in wanted)
+        if missing and not chosen.own and earlier_recipe(r for r in runs if r.job.part.startswith(CHOICE)):
+            raise DataError(f"{chosen.runs} has SeDA's choice of an earlier recipe; name another file by --runs")
+        for job, reason in workers.make(runs, wanted, chosen.data, chosen.workers, "selection"):
+            raise DataError(f"no settings can be chosen: {told(job, reason)}")
         return runs
 
     found = selection.select(
@@ -145,7 +162,7 @@ def select(chosen: argparse.Namespace, runs: Runs) -> Selected:
         ours=1 if chosen.own else None,
         methods=chosen.methods,
     )
-    selected = {**read_selected(chosen.selected), **found}
+    selected = selection.merged(read_selected(chosen.selected), found)
     chosen.selected.parent.mkdir(parents=True, exist_ok=True)
     chosen.selected.write_text(json.dumps(selected, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return selected
@@ -174,45 +191,38 @@ def _refusal(chosen: argparse.Namespace) -> str:
     return ""
 
 
-def _other_file(chosen: argparse.Namespace, runs: Runs) -> str:
-    """Why records of sets of one's own are not of the files that are there now, in one sentence; else notes these.
-
-    Records are found by a set's name, and a table of two files would lie.
-    """
-    place = chosen.runs.with_suffix(".files.json")
-    known = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
-    measured = {record.job.set for record in runs}
-    for name in set(chosen.sets) - set(SETS):
-        file = chosen.data / f"{name}.npz"
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if name in measured and known.get(name, digest) != digest:
-            return f"{chosen.runs} has records of another {name}.npz than {file}; name another file by --runs"
-        known[name] = digest
-    if chosen.own:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return ""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point; 2 with one sentence where the data is missing or refused."""
     chosen = arguments(argv)
     runs, selected = Runs(chosen.runs), read_selected(chosen.selected)
     if not chosen.report_only:
-        refusal = _refusal(chosen) or _other_file(chosen, runs)
-        if refusal:
-            print(f"benchmarks.quality: {refusal}", file=sys.stderr)
-            return 2
-        if chosen.anew:
+        refusal = _refusal(chosen)
+        if chosen.anew and not refusal:
             chosen.runs.unlink(missing_ok=True)
             runs = Runs(chosen.runs)
+        refusal = refusal or other_file(runs, chosen.sets, chosen.data, bool(chosen.select or chosen.cross_validate))
+        if refusal:
+            return _refused(refusal)
         if chosen.select:
-            selected = select(chosen, runs)
+            try:
+                selected = select(chosen, runs)
+            except DataError as error:
+                return _refused(str(error))
         title = "folds" if chosen.cross_validate else "test parts"
-        workers.make(runs, jobs(chosen, selected), chosen.data, chosen.workers, title)
+        for job, reason in workers.make(runs, jobs(chosen, selected), chosen.data, chosen.workers, title):
+            print(f"benchmarks.quality: left out: {told(job, reason)}", file=sys.stderr)
     print(_written(chosen, runs, selected))
     return 0
+
+
+def told(job: Job, reason: str) -> str:
+    """What could not be trained, and why."""
+    return f"{job.method} on {job.set} in the regime {job.regime}, seed {job.seed}: {reason}"
+
+
+def _refused(sentence: str) -> int:
+    print(f"benchmarks.quality: {sentence}", file=sys.stderr)
+    return 2
 
 
 def _written(chosen: argparse.Namespace, runs: Runs, selected: Selected) -> str:

@@ -29,7 +29,7 @@ from . import workers
 from .explored import DEFAULTS, PREFIX, REGIMES, markdown
 from .methods import seda_predictions, train_seda
 from .regimes import SETS, Task
-from .runs import Job, Record, Runs, recorded
+from .runs import Job, Record, Runs, earlier_recipe, other_file, recorded
 from .variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,16 +194,27 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _refusal(chosen: argparse.Namespace, runs: Runs, wanted: Sequence[Job]) -> str:
+    """Why the variants cannot be measured, or not beside those that were, in one sentence."""
+    for name in chosen.sets:
+        if not (chosen.data / f"{SETS[name]}.npz").is_file():
+            return f"{chosen.data} has no {SETS[name]}.npz; give --data"
+    missing = any(job.key not in runs.records for job in wanted)
+    if missing and earlier_recipe(r for r in runs if r.job.method == DEFAULTS):
+        return f"{chosen.runs} has trainings of an earlier recipe; name another file by --runs, and a page by --out"
+    return other_file(runs, chosen.sets, chosen.data, folds=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; 2 with one sentence where the data is missing."""
+    """Entry point; 2 with one sentence where the data is missing or refused."""
     chosen = arguments(argv)
     runs = Runs(chosen.runs)
     if not chosen.report_only:
-        missing = [name for name in chosen.sets if not (chosen.data / f"{SETS[name]}.npz").is_file()]
-        if missing:
-            print(f"benchmarks.quality: {chosen.data} has no {SETS[missing[0]]}.npz; give --data", file=sys.stderr)
-            return 2
         wanted = jobs(chosen.sets, chosen.regimes, chosen.variants, chosen.folds)
+        refusal = _refusal(chosen, runs, wanted)
+        if refusal:
+            print(f"benchmarks.quality.explore: {refusal}", file=sys.stderr)
+            return 2
         workers.make(runs, wanted, chosen.data, chosen.workers, "exploration", measure)
     text = markdown(runs, {name: about for name, (about, _) in PREDICTIONS.items()}, SAMPLINGS)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from .regimes import SETS
-from .runs import Record
+from .runs import Record, earlier_recipe
 from .variants import VARIANTS
 
 PREFIX = "seda~"
@@ -18,6 +18,14 @@ SAMPLERS = {
     "afresh": "the estimate noised afresh at every step; the last",
 }
 REGIMES = {"full": "With all labels", "labels-8": "With 8 labels a class and all other pairs unlabelled"}
+# Said of records of the recipe as it was.
+_EARLIER = (
+    "This page is of `--regimes full --folds 2` and of `--regimes labels-8 --folds 1`, there with `--folds 3` for what",
+    "did best on the first, which therefore favours them, and `--folds 6` for the best of these. All of them",
+    "had a textual head that started at random and no kernel head, and with 8 labels a class the teacher of pairs",
+    "as it was before it drew each pair to its nearest ones and saw what the two spaces share. Trainings of today's",
+    "recipe do not compare with them: `--runs again/exploration.jsonl --out again/exploration.md` begins anew.",
+)
 # By place: which records hold a set and regime's folds.
 Place = Mapping[str, Mapping[str, Record]]
 Value = Callable[[Record], float]
@@ -44,11 +52,8 @@ def markdown(records: Iterable[Record], predictions: Mapping[str, str], sampling
         "bf16.",
         "",
         f"So far {len(found)} trainings, whose wall times add up to {minutes:.0f} minutes, most of them two at a time",
-        "on two cores. The command makes what is missing; `--folds`, `--regimes` and `--variants` say of what: this",
-        "page is of `--regimes full --folds 2` and of `--regimes labels-8 --folds 1`, there with `--folds 3` for what",
-        "did best on the first, which therefore favours them, and `--folds 6` for the best of these. All of them",
-        "had a textual head that started at random and no kernel head, and with 8 labels a class the teacher of pairs",
-        "as it was before it drew each pair to its nearest ones and saw what the two spaces share.",
+        "on two cores. The command makes what is missing; `--folds`, `--regimes` and `--variants` say of what.",
+        *(_EARLIER if earlier_recipe(r for r in found if r.job.method == DEFAULTS) else ()),
         "",
     ]
     for regime, title in REGIMES.items():

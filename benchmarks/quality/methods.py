@@ -99,6 +99,9 @@ class _Known:
 
 @lru_cache(maxsize=8)
 def _mean_and_scale(known: _Known) -> tuple[Float, Float]:
+    if not len(known.values):  # no row has a text: what is measured by texts has nothing to go by
+        width = known.values.shape[1]
+        return np.zeros(width, np.float32), np.ones(width, np.float32)
     mean, deviation = mean_and_deviation(known.values)
     labels, power = torch.from_numpy(known.labels), POWERS[0]
     judged = judged_rows(labels, torch.ones_like(labels, dtype=torch.bool), ROWS, known.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,16 +89,31 @@ def load(name: str, folder: Path) -> DataSet:
 
     Raises DataError where the regimes cannot be made of it.
     """
+    file, *titles = files_of(name, folder, folds=True).values()
     if name not in SETS:
-        return _own(name, folder / f"{name}.npz")
-    file = SETS[name]
-    with np.load(folder / f"{file}.npz", allow_pickle=False) as source:
+        return _own(name, file)
+    try:
+        return _published(name, file, titles[0])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{file}, or the titles beside it, cannot be read: {error}") from None
+
+
+def files_of(name: str, folder: Path, folds: bool) -> dict[str, Path]:
+    """What a set is read from, by what it is called in records: its features, and for ``folds`` of one of `SETS` the
+    titles by which rows are kept together, if there are such."""
+    found = {name: folder / f"{SETS.get(name, name)}.npz"}
+    if folds and name in SETS:
+        found[f"titles of {name}"] = folder / f"{SETS[name]}.texts.json.gz"
+    return found
+
+
+def _published(name: str, file: Path, titles: Path) -> DataSet:
+    with np.load(file, allow_pickle=False) as source:
         parts = [
             Rows(source[f"visual_{p}"].astype(np.float32), source[f"text_{p}"].astype(np.float32), source[f"label_{p}"])
             for p in ("train", "test")
         ]
         n_classes = len(source["class_names"])
-    titles = folder / f"{file}.texts.json.gz"
     groups = np.arange(len(parts[0].labels))
     if titles.is_file():
         with gzip.open(titles, "rt", encoding="utf-8") as stream:

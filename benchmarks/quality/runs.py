@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from seda_fast.engine import PrecisionName
 from seda_fast.metrics import alignment_metrics, classification_metrics
 
 from . import methods
-from .regimes import Task
+from .regimes import Task, files_of
 
 TEST = "test"
 # Folds of partitions that no setting was chosen on, and of those that were.
@@ -112,15 +112,47 @@ class Runs:
 
     def add(self, record: Record) -> None:
         """Write a record down; it is on disk when this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            file.seek(max(0, file.tell() - 1))
-            whole = file.read(1) in (b"", b"\n")
-            file.write(b"" if whole else b"\n")
-            file.write(record.line().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, record)
         self.records[record.job.key] = record
+
+
+def append(path: Path, record: Record) -> None:
+    """Write a record at the end of a file of them; it is on disk when this returns. Several processes may do so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b", buffering=0) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        whole = file.read(1) in (b"", b"\n")
+        # In one call: what others append meanwhile lies before or behind it.
+        file.write((b"" if whole else b"\n") + record.line().encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def other_file(runs: Runs, sets: Sequence[str], folder: Path, folds: bool) -> str:
+    """Why records of ``sets`` are not of the files in ``folder``, in one sentence; where they are, these are noted.
+
+    Records are found by a set's name, and a table of two files would lie. ``folds``: whether groups of rows count.
+    """
+    place = runs.path.with_suffix(".files.json")
+    known = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    found, measured = dict(known), {record.job.set for record in runs}
+    for name in sets:
+        for what, file in files_of(name, folder, folds).items():
+            if file.is_file():
+                with file.open("rb") as stream:
+                    found[what] = hashlib.file_digest(stream, "sha256").hexdigest()
+            else:
+                found[what] = "none"
+            if name in measured and known.get(what, found[what]) != found[what]:
+                return f"{runs.path} has records of another {file.name} than {file}; name another file by --runs"
+    if found != known:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return ""
+
+
+def earlier_recipe(records: Iterable[Record]) -> bool:
+    """Whether trainings of SeDA among ``records`` are of a recipe without kernel head: new ones do not compare."""
+    return any(r.job.method.startswith(methods.SEDA) and weight_name(0.0, "kernel") not in r.metrics for r in records)
 
 
 def measure(job: Job, task: Task) -> Record:

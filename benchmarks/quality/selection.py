@@ -64,6 +64,8 @@ SELECTED = (SEDA, MLP, ONE_STEP, ONE_STEP_MSE, BRIDGE, LINEAR)
 FEW_LABELS = "labels-8"
 _FRESH_PARTITIONS = 1000  # far above the partitions of any choice
 REGIMES = ("full", FEW_LABELS)
+# Folds of a partition, and partitions of a choice's last round, where nothing is said of them.
+FOLDS, REPEATS = 3, 2
 # Passes of a network among the baselines where no setting says how many.
 DEFAULT_EPOCHS: int = inspect.signature(fit_baseline).parameters["epochs"].default
 
@@ -162,7 +164,8 @@ def select(
     Returns:
         By group: ``settings`` chosen, their mean ``top1`` in percent over all folds, sets and regimes, the same of the
         default settings, the ``standard_error`` of the difference over folds, and how many settings were ``tried``; of
-        SeDA also `visual_weights`, ``float32`` (see `_float32`) and by set its ``seconds`` in float32; where there
+        SeDA also the ``sets``, ``folds`` and ``repeats`` of the choice, `visual_weights`, ``float32`` (see
+        `_float32`) and by set its ``seconds`` in float32; where there
         was time for more passes, ``longer``: the factor, the mean top-1 and ``seconds`` with them, and the best mean
         top-1 without; the same with few labels, ``few_labels``, and the better ``settings`` there.
     """
@@ -210,8 +213,23 @@ def select(
         visual_weights=visual_weights(runs, second),
         float32=_float32(runs, own, precision),
         seconds={name: _seconds(runs, own, name) for name in sets},
+        sets=list(sets),
+        folds=folds,
+        repeats=repeats,
     )
     return selected
+
+
+def merged(old: Selected, found: Selected) -> dict[str, dict[str, Any]]:
+    """What was found, beside what earlier selections found on other sets.
+
+    What is known of SeDA set by set is kept; its means are of the sets that were chosen for together, ``sets``.
+    """
+    result = {**{name: dict(of) for name, of in old.items()}, **{name: dict(of) for name, of in found.items()}}
+    if SEDA in old and SEDA in found:
+        for part in ("seconds", "visual_weights"):
+            result[SEDA][part] = {**old[SEDA].get(part, {}), **found[SEDA][part]}
+    return result
 
 
 def _with_few_labels(

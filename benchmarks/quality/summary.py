@@ -88,17 +88,18 @@ def summarise(records: Sequence[Record], selected: Selected) -> list[dict[str, A
 def cross_validated(records: Iterable[Record], selected: Selected) -> list[dict[str, Any]]:
     """What `summarise` gives for test parts, in short, for folds of training parts that no setting was chosen on.
 
-    A row for each set and regime: by method the mean ``top1`` in percent over the folds that all its methods have, how
-    many ``folds`` these are, the ``best_baseline`` by that mean, SeDA's ``difference`` to it in points and the
-    ``standard_error`` of that over folds.
+    A row for each set, regime and size of a fold, which is one ``of`` so many: by method the mean ``top1`` in percent
+    over the folds that all its methods have, how many ``folds`` these are, the ``best_baseline`` by that mean, SeDA's
+    ``difference`` to it in points and the ``standard_error`` of that over folds.
     """
-    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    found: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {}
     for r in records:
         if r.job.part.startswith(FRESH) and _counts(r, selected):
-            methods = found.setdefault((r.job.set, r.job.regime), {})
+            of_partition = int(r.job.part.rpartition("/")[2])
+            methods = found.setdefault((r.job.set, r.job.regime, of_partition), {})
             methods.setdefault(r.job.method, {})[r.job.part] = r.metrics["top1"]
     rows = []
-    for (name, regime), methods in sorted(found.items(), key=lambda x: _place(*x[0])):
+    for (name, regime, of_partition), methods in sorted(found.items(), key=lambda x: (x[0][2], *_place(*x[0][:2]))):
         shared = sorted(set.intersection(*(set(of_method) for of_method in methods.values())))
         top1 = {m: np.array([of_method[part] for part in shared]) for m, of_method in methods.items()}
         others = [m for m in BASELINES if m in top1]
@@ -107,7 +108,8 @@ def cross_validated(records: Iterable[Record], selected: Selected) -> list[dict[
         best = max(others, key=lambda m: float(top1[m].mean()))
         gaps = top1[SEDA] - top1[best]
         rows.append({
-            "set": name, "regime": regime, "folds": len(shared), "top1": {m: float(x.mean()) for m, x in top1.items()},
+            "set": name, "regime": regime, "folds": len(shared), "of": of_partition,
+            "top1": {m: float(x.mean()) for m, x in top1.items()},
             "best_baseline": best, "difference": float(gaps.mean()),
             "standard_error": float(gaps.std(ddof=1) / np.sqrt(len(gaps))),
         })  # fmt: skip

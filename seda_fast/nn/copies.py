@@ -23,7 +23,8 @@ def first_copies(features: Tensor) -> Tensor:
     Rows are told apart by 64 bits each, and compared where these agree: sorting them would copy them all.
     """
     own = torch.arange(len(features), device=features.device)
-    mixed = torch.randint(-(2**62), 2**62, features.shape[1:], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randint(-(2**62), 2**62, features.shape[1:], generator=generator, device="cpu")
     mixed, keys = mixed.to(features.device), own.new_empty(len(features))
     for kept, block in zip(keys.split(_ROWS_TOGETHER), features.split(_ROWS_TOGETHER), strict=True):
         bits = (block + 0).contiguous().view(_BITS[features.element_size()])  # + 0: -0 and 0 are one

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -78,17 +78,30 @@ class TimestepModulation(nn.Module):
     def __init__(self, width: int, blocks: int, embedding: int) -> None:
         super().__init__()
         self.width, self.blocks = width, blocks
-        self.register_buffer("frequencies", _frequencies(embedding), persistent=False)
         self.embed = nn.Linear(embedding, embedding)
+        frequencies = _frequencies(embedding).to(self.embed.weight.device)
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.tables = nn.Linear(embedding, blocks * 3 * width)
         nn.init.zeros_(self.tables.weight)
         nn.init.zeros_(self.tables.bias)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *others: Any) -> None:
         """What is made of nothing but settings is made anew: `torch.nn.Module.to_empty` has emptied it, too."""
-        super()._load_from_state_dict(*arguments)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+        weight = self.embed.weight
+        if local_metadata.get("assign_to_params_buffers"):  # its place is taken, after this, by
+            weight = state_dict.get(f"{prefix}embed.weight", weight)
         like = self.frequencies
-        self.frequencies = _frequencies(2 * len(like)).to(like.device, like.dtype)
+        self.frequencies = _frequencies(2 * len(like)).to(weight.device, like.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What changes the weights' dtype leaves a half precision's to them: timesteps above 256 are none of bfloat16,
+        and an angle of 1000 is known to half a radian in float16."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        like = self.frequencies
+        if like.dtype in (torch.bfloat16, torch.float16):
+            self.frequencies = _frequencies(2 * len(like)).to(like.device)
+        return self
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """``timesteps`` (n,) integer -> (L, 3, n, d), a view."""

@@ -149,6 +149,8 @@ class KernelHead(nn.Module):
     def __init__(self, visual_dim: int, n_classes: int) -> None:
         super().__init__()
         self.absence = ""
+        # Whether a state without any of its tensors is one of a model without such a head, not a part of one.
+        self.absent_in_state = True
         self.register_buffer("rows", torch.zeros(0, visual_dim))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("weight", torch.zeros(n_classes, 0))
@@ -216,11 +218,13 @@ class KernelHead(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """What is loaded brings its own number of rows; a model saved without such a head has none of its tensors."""
-        if not any(prefix + name in state_dict for name in self._buffers):
+        if self.absent_in_state and not any(prefix + name in state_dict for name in self._buffers):
             none = KernelHead(self.rows.shape[1], len(self.bias))
             state_dict = {**state_dict, **{prefix + name: value for name, value in none.state_dict().items()}}
-        n = len(state_dict.get(prefix + "rows", self.rows))
-        self.rows, self.weight = self.rows.new_zeros(n, self.rows.shape[1]), self.weight.new_zeros(len(self.weight), n)
+        if prefix + "rows" in state_dict:
+            n = len(state_dict[prefix + "rows"])
+            self.rows = self.rows.new_zeros(n, self.rows.shape[1])
+            self.weight = self.weight.new_zeros(len(self.weight), n)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 

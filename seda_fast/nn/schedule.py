@@ -78,7 +78,8 @@ class NoiseSchedule:
 
     def timesteps(self, sampling_steps: int) -> Tensor:
         """S evenly spaced timesteps, int64, from T-1 downward ("trailing" spacing: Lin et al. 2024, table 2)."""
-        return torch.tensor([round(self.steps - i * self.steps / sampling_steps) - 1 for i in range(sampling_steps)])
+        places = [round(self.steps - i * self.steps / sampling_steps) - 1 for i in range(sampling_steps)]
+        return torch.tensor(places, device="cpu")
 
     def sampler(self, name: Literal["ddim", "renoise"], sampling_steps: int) -> Sampler:
         """The coefficient table of a sampler, computed in float64.
@@ -89,7 +90,8 @@ class NoiseSchedule:
         tau = self.timesteps(sampling_steps)
         abar = self.alpha_bar[tau]
         gain, noise_rate = abar.sqrt(), (1 - abar).sqrt()
-        table = torch.zeros(sampling_steps, 5, dtype=torch.float64)
+        # On the CPU whatever the default device is, as the rates are; `Sampler.to` moves them.
+        table = torch.zeros(sampling_steps, 5, dtype=torch.float64, device="cpu")
         a, b, c, e, w = table.unbind(1)
         if name == "ddim":
             # Written for x, then turned to the state gain * x that the network reads.
@@ -97,7 +99,7 @@ class NoiseSchedule:
             a[:-1] = gain[1:] * (gain[1:] - gain[:-1] * ratio)
             b[:-1] = gain[1:] * ratio / gain[:-1]
             w[-1] = 1
-            initial_signal, initial_noise = torch.zeros(1), gain[:1]
+            initial_signal, initial_noise = torch.zeros(1, device="cpu"), gain[:1]
         elif name == "renoise":
             c[:-1] = gain[1:] * gain[1:]
             e[:-1] = gain[1:] * noise_rate[1:]

@@ -200,7 +200,7 @@ class SeDA(nn.Module):
         texts = torch.zeros(config.n_classes, config.text_dim) if config.class_text else None
         self.register_buffer("text_classes", texts)
         self.schedule = NoiseSchedule(config.diffusion_steps)
-        signal, noise = self.schedule.training_tables()
+        signal, noise = (table.to(self.centres.device) for table in self.schedule.training_tables())
         self.register_buffer("signal", signal, persistent=False)
         self.register_buffer("noise", noise, persistent=False)
 
@@ -305,18 +305,24 @@ class SeDA(nn.Module):
 
     def _mark_unseen(self, classes: Tensor) -> None:
         device = self.centres.device
-        marked = torch.zeros(self.config.n_classes, dtype=torch.bool, device=device)
-        marked[classes.to(device)] = True
-        self.unseen, self.seen = (marked, (~marked).nonzero()[:, 0]) if len(classes) else (None, None)
+        marked = torch.zeros(self.config.n_classes, dtype=torch.bool, device="cpu")
+        marked[classes.cpu()] = True
+        seen = (~marked).nonzero()[:, 0]
+        self.unseen, self.seen = (marked.to(device), seen.to(device)) if len(classes) else (None, None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """What is loaded says which classes no text shows; a state that names none has none."""
-        marked = state_dict.get(prefix + "unseen")
-        none = torch.zeros(0, dtype=torch.int64)
-        # One of another length is refused below, as what nothing here is for.
-        fits = marked is not None and marked.shape == (self.config.n_classes,)
-        self._mark_unseen(marked.nonzero()[:, 0] if marked is not None and fits else none)
+        """What is loaded says which classes no text shows; a state that names none has none.
+
+        A part of a state, as `load_state_dict` takes with ``strict=False``, leaves what it does not name.
+        """
+        marked, whole = state_dict.get(prefix + "unseen"), prefix + "centres" in state_dict
+        self.kernel.absent_in_state = whole
+        if whole or marked is not None:
+            # One of another length is refused below, as what nothing here is for.
+            fits = marked is not None and marked.shape == (self.config.n_classes,)
+            self.unseen = torch.zeros_like(marked, dtype=torch.bool) if marked is not None and fits else None
         super()._load_from_state_dict(state_dict, prefix, *others)
+        self._mark_unseen(torch.zeros(0, dtype=torch.int64) if self.unseen is None else self.unseen.nonzero()[:, 0])
         # `torch.nn.Module.to_empty` empties what no state brings, too.
         device, dtype = self.centres.device, self.signal.dtype
         self.signal, self.noise = (table.to(device, dtype) for table in self.schedule.training_tables())

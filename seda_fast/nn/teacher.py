@@ -185,13 +185,15 @@ def narrowed(classifier: Linear, directions: Tensor) -> Linear:
 def teacher_rows(labels: Tensor, paired: Tensor, seed: int) -> Tensor:
     """Which rows to fit the teacher on: int64 (n,), ascending, bounded in number; empty where it has no use.
 
-    It has one where some pairs are unlabelled and the labelled ones show at least two classes (multi-label: differ).
-    The other classes of labelled rows, which the classifier of texts does not know, may have `MOST_UNSEEN` of these;
-    multi-label there may be none, as the teacher would say no to them.
+    It has one where some pairs are unlabelled and the labelled ones show at least two classes (multi-label: differ),
+    and at most as many as rows are taken: a class without a row it would name for none of its pairs. The other classes
+    of labelled rows, which the classifier of texts does not know, may have `MOST_UNSEEN` of these; multi-label there
+    may be none, as the teacher would say no to them.
     """
     known = labelled_rows(labels)
     labelled, unlabelled = (known & paired).nonzero()[:, 0], (~known & paired).nonzero()[:, 0]
-    if not len(unlabelled) or len(labels[labelled].unique(dim=0)) < 2:
+    different = len(labels[labelled].unique(dim=0))
+    if not len(unlabelled) or different < 2 or (labels.ndim == 1 and different > LABELLED_ROWS):
         return labelled[:0]
     if _too_many_unseen(labels, paired):
         return labelled[:0]

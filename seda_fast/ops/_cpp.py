@@ -151,7 +151,7 @@ def unavailable(device_type: str) -> str | None:
 def implement_with_cpp(
     op: str,
     function: Callable[..., Any],
-    operands: slice,
+    operands: slice | tuple[int, ...],
     reference: Callable[..., Any],
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
@@ -161,8 +161,10 @@ def implement_with_cpp(
     mixes dtypes goes to ``reference``, which promotes or refuses as PyTorch does.
     """
 
+    places = range(*operands.indices(operands.stop)) if isinstance(operands, slice) else operands
+
     def run(*args: Any) -> Any:
-        return (function if _share_a_dtype(args[operands]) else reference)(*args)
+        return (function if _share_a_dtype([args[place] for place in places]) else reference)(*args)
 
     # One operand shares its dtype with itself.
     chosen = function if operands == slice(1) else run

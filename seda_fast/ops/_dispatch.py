@@ -7,6 +7,7 @@ thread-local because autograd runs a GPU's backward in threads of its own.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+# Which have code for some operations alone, so that forcing them leaves the others as they are.
+PARTIAL = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class Implementation:
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _forced: str = "auto"
+# The blocks of `use_backend` that were entered and not left, which threads may do in any order; the last one counts.
+_blocks: dict[object, str] = {}
+_entering = threading.Lock()
 
 
 def _always_available(device_type: str) -> str | None:
@@ -81,7 +87,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype | None = None) -> tuple
         RuntimeError: a backend is forced (`use_backend`) that has no code for this op or cannot run here.
     """
     known = _implementations[op]
-    if _forced != "auto":
+    if _forced != "auto" and not (_forced in PARTIAL and _forced not in known):
         if _forced not in known:
             raise RuntimeError(f"backend {_forced!r} has no implementation of {op}; it has {sorted(known)}")
         reason = known[_forced].refusal(device_type, dtype)
@@ -135,23 +141,38 @@ def refusal(op: str, backend: str, device_type: str) -> str | None:
 def use_backend(backend: str) -> Iterator[None]:
     """Force one backend for every operation called inside the block, in all threads.
 
+    Of blocks that overlap, the one that was entered last counts.
+
     Args:
         backend: "auto" (the default choice), "reference" (plain PyTorch, the oracle), "cpp", "triton" or
-            "cuda".
+            "cuda", which has code for reverse chains alone: others are served as without it.
 
     Raises:
         ValueError: the name is unknown.
         RuntimeError: (at the call of an operation) the backend has no code for it or cannot run here, with
             the reason.
     """
-    global _forced
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
-    before, _forced = _forced, backend
+    block = object()
+    _enter(block, backend)
     try:
         yield
     finally:
-        _forced = before
+        _leave(block)
+
+
+def _enter(block: object, backend: str) -> None:
+    global _forced
+    with _entering:
+        _blocks[block] = _forced = backend
+
+
+def _leave(block: object) -> None:
+    global _forced
+    with _entering:
+        del _blocks[block]
+        _forced = next(reversed(_blocks.values()), "auto")
 
 
 def define(

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,16 @@ def _weakest_capability() -> tuple[int, int]:
     return min((torch.cuda.get_device_capability(i) for i in devices), default=(0, 0))
 
 
+@functools.cache
+def _launcher_fault() -> str | None:
+    """Why no kernel can be started: Triton compiles what starts them, by the system's C compiler, when first asked."""
+    try:
+        _ = importlib.import_module("triton.runtime").driver.active.utils
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return f"what starts its kernels cannot be built ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    return None
+
+
 def unavailable(device_type: str) -> str | None:
     """Why Triton cannot serve ``device_type`` in this process, or None when it can."""
     if not _installed():
@@ -46,7 +57,7 @@ def unavailable(device_type: str) -> str | None:
             return "PyTorch sees no CUDA device"
         if _weakest_capability() < (8, 0):
             return f"its kernels need compute capability 8.0, the device has {_weakest_capability()}"
-        return None
+        return _launcher_fault()
     if os.environ.get("TRITON_INTERPRET") != "1" or not _kernels("philox").INTERPRETED:
         return "it runs there in its interpreter alone, with TRITON_INTERPRET=1 set first"
     return None

@@ -187,6 +187,7 @@ def _add_centre_gradient(
     """Add to ``total`` (B, D) the gradient of the centre loss with respect to the features."""
     labelled = labels != ignore_index
     away = centres.to(features.dtype).index_select(0, labels.masked_fill(~labelled, 0).long()).sub_(features)
+    away.masked_fill_(~labelled[:, None], 0)  # the class in the place of none may have a centre that is not finite
     pull = -2 * grad / (labelled.sum().clamp(min=1) * max(features.shape[1], 1))
     total.addcmul_(away, (pull * labelled)[:, None].to(features.dtype))
 

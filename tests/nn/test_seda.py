@@ -364,3 +364,63 @@ def test_prediction_compiles_whole() -> None:
     with torch.no_grad():
         compiled = torch.compile(made, fullgraph=True, backend="aot_eager")(visual)
         torch.testing.assert_close(compiled, made(visual))
+
+
+def test_a_model_predicts_under_another_default_device() -> None:
+    """As torch.set_default_device("cuda") makes it: what a prediction makes itself is where the model is."""
+    made, visual = model().eval(), torch.randn(5, DV)
+    with torch.no_grad():
+        expected = made(visual), *made.align(visual)
+        with torch.device("meta"):
+            found = made(visual), *made.align(visual)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_model_lies_on_one_device() -> None:
+    with torch.device("meta"):
+        made = SeDA(CONFIG)
+    assert {t.device.type for t in (*made.parameters(), *made.buffers())} == {"meta"}
+    made.load_state_dict(model().state_dict(), assign=True)
+    assert {t.device.type for t in (*made.parameters(), *made.buffers())} == {"cpu"}
+
+
+def test_classes_that_no_text_shows_are_assigned_to_a_model_on_the_meta_device() -> None:
+    full, visual = model().eval(), torch.randn(5, DV)
+    full._mark_unseen(torch.tensor([1]))
+    with torch.device("meta"):
+        made = SeDA(CONFIG)
+    made.load_state_dict(full.state_dict(), assign=True)
+    assert made.unseen is not None and torch.equal(made.unseen, full.unseen)
+    with torch.no_grad():
+        assert torch.equal(made.eval()(visual), full(visual))
+
+
+def test_a_part_of_a_state_leaves_the_rest_as_it_is() -> None:
+    """`load_state_dict` with strict=False, as of averaged weights: the kernel head and the marks are not in it."""
+    made, visual = model().eval(), torch.randn(5, DV)
+    made.kernel.fit(torch.randn(12, DV), torch.eye(K)[torch.arange(12) % K].double(), 0)
+    made._mark_unseen(torch.tensor([1]))
+    assert made.kernel.fitted
+    with torch.no_grad():
+        before = made(visual)
+        made.load_state_dict(dict(made.named_parameters()), strict=False)
+        assert torch.equal(made(visual), before)
+        made.load_state_dict({n: t for n, t in made.state_dict().items() if n.startswith("translator.")}, strict=False)
+        assert torch.equal(made(visual), before)
+    whole = {name: t for name, t in made.state_dict().items() if not name.startswith("kernel.") and name != "unseen"}
+    made.load_state_dict(whole)
+    assert not made.kernel.fitted and made.unseen is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precisions_know_every_timestep(dtype: torch.dtype) -> None:
+    """bfloat16 would take timestep 999 for 1000, and its angles err by radians."""
+    modulation = SeDA(SeDAConfig(visual_dim=DV, text_dim=DT, n_classes=K)).learner.network.modulation
+    modulation.tables.weight.data.normal_()
+    steps = torch.arange(0, 1000, 37)
+    with torch.no_grad():
+        exact = modulation(steps)
+        found = modulation.to(dtype)(steps)
+    assert modulation.frequencies.dtype == torch.float32
+    assert found.dtype == dtype
+    assert (found.float() - exact).abs().max() < 0.02 * exact.abs().max()

@@ -348,3 +348,12 @@ def test_a_class_without_a_label_gets_none_by_the_shares() -> None:
     found = fit_teacher(v, t, labels, 4, seed=0)(v, t)
     assert found.isfinite().all()
     assert (found.argmax(1) == 3).float().mean() < 0.01
+
+
+def test_more_classes_than_rows_are_taken_have_no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a class without a row among them the teacher would know nothing, and label its pairs as others'."""
+    monkeypatch.setattr(module, "LABELLED_ROWS", 8)
+    for classes, expected in ((8, 8), (9, 0)):
+        labels = torch.cat((torch.arange(classes).repeat(2), torch.full((20,), -1)))
+        found = teacher_rows(labels, torch.ones(len(labels), dtype=torch.bool), 0)
+        assert len(labels[found][labels[found] >= 0].unique()) == expected

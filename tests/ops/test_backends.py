@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -30,10 +31,57 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
 
 
 def test_an_unavailable_backend_says_why() -> None:
-    with use_backend("cuda"), pytest.raises(RuntimeError, match=r"^backend 'cuda' has no implementation of q_sample"):
-        noise()
+    lacking = r"^backend 'triton' has no implementation of gradient_norm; it has \['cpp', 'reference'\]"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=lacking):
+        _dispatch.choose("gradient_norm", "cpu")
     with use_backend("cuda"), pytest.raises(RuntimeError, match=r"^backend 'cuda' cannot run reverse_chain on cpu: \w"):
         _dispatch.choose("reverse_chain", "cpu")
+
+
+def test_operations_that_cuda_has_no_code_for_are_served_as_without_it() -> None:
+    """A whole model runs under it, though its reverse chain alone has such code."""
+    expected = noise()
+    with use_backend("cuda"):
+        assert torch.equal(noise(), expected)
+        assert _dispatch.choose("interaction_block", "cpu")[0] != "cuda"
+
+
+def test_a_machine_that_cannot_start_kernels_falls_to_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton needs a C compiler at its first launch, which slim images have not."""
+    driver = types.ModuleType("triton.runtime")
+
+    class Active:
+        @property
+        def utils(self) -> None:
+            raise RuntimeError("Failed to find C compiler.\nSpecify it by CC")
+
+    driver.driver = types.SimpleNamespace(active=Active())  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton.runtime", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_triton, "_weakest_capability", lambda: (9, 0))
+    _triton._launcher_fault.cache_clear()
+    try:
+        said = "what starts its kernels cannot be built (Failed to find C compiler.)"
+        assert _triton.unavailable("cuda") == said
+        assert _dispatch.choose("q_sample", "cuda")[0] == "reference"
+    finally:
+        _triton._launcher_fault.cache_clear()
+
+
+def test_blocks_that_overlap_leave_nothing_forced() -> None:
+    """As those of two threads do, one of which ends before the other."""
+    first, second = use_backend("reference"), use_backend("cpp")
+    first.__enter__()
+    second.__enter__()
+    assert _dispatch.forced() == "cpp"
+    first.__exit__(None, None, None)
+    assert _dispatch.forced() == "cpp"
+    second.__exit__(None, None, None)
+    assert _dispatch.forced() == "auto"
+    with use_backend("reference"):
+        with use_backend("auto"):
+            assert _dispatch.forced() == "auto"
+        assert _dispatch.forced() == "reference"
 
 
 def test_triton_s_interpreter_does_not_take_what_it_gets_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -422,3 +422,28 @@ def test_statistics_of_another_shape_are_refused() -> None:
     given = operands(Case(4, 8, 16, 3), torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"statistics must have shape \(4, 1, 2\)"):
         chained_interaction_block(**given, statistics=torch.zeros(4, 2))
+
+
+def test_float16_rows_far_from_their_mean_have_whole_gradients() -> None:
+    """The square of 256 is no number of float16: the norm's part of the gradient would be lost without a word."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, generator=generator)
+
+    rows, width, hidden = 8, 64, 128
+    given = [draw(rows, width, scale=300), draw(rows, hidden), *(draw(3, width, scale=0.1) for _ in range(3))]
+    given += [draw(hidden, width, scale=0.1), draw(hidden), draw(width, hidden, scale=0.1), draw(width)]
+    grad = draw(rows, width)
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        own = [t.half().to(dtype).requires_grad_() for t in given]
+        with use_backend("reference"):
+            found = interaction_block(own[0], own[1], torch.arange(rows) % 3, *own[2:])
+        return list(torch.autograd.grad(found, own, grad.half().to(dtype)))
+
+    for name, found, exact in zip(
+        ["h", "gate", "shift", "scale", "alpha", "w_h"], *map(gradients, (torch.float16, torch.float64)), strict=False
+    ):
+        error = (found.double() - exact).norm() / exact.norm()
+        assert error < 0.01, f"{name}: {error}"

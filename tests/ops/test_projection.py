@@ -577,3 +577,27 @@ def test_gradients_in_float16_are_scaled_before_they_are_rounded() -> None:
             largest = true.abs().max()
             allowed = 2 * (other.double() - true).abs().max() + 1e-3 * largest
             assert (one.double() - true).abs().max() <= allowed
+
+
+def test_a_centre_of_nothing_does_not_reach_rows_without_a_label() -> None:
+    """A mean of no rows is NaN; ignored rows have class 0 in the place of none."""
+    features = torch.randn(4, 3, requires_grad=True)
+    centres = torch.randn(2, 3)
+    centres[0] = float("nan")
+    losses = semantic_projection(features, torch.tensor([1, -100, 1, 1]), centres, torch.randn(2, 3), torch.zeros(2))
+    sum(losses).backward()  # type: ignore[union-attr]
+    assert features.grad is not None and features.grad.isfinite().all()
+
+
+def test_a_class_that_is_left_out_has_no_gradient_at_all() -> None:
+    """Not a denormal one, which slows down the products that follow."""
+    classes = 600
+    bias = torch.zeros(classes)
+    bias[:300] = -torch.inf
+    bias.requires_grad_()
+    features, weight = torch.randn(40, 8, requires_grad=True), torch.randn(classes, 8, requires_grad=True)
+    labels = 300 + torch.arange(40)
+    sum(semantic_projection(features, labels, torch.randn(classes, 8), weight, bias)).backward()  # type: ignore[union-attr]
+    assert bias.grad is not None and weight.grad is not None
+    assert (bias.grad[:300] == 0).all() and (weight.grad[:300] == 0).all()
+    assert (bias.grad[300:] != 0).all()

@@ -120,6 +120,20 @@ def test_more_rows_than_a_block_of_them_has(lane: Any, noisy: bool, no_worse_tha
     torch.testing.assert_close(reverse_chain(**given)[-1:], reverse_chain(**given | last), rtol=1e-4, atol=1e-4)
 
 
+def test_coefficients_may_be_float32_in_any_precision(
+    lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model's are: bfloat16 has three digits of them. The backend that is asked computes it for all that."""
+    for dtype in dtypes(lane):
+        given = arguments(Case(70, 72, 136, 64, 192, 2, 3), dtype, lane.device)
+        given["coefficients"] = torch.rand(3, 5, device=lane.device) * 0.6
+        exact, usual = plain(**convert(given, Tensor.double)), plain(**given)
+        with monkeypatch.context() as without:
+            if lane.backend in ("cpp", "triton") and dtype != torch.float64:
+                without.setattr(reference, "reverse_chain", None)
+            no_worse_than_eager(reverse_chain(**given), usual, exact, str(dtype))
+
+
 def test_rows_that_go_through_the_steps_in_parts(lane: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if lane.backend != "triton":
         pytest.skip(f"{lane}: it takes all rows at once")
