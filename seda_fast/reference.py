@@ -644,8 +644,7 @@ def reverse_chain(
     normed_condition, gates = embed_condition(condition, w_c, b_c, w_g, b_g)
     gate = gates.chunk(len(w_h), dim=1)
     first_row = torch.zeros(initial.shape[0], dtype=torch.int64, device=initial.device)
-    # A rounded coefficient would err the same way at every row: bfloat16 has three digits.
-    wide = torch.promote_types(initial.dtype, torch.float32)
+    wide = torch.promote_types(initial.dtype, torch.float32)  # rounded coefficients would err alike at every row
     a, b, c, e, w = coefficients.to(wide).unbind(1)
     x, result = initial, torch.zeros_like(initial, dtype=wide)
     for i in range(coefficients.shape[0]):
@@ -669,8 +668,7 @@ def reverse_chain(
         if i + 1 < coefficients.shape[0]:
             x = a[i] * x0_hat + b[i] * x + c[i] * source
             if noisy:
-                x = x + e[i] * normals(seed, step + 1 + i, sample_ids, x.shape[1], stream).to(wide)
-            x = x.to(initial.dtype)
+                x = (x + e[i] * normals(seed, step + 1 + i, sample_ids, x.shape[1], stream).to(wide)).to(x.dtype)
     return result.to(initial.dtype)
 
 

@@ -583,6 +583,6 @@ def test_numbers_beside_a_mark_of_another_type_are_fitted_and_scored(data: Sampl
 def test_a_mark_that_became_text_is_refused_by_score_too(data: Sample) -> None:
     visual, labels, text = data.visual, data.labels, data.text
     names = np.array(["a", "b", "c"])[labels]
-    model = SeDAClassifier(**SMALL, random_state=0).fit(visual, names, text=text)
+    model = SeDAClassifier(**SMALL, random_state=0, unlabelled=-1).fit(visual, names, text=text)
     with pytest.raises(ValueError, match="y holds '-1', but unlabelled is -1"):
         model.score(visual[:2], ["a", -1])

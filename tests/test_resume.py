@@ -522,7 +522,7 @@ def test_results_go_to_a_mounted_volume(
 def test_results_that_cannot_be_moved_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As to a bind mount of the same file system, which looks like any folder."""
     out = tmp_path / "out"
-    (out / "report").mkdir(parents=True)
+    (out / "notes").mkdir(parents=True)
     replace = Path.replace
 
     def across(self: Path, target: Path) -> Path:

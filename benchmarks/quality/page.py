@@ -176,7 +176,7 @@ def _selection_table(selected: Selected, published: bool) -> list[str]:
         gain = f"{found['top1'] - found['default_top1']:+.1f} ± {found['standard_error']:.1f}"
         gain = gain if found["settings"] else "-"
         own, measured = found.get("sets", []), found.get("seconds", {})
-        shown = f"{name}, on {', '.join(own)}" if set(own) < set(measured) else name
+        shown = f"{name}, on {', '.join(own)}" if own and set(own) < set(measured) else name
         cells = (shown, found["tried"], f"{found['default_top1']:.1f}", f"{found['top1']:.1f}", gain, settings)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return [*lines, "", *_time_table(selected), *_weights_table(selected.get(SEDA, {}))]
