@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .arrays import release
 from .arrays import rows as float_rows
 from .data import EvaluationRows, class_text_rows
 from .files import DataError
@@ -85,6 +86,7 @@ def refuse_unpredictable(model: SeDA, visual: NDArray[Any], source: str) -> None
         with torch.inference_mode():
             rows = model.standardise_visual(torch.from_numpy(block).to(model.centres.device))
             lengths = rows.square().sum(dim=1) + (rows / model.kernel.scale).square().sum(dim=1)
+        release(visual)
         beyond = (~lengths.isfinite()).cpu().numpy()
         if beyond.any():
             row = begin + int(np.argmax(beyond))

@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seda_fast import DataError, FeatureSet, SeDAConfig, prepare, streaming, train
+from seda_fast import DataError, FeatureSet, SeDA, SeDAConfig, prepare, streaming, train
 from seda_fast.arrays import check_visual, mean_and_deviation, release
 from seda_fast.arrays import rows as float_rows
 from seda_fast.config import FOUND
+from seda_fast.measure import refuse_unpredictable
 from seda_fast.nn.scaling import Scaling
 from seda_fast.ops import read_rows, reads_rows
 from seda_fast.prepare import reading_threads
@@ -283,6 +284,8 @@ def test_passes_over_a_map_leave_none_of_it_in_memory(tmp_path: Path) -> None:
     before = resident()
     check_visual("a", array)
     mean_and_deviation(array)
+    small = SeDAConfig(visual_dim=256, text_dim=4, n_classes=3, width=16, blocks=1)
+    refuse_unpredictable(SeDA(small), array, "a")
     assert resident() - before < 64e6
     assert array.sum() == 0  # maps all of it
     assert resident() - before > 200e6
