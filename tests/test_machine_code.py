@@ -111,7 +111,7 @@ def test_noising_reads_and_writes_16_bytes_at_a_time(reports: list[dict[str, Any
 def test_noising_alone_is_read_in_the_dtypes_that_it_knows(repository: Path, tmp_path: Path) -> None:
     found = read(repository, tmp_path, "--targets", "90", "--features", "300")
     assert {(report["kernel"], report["dtype"]) for report in found} == {
-        (kernel, dtype) for kernel in ("noising_kernel", "scaling_kernel") for dtype in ("bfloat16", "float32")
+        (kernel, dtype) for kernel in ("noising_kernel", "scaling_kernel") for dtype in ("bf16", "fp32")
     }
 
 
