@@ -87,13 +87,14 @@ def choose(op: str, device_type: str, dtype: torch.dtype | None = None) -> tuple
         RuntimeError: a backend is forced (`use_backend`) that has no code for this op or cannot run here.
     """
     known = _implementations[op]
-    if _forced != "auto" and not (_forced in PARTIAL and _forced not in known):
-        if _forced not in known:
-            raise RuntimeError(f"backend {_forced!r} has no implementation of {op}; it has {sorted(known)}")
-        reason = known[_forced].refusal(device_type, dtype)
+    wanted = _forced  # once: other threads enter and leave blocks meanwhile
+    if wanted != "auto" and (wanted in known or wanted not in PARTIAL):
+        if wanted not in known:
+            raise RuntimeError(f"backend {wanted!r} has no implementation of {op}; it has {sorted(known)}")
+        reason = known[wanted].refusal(device_type, dtype)
         if reason is not None:
-            raise RuntimeError(f"backend {_forced!r} cannot run {op} on {device_type}: {reason}")
-        return _forced, known[_forced]
+            raise RuntimeError(f"backend {wanted!r} cannot run {op} on {device_type}: {reason}")
+        return wanted, known[wanted]
     chosen = "reference"
     for backend, implementation in known.items():
         if device_type in implementation.devices and implementation.refusal(device_type, dtype) is None:
