@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROWS_TOGETHER = 4096
+_ROWS_TOGETHER = 512
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
