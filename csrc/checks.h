@@ -85,7 +85,8 @@ inline void check_contiguous(const Tensor& tensor, const std::string& name) {
 }
 
 inline void check_rows_contiguous(const Tensor& tensor, const std::string& name) {
-  if (tensor.size(1) > 1 && tensor.stride(1) != 1) refuse(name, " must have contiguous rows");
+  // Where there are no elements no stride is used, and PyTorch calls any of them contiguous.
+  if (tensor.numel() > 0 && tensor.size(1) > 1 && tensor.stride(1) != 1) refuse(name, " must have contiguous rows");
 }
 
 inline int64_t check_stream(int64_t stream) {

@@ -98,8 +98,9 @@ def value(name, kind):
         usual = {"stream": (6, 6, 6, 6, 0, 255, 256, -1), "first_class": (0, 0, 0, 0, 0, 1, -1, 2**62),
                  "classes": (K, K, K, K, K, 0, -5, 2**62, -(2**63)), "threads": (1, 1, 2, 3, 7, 0, 65, -1),
                  "file": (FILE.fileno(),) * 8 + (-1, 10**6, 2**40), "start": (0, 0, 0, 128, 1999, -1, 2**63 - 1),
-                 # Of chain_fits.
-                 **dict.fromkeys(("dim", "condition_dim", "width", "hidden", "blocks", "steps"), (64, 1, 0, -1, 2**62))}
+                 # Of chain_fits and chain_splits.
+                 **dict.fromkeys(("dim", "condition_dim", "width", "hidden", "blocks", "steps"), (64, 1, 0, -1, 2**62)),
+                 "rows": (1, 16, 128, 0, -1, 2**62)}
         return rng.choice(usual.get(name, (0, 2, -100, 2**63 - 1)))
     shapes = {
         "x0": (B, D), "h": (B, D), "grad": (B, D), "grad_z": (B, D), "residual": (B, D), "pre": (B, D), "gate": (B, D),

@@ -115,17 +115,31 @@ Tensor reverse_chain(const Tensor& initial, const Tensor& source, const Tensor& 
   return result;
 }
 
-// Whether there is a kernel for these sizes on a device.
+// The kernel that a call of these sizes gets on a device.
+ChainKernel kernel_for(std::initializer_list<int64_t> sizes, int64_t rows, int64_t device) {
+  int shape[6], *next = shape;
+  for (const int64_t size : sizes) {
+    if (size <= 0 || size > 1 << 20) return ChainKernel::none;
+    *next++ = static_cast<int>(size);
+  }
+  ChainPlan plan{};
+  const ChainShape narrow{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
+  check_launch("the reverse chain", plan_chain(narrow, rows, static_cast<int>(device), plan));
+  return plan.kernel;
+}
+
+// Whether there is a kernel for these sizes on a device, for any number of rows.
 bool chain_fits(int64_t dim, int64_t condition_dim, int64_t width, int64_t hidden, int64_t blocks, int64_t steps,
                 int64_t device) {
-  for (const int64_t size : {dim, condition_dim, width, hidden, blocks, steps})
-    if (size <= 0 || size > 1 << 20) return false;
-  const auto narrow = [](int64_t size) { return static_cast<int>(size); };
-  const ChainShape shape{narrow(dim), narrow(condition_dim), narrow(width), narrow(hidden), narrow(blocks), narrow(steps)};
-  ChainPlan plan{};
-  // As many rows as need a kernel that takes any number.
-  check_launch("the reverse chain", plan_chain(shape, int64_t{1} << 32, static_cast<int>(device), plan));
-  return plan.kernel != ChainKernel::none;
+  const int64_t many = int64_t{1} << 32;
+  return kernel_for({dim, condition_dim, width, hidden, blocks, steps}, many, device) != ChainKernel::none;
+}
+
+// Whether so many rows are given to the kernel that splits columns over the processors.
+bool chain_splits(int64_t dim, int64_t condition_dim, int64_t width, int64_t hidden, int64_t blocks, int64_t steps,
+                  int64_t rows, int64_t device) {
+  if (rows < 0) refuse("rows must not be negative, not ", rows);
+  return kernel_for({dim, condition_dim, width, hidden, blocks, steps}, rows, device) == ChainKernel::split;
 }
 
 }  // namespace
@@ -138,9 +152,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seda_fast_cuda, m) {
       "bool noisy) -> Tensor");
   m.def(
       "chain_fits(int dim, int condition_dim, int width, int hidden, int blocks, int steps, int device) -> bool");
+  m.def(
+      "chain_splits(int dim, int condition_dim, int width, int hidden, int blocks, int steps, int rows, int device) "
+      "-> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seda_fast_cuda, CUDA, m) { m.impl("reverse_chain", TORCH_BOX(&reverse_chain)); }
-STABLE_TORCH_LIBRARY_IMPL(seda_fast_cuda, CompositeExplicitAutograd, m) { m.impl("chain_fits", TORCH_BOX(&chain_fits)); }
+STABLE_TORCH_LIBRARY_IMPL(seda_fast_cuda, CompositeExplicitAutograd, m) {
+  m.impl("chain_fits", TORCH_BOX(&chain_fits));
+  m.impl("chain_splits", TORCH_BOX(&chain_splits));
+}
 
 }  // namespace seda

@@ -23,7 +23,7 @@ from ._dispatch import implement
 RULES: dict[str, str] = {}
 
 _LIBRARY = "libseda_fast_cuda.so"
-_OPERATORS = ("chain_fits", "reverse_chain")
+_OPERATORS = ("chain_fits", "chain_splits", "reverse_chain")
 
 
 def _absence() -> str | None:
@@ -81,7 +81,7 @@ def unavailable(device_type: str) -> str | None:
         return "PyTorch sees no CUDA device"
     if _weakest_capability() < (8, 0):
         return f"its kernels need compute capability 8.0, the device has {_weakest_capability()}"
-    return _without_code(tuple(_cpp.report().get("cuda", {}).get("architectures", ())))
+    return _without_code(tuple(_cpp.report().get("cuda", {}).get("architectures", ()))) or _runtime_fault()
 
 
 def has_code(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
@@ -111,10 +111,24 @@ def _without_code(architectures: tuple[str, ...]) -> str | None:
     return None
 
 
-def implement_with_cuda(op: str, function: Callable[..., Any], rule: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Register ``function`` for ``op`` in ``dtypes``; ``rule`` says which calls it serves."""
+@functools.cache
+def _runtime_fault() -> str | None:
+    """What the library's own CUDA runtime says against the devices, or None: one of a newer CUDA than PyTorch's may
+    need a newer driver."""
+    try:
+        torch.ops.seda_fast_cuda.chain_fits(8, 8, 64, 64, 1, 1, torch.cuda.current_device())
+    except RuntimeError as error:
+        return f"its CUDA runtime cannot be used: {str(error).splitlines()[0]}"
+    return None
+
+
+def implement_with_cuda(
+    op: str, function: Callable[..., Any], rule: str, dtypes: tuple[torch.dtype, ...], by_itself: Callable[[], bool]
+) -> None:
+    """Register ``function`` for ``op`` in ``dtypes``; ``rule`` says which calls it serves, ``by_itself`` whether it is
+    asked here where no backend is forced."""
     RULES[op] = rule
-    implement(op, "cuda", function, devices=("cuda",), unavailable=unavailable, dtypes=dtypes)
+    implement(op, "cuda", function, devices=("cuda",), unavailable=unavailable, dtypes=dtypes, by_itself=by_itself)
 
 
 def status() -> dict[str, Any]:

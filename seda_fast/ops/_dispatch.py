@@ -33,12 +33,14 @@ class Implementation:
         devices: device types it serves by default ("cpu", "cuda").
         unavailable: gives the reason why it cannot run here for a device type, or None when it can.
         dtypes: dtypes of the op's first argument (a list's first tensor) that it computes in; empty means all.
+        by_itself: whether it is asked here where no backend is forced.
     """
 
     function: Callable[..., Any]
     devices: tuple[str, ...]
     unavailable: Callable[[str], str | None]
     dtypes: tuple[torch.dtype, ...]
+    by_itself: Callable[[], bool]
 
     def refusal(self, device_type: str, dtype: torch.dtype | None) -> str | None:
         """Why it cannot take operands of ``dtype`` (None: any) on ``device_type``, or None when it can."""
@@ -58,6 +60,10 @@ def _always_available(device_type: str) -> str | None:
     return None
 
 
+def _always() -> bool:
+    return True
+
+
 def implement(
     op: str,
     backend: str,
@@ -66,6 +72,7 @@ def implement(
     devices: tuple[str, ...] = ("cpu", "cuda"),
     unavailable: Callable[[str], str | None] = _always_available,
     dtypes: tuple[torch.dtype, ...] = (),
+    by_itself: Callable[[], bool] = _always,
 ) -> None:
     """Register ``function`` as ``backend``'s implementation of ``op``.
 
@@ -75,7 +82,7 @@ def implement(
     """
     if backend not in BACKENDS[1:]:
         raise ValueError(f"backend must be one of {BACKENDS[1:]}, not {backend!r}")
-    _implementations.setdefault(op, {})[backend] = Implementation(function, devices, unavailable, dtypes)
+    _implementations.setdefault(op, {})[backend] = Implementation(function, devices, unavailable, dtypes, by_itself)
 
 
 def choose(op: str, device_type: str, dtype: torch.dtype | None = None) -> tuple[str, Implementation]:
@@ -97,7 +104,8 @@ def choose(op: str, device_type: str, dtype: torch.dtype | None = None) -> tuple
         return wanted, known[wanted]
     chosen = "reference"
     for backend, implementation in known.items():
-        if device_type in implementation.devices and implementation.refusal(device_type, dtype) is None:
+        serves = device_type in implementation.devices and implementation.refusal(device_type, dtype) is None
+        if serves and implementation.by_itself():
             chosen = backend
     return chosen, known[chosen]
 

@@ -279,6 +279,9 @@ def test_the_cluster_meets_before_the_barriers_are_used_and_before_a_block_leave
         # Eight groups of 16 rows share the processors; with more, each would read all weights in every step.
         ((128, 768, 768, 512, 1024, 3, 5), 132, 227, True, (SPLIT, 128)),
         ((129, 768, 768, 512, 1024, 3, 5), 132, 227, True, (WIDE, 5)),
+        # Features too wide for what a block of threads keeps of them, and steps too many for what blocks exchange.
+        ((1, 4096, 8192, 512, 1024, 3, 5), 132, 227, True, (WIDE, 1)),
+        ((128, 768, 768, 512, 1024, 3, 66), 132, 227, True, (WIDE, 4)),
         # A block of threads with little shared memory, and rows too wide for it.
         ((65_536, 768, 768, 512, 1024, 3, 5), 84, 99, False, (WIDE, 84)),
         ((65_536, 768, 768, 640, 640, 3, 5), 84, 99, False, (WIDE, 84)),

@@ -3,11 +3,17 @@
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from seda_fast.ops import _cuda, _dispatch, _triton, q_sample, use_backend
+from seda_fast.ops.cuda import reverse_chain as chain
+
+# What is found out about the devices once.
+CACHED = (_cuda._weakest_capability, _cuda._without_code, _cuda._runtime_fault, chain._measured, chain._splits)
 
 
 def noise() -> torch.Tensor:
@@ -126,6 +132,8 @@ def test_a_device_without_code_is_refused_with_what_to_do(monkeypatch: pytest.Mo
     monkeypatch.setattr(_cuda._cpp, "report", lambda: {"cuda": {"architectures": ["90a"]}})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.ops.seda_fast_cuda, "chain_fits", lambda *sizes: True, raising=False)
     for devices, told in (
         ([(9, 0), (9, 0)], None),
         (
@@ -135,11 +143,79 @@ def test_a_device_without_code_is_refused_with_what_to_do(monkeypatch: pytest.Mo
         ([(9, 0), (7, 5)], "its kernels need compute capability 8.0, the device has (7, 5)"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", devices.__getitem__)
-        for cached in (_cuda._weakest_capability, _cuda._without_code):
+        for cached in CACHED:
             cached.cache_clear()
         assert _cuda.unavailable("cuda") == told
-    for cached in (_cuda._weakest_capability, _cuda._without_code):
+    for cached in CACHED:
         cached.cache_clear()
+
+
+def _a_made_up_device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """With an extension that serves the reverse chain on it, which `CACHED` must forget again."""
+    monkeypatch.setattr(_cuda, "_reason", None)
+    monkeypatch.setattr(_cuda._cpp, "report", lambda: {"cuda": {"architectures": ["80", "90a", "100"]}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    known = _dispatch._implementations["reverse_chain"]  # Triton would look for the device's driver
+    monkeypatch.setitem(
+        _dispatch._implementations, "reverse_chain", {name: known[name] for name in ("reference", "cuda")}
+    )
+    for cached in CACHED:
+        cached.cache_clear()
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """What was found out of made-up devices is forgotten."""
+    yield
+    for cached in CACHED:
+        cached.cache_clear()
+
+
+def test_a_library_of_a_newer_cuda_than_the_driver_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, forgetful: None
+) -> None:
+    def chain_fits(*sizes: int) -> bool:
+        raise RuntimeError("the reverse chain cannot be launched: CUDA driver version is insufficient\nmore")
+
+    _a_made_up_device(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.ops.seda_fast_cuda, "chain_fits", chain_fits, raising=False)
+    told = "its CUDA runtime cannot be used: the reverse chain cannot be launched: CUDA driver version is insufficient"
+    assert _cuda.unavailable("cuda") == told
+    with pytest.raises(RuntimeError, match=told), use_backend("cuda"):
+        _dispatch.choose("reverse_chain", "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("capability, served", [((9, 0), True), ((8, 0), False), ((12, 0), False)])
+def test_who_serves_a_device_names_no_kernels_that_were_not_measured_on_it(
+    monkeypatch: pytest.MonkeyPatch, forgetful: None, capability: tuple[int, int], served: bool
+) -> None:
+    _a_made_up_device(monkeypatch, capability)
+    monkeypatch.setattr(torch.ops.seda_fast_cuda, "chain_fits", lambda *sizes: True, raising=False)
+    found = _dispatch.choose("reverse_chain", "cuda", torch.bfloat16)[0]
+    assert (found == "cuda") == served
+    with use_backend("cuda"):
+        assert _dispatch.choose("reverse_chain", "cuda", torch.bfloat16)[0] == "cuda"
+
+
+def test_few_rows_that_cannot_be_split_go_to_triton(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
+    _a_made_up_device(monkeypatch, (9, 0))
+    asked = []
+
+    def chain_splits(*sizes: int) -> bool:
+        asked.append(sizes)
+        return sizes[0] <= 4096
+
+    monkeypatch.setattr(torch.ops.seda_fast_cuda, "chain_splits", chain_splits, raising=False)
+    initial = SimpleNamespace(shape=(128, 768), get_device=lambda: 0)
+    assert chain._faster(initial, (768, 768, 512, 1024, 3, 5))
+    assert not chain._faster(initial, (8192, 8192, 512, 1024, 3, 5))
+    assert asked == [(768, 768, 512, 1024, 3, 5, 128, 0), (8192, 8192, 512, 1024, 3, 5, 128, 0)]
+    more = SimpleNamespace(shape=(129, 768), get_device=lambda: 0)
+    assert not chain._faster(more, (768, 768, 512, 1024, 3, 5))
+    assert len(asked) == 2
 
 
 def test_the_choice_ends_with_the_block_even_after_an_error() -> None:

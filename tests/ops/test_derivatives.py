@@ -21,18 +21,18 @@ ROWS, DIM, WIDTH, HIDDEN, BLOCKS, STEPS = 6, 4, 8, 16, 2, 10
 
 
 class Operation(NamedTuple):
-    """``call`` maps (ROWS, width) to a tensor."""
+    """``call`` maps (rows, width) to a tensor."""
 
     name: str
     width: int
     call: Callable[[Tensor], Tensor]
 
 
-def operations(dtype: torch.dtype, device: str) -> list[Operation]:
+def operations(dtype: torch.dtype, device: str, rows: int = ROWS) -> list[Operation]:
     def draw(*shape: int) -> Tensor:
         return (0.5 * torch.randn(shape, dtype=torch.float64, device=device)).to(dtype)
 
-    ids = torch.arange(ROWS, device=device)
+    ids = torch.arange(rows, device=device)
     per_block = [
         [draw(*shape) for _ in range(BLOCKS)] for shape in ((HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,))
     ]
@@ -46,7 +46,7 @@ def operations(dtype: torch.dtype, device: str) -> list[Operation]:
     ]
     weights = ChainWeights(*ends, *per_block, draw(DIM, WIDTH), draw(DIM))
     modulation, coefficients = draw(STEPS, BLOCKS, 3, WIDTH), draw(STEPS, 5).abs()
-    tables, gate, condition = modulation[:, 0].unbind(1), draw(ROWS, HIDDEN), draw(ROWS, DIM)
+    tables, gate, condition = modulation[:, 0].unbind(1), draw(rows, HIDDEN), draw(rows, DIM)
     signal, noise = draw(STEPS).abs(), draw(STEPS).abs()
     block = (per_block[0][0], per_block[1][0], per_block[2][0], per_block[3][0])
     classes, bias, centres = draw(4, DIM), draw(4), draw(4, DIM)
@@ -62,6 +62,20 @@ def operations(dtype: torch.dtype, device: str) -> list[Operation]:
             lambda x: reverse_chain(x, condition, condition, coefficients, modulation, weights, **keys, stream=4),
         ),
     ]
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_no_rows_of_any_memory_layout_give_none(lane: Any, place: int) -> None:
+    """PyTorch calls a tensor without elements contiguous, whatever its strides: those of a gradient that was expanded
+    from a number, or of no rows of a matrix that lies column by column."""
+    operation = operations(torch.float32, lane.device, rows=0)[place]
+    by_columns = torch.randn(operation.width, ROWS, device=lane.device).T[:0]
+    assert by_columns.stride(1) == ROWS
+    leaf = by_columns.requires_grad_()
+    result = operation.call(leaf)
+    assert result.shape[:1] in ((0,), ())
+    result.sum().backward()
+    assert leaf.grad is not None and leaf.grad.shape == (0, operation.width)
 
 
 @pytest.mark.parametrize("place", range(5))

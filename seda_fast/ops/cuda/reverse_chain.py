@@ -16,8 +16,8 @@ from .._dispatch import fallback, forced
 
 _RULE = (
     "bfloat16; width and hidden multiples of 64, width to 1024 (640 below 122 KiB of shared memory); features and "
-    "condition multiples of 8; to 32 blocks; by itself on compute capability 9.0, to 128 rows; else Triton or "
-    "PyTorch"
+    "condition multiples of 8; to 32 blocks; by itself on compute capability 9.0, to 128 rows that can be split "
+    "over all processors; else Triton or PyTorch"
 )
 # Most rows that go to a kernel by themselves.
 _FEW_ROWS = 128
@@ -29,13 +29,24 @@ def _fits(dim: int, condition: int, width: int, hidden: int, blocks: int, steps:
 
 
 @functools.cache
+def _splits(sizes: tuple[int, ...], rows: int, device: int) -> bool:
+    """Whether so many rows are given to the kernel that was measured; the others read all weights through each of a few
+    processors, as where rows are too wide for its shared memory or what it exchanges in many steps is too much."""
+    return bool(torch.ops.seda_fast_cuda.chain_splits(*sizes, rows, device))
+
+
+@functools.cache
 def _measured(device: int) -> bool:
     """Whether a device is of the only kind that the kernels were measured on, and their code for it was built."""
     built = _cpp.report().get("cuda", {}).get("architectures", ())
     return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in built
 
 
-def _faster(initial: Tensor) -> bool:
+def _measured_here() -> bool:
+    return any(_measured(device) for device in range(torch.cuda.device_count()))
+
+
+def _faster(initial: Tensor, sizes: tuple[int, ...]) -> bool:
     """Whether the kernels are taken by themselves: where they were measured to be at least a tenth faster than any
     other code of ours, on any host.
 
@@ -47,7 +58,8 @@ def _faster(initial: Tensor) -> bool:
     the same there all the same: what is captured must be what was run before to warm up, whose first launches load code
     and tables as a capture does not allow, and it gives the same bits.
     """
-    return _measured(initial.get_device()) and initial.shape[0] <= _FEW_ROWS
+    rows, device = initial.shape[0], initial.get_device()
+    return _measured(device) and rows <= _FEW_ROWS and _splits(sizes, rows, device)
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
@@ -97,7 +109,7 @@ def reverse_chain(
     keys = (seed, step, sample_ids, stream, noisy)
     alike = all(t.dtype == torch.bfloat16 for t in _flat((*operands[:3], *weights)))
     sizes = (initial.shape[1], condition.shape[1], w_x.shape[0], w_h[0].shape[0], len(w_h), coefficients.shape[0])
-    wanted = forced() == "cuda" or _faster(initial)
+    wanted = forced() == "cuda" or _faster(initial, sizes)
     if not alike or not wanted or not _fits(*sizes, initial.get_device()):
         otherwise = fallback("reverse_chain", "cuda", ("triton",), initial.dtype)
         return otherwise(*operands, *weights, *keys)  # type: ignore[no-any-return]
@@ -114,4 +126,4 @@ def reverse_chain(
     )
 
 
-implement_with_cuda("reverse_chain", reverse_chain, _RULE, (torch.bfloat16,))
+implement_with_cuda("reverse_chain", reverse_chain, _RULE, (torch.bfloat16,), _measured_here)
