@@ -89,6 +89,8 @@ def read_class_texts(path: Path, class_names: Sequence[str]) -> dict[str, str]:
             name, text = row["label"].strip(), row["text"].strip()
             if not name:
                 raise DataError(f"line {line} names no class")
+            if is_unprintable(name):
+                raise DataError(f"line {line}: the class {show(name)} holds control characters")
             if not text:
                 raise DataError(f"line {line}: the class {show(name)} has no text")
             if name in texts:

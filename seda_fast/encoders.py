@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ _RESAMPLINGS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _NAMED = ("nearest", "bilinear", "bicubic", "lanczos")
 _PREPARATIONS = ("preprocessor_config.json", "processor_config.json")
 _TFIDF = "tfidf"
+# Singular values of TF-IDF's table below this part of the largest are rounding errors: those of texts that differ by a
+# word are a hundredth, or a thousandth with a million rows.
+_RANK = 1e-6
 _OF_ARCHITECTURE = {"num_classes"}
 
 
@@ -120,9 +123,13 @@ def _packaged(name: str) -> list[Path]:
 
 
 def fingerprint(folder_or_file: Path, *more: str) -> str:
-    """Tells one model's files from another's by name, size and time of change, without reading the weights."""
+    """Tells one model's files from another's by name, size and time of change, without reading the weights.
+
+    What is hidden in a folder is not the model's: a run whose results go there keeps its parts in it.
+    """
     files = sorted(folder_or_file.rglob("*")) if folder_or_file.is_dir() else [folder_or_file]
-    told = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    shown = [f for f in files if not any(p.startswith(".") for p in f.relative_to(folder_or_file).parts)]
+    told = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in shown if file.is_file()]
     return hashlib.sha256("\n".join([*told, *more]).encode()).hexdigest()
 
 
@@ -235,7 +242,10 @@ def _timm(name: str, architecture: str, about: dict[str, Any], weights: Path, de
         model = timm.create_model(architecture, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"timm has no architecture {show(architecture)} with these settings") from error
-    config = {**model.pretrained_cfg, **about.get("pretrained_cfg", {})}
+    given = about.get("pretrained_cfg", about)  # in older files they stand beside the architecture
+    if not isinstance(given, dict):
+        raise DataError(f"config.json's pretrained_cfg is {show(str(given))}, not a table of settings")
+    config = {**model.pretrained_cfg, **given}
     # What goes with the classifier may be several (DeiT's second head) and more than linear (LeViT's norm).
     whole = set(model.state_dict())
     model.reset_classifier(0)
@@ -255,7 +265,8 @@ def _timm(name: str, architecture: str, about: dict[str, Any], weights: Path, de
         border=mode == "border",
         fill=_colour(config["mean"]) if mode == "border" else (0, 0, 0),
     )
-    return VisionEncoder(name, scaling, model.eval().to(device), fingerprint(weights, architecture))
+    made_of = fingerprint(weights, architecture, json.dumps(arguments, sort_keys=True), repr(scaling))
+    return VisionEncoder(name, scaling, model.eval().to(device), made_of)
 
 
 def _open_clip(
@@ -286,7 +297,8 @@ def _open_clip(
         fill=(fill, fill, fill) if isinstance(fill, int) else tuple(fill),
     )
     model = model.eval().to(device)
-    return VisionEncoder(name, scaling, model.encode_image, fingerprint(weights, architecture))
+    made_of = fingerprint(weights, architecture, json.dumps(about, sort_keys=True), repr(scaling))
+    return VisionEncoder(name, scaling, model.encode_image, made_of)
 
 
 def _interpolation(name: Any) -> Any:
@@ -457,10 +469,19 @@ def text_encoder(name: str, device: torch.device, *, dim: int, batch_size: int) 
             _refuse_lacking_texts(folder / path, module)
 
     def encode(texts: Sequence[str]) -> NDArray[np.float32]:
-        found = model.encode(list(texts), batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+        given = _as_texts(model, texts)
+        found = model.encode(given, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
         return np.asarray(found, dtype=np.float32)
 
     return TextEncoder(name, lambda texts: None, encode, fingerprint(folder))
+
+
+def _as_texts(model: Iterable[Any], texts: Sequence[str]) -> list[Any]:
+    """What makes a model read texts as texts: one of images, too, would load a caption that names a file or an address.
+    Those of texts alone take strings, as they always did."""
+    first = next(iter(model), None)
+    several = set(getattr(first, "modalities", ("text",))) != {"text"}
+    return [{"text": text} for text in texts] if several else list(texts)
 
 
 def _refuse_code(path: Path) -> None:
@@ -503,10 +524,14 @@ def _tfidf(dim: int) -> TextEncoder:
         if table.shape[1] < 2:
             raise DataError("the training texts hold one word alone, which tells none of them from another")
         size = min(dim, table.shape[0], table.shape[1])
-        fitted.append(decomposition.TruncatedSVD(size, random_state=0).fit(table))
+        svd = decomposition.TruncatedSVD(size, random_state=0).fit(table)
+        # Beyond the table's rank it makes up directions, in which the training texts have rounding errors alone and
+        # others, divided by the deviation of these, are 1e15.
+        svd.components_ = svd.components_[svd.singular_values_ > _RANK * svd.singular_values_[0]]
+        fitted.append(svd)
 
     def encode(texts: Sequence[str]) -> NDArray[np.float32]:
         found: NDArray[np.float32] = fitted[-1].transform(words.transform(texts)).astype(np.float32)
         return found
 
-    return TextEncoder(_TFIDF, fit, encode, f"tfidf {dim}")
+    return TextEncoder(_TFIDF, fit, encode, f"tfidf within its rank {dim}")

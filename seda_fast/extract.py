@@ -14,14 +14,13 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
 import warnings
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
@@ -86,6 +85,8 @@ class ExtractConfig:
                 raise ConfigError(
                     f"{name} needs captions, the table of texts and labels; without it images alone are seen"
                 )
+        if self.text != "tfidf" and self.text_dim != defaults["text_dim"]:
+            raise ConfigError("text_dim is for tfidf; a sentence-transformers model has a size of its own")
         if self.class_captions and self.label_separator:
             raise ConfigError("class_captions needs one class a row, so it does not go with label_separator")
 
@@ -106,21 +107,32 @@ class Seen:
 @contextmanager
 def parts_folder(out: Path, job: str) -> Iterator[Path]:
     """The folder of the parts beside ``out``, for the one process that holds its lock; parts of another job (other
-    models or settings) are removed. It stays when the block ends, for a run that goes on, unless the block removed it.
+    models or settings) are removed. It stays when the block ends, for a run that goes on, unless the block cleared it.
 
     Raises:
         DataError: another process works on it, or it cannot be written.
     """
     folder = out.absolute().parent / f".{out.name}.parts"
-    with _locked(folder, out):
+    with _locked(folder, out) as lock:
         mark = folder / "job"
         if not mark.is_file() or mark.read_text(encoding="utf-8") != job:
-            for file in folder.iterdir():
-                if file.name != _LOCK:
-                    file.unlink()
+            clear_parts(folder)
         with atomic_path(mark) as draft:
             draft.write_text(job, encoding="utf-8")
         yield folder
+        if [file.name for file in folder.iterdir()] == [_LOCK]:
+            with suppress(OSError):
+                (folder / _LOCK).unlink()
+            lock.close()  # before the folder goes: NFS keeps an open file's content in it
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove all that is in the folder of the parts but its lock."""
+    for file in folder.iterdir():
+        if file.name != _LOCK:
+            file.unlink()
 
 
 def _locked(folder: Path, out: Path) -> IO[str]:
@@ -152,7 +164,7 @@ def images_part(folder: str, start: int, batch: Sequence[str]) -> str:
     """The name of a batch's part, another one after a change of an image: its path, size or time of change."""
     digest = hashlib.sha256()
     for image in batch:
-        digest.update(b"%b\0%b\n" % (os.fsencode(image), _stamp(Path(folder, image)).encode()))
+        digest.update(b"%b\0%b\n" % (image.encode("utf-8", "surrogateescape"), _stamp(Path(folder, image)).encode()))
     return f"images_{start:09}_{digest.hexdigest()[:32]}.npz"
 
 
@@ -446,7 +458,7 @@ def _tells_of_images(path: Path) -> bool:
 def extract(config: ExtractConfig) -> str:
     """The whole command; returns the summary to print."""
     out = output_file(config.out, "--out", (".npz", ".safetensors"))
-    about_file = out.with_name(f"{out.name}.json")
+    about_file = output_file(str(out.with_name(f"{out.name}.json")), "--out", (".json",))
     for file in (out, about_file):
         # A run that was stopped between the two leaves its own.
         if file.exists() and not config.overwrite and not (file is about_file and _tells_of_images(file)):
@@ -486,7 +498,7 @@ def extract(config: ExtractConfig) -> str:
         with atomic_path(about_file) as draft:
             draft.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         write_arrays(out, arrays)
-        shutil.rmtree(parts)
+        clear_parts(parts)
     return told
 
 

@@ -23,7 +23,7 @@ SUFFIXES = (
 )  # fmt: skip
 # Pillow itself refuses twice its own limit before it decodes anything.
 LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
-_ORIENTATION = 0x0112
+_ORIENTATION, _PHOTOMETRIC = 0x0112, 0x0106
 _LARGEST_SIDE = 4096
 
 Resampling = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -89,6 +89,8 @@ def read_image(path: Path, max_pixels: int) -> tuple[Image.Image, tuple[str, ...
 def _read(file: BinaryIO, max_pixels: int) -> tuple[Image.Image, tuple[str, ...]]:
     try:
         opened = Image.open(file, formats=FORMATS)
+    except MemoryError:
+        raise
     except Image.DecompressionBombError as error:
         raise BadImage("too large", f"more than {LARGEST} pixels") from error
     except Exception as error:
@@ -98,7 +100,7 @@ def _read(file: BinaryIO, max_pixels: int) -> tuple[Image.Image, tuple[str, ...]
             raise BadImage("too large", f"{opened.width} x {opened.height} pixels")
         try:
             return _converted(opened)
-        except BadImage:
+        except (BadImage, MemoryError):  # what runs out is no fault of the image
             raise
         except Exception as error:
             raise BadImage("damaged", str(error).splitlines()[0] if str(error) else type(error).__name__) from error
@@ -121,13 +123,14 @@ def _converted(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     if image.mode.startswith("I") or ";16" in stored or _is_wide_ppm(image):
         notes.append("16-bit")
     turned = _orientation(image)  # a TIFF forgets it when its pixels are read
+    turned_white = image.format == "TIFF" and dict(getattr(image, "tag_v2", {})).get(_PHOTOMETRIC) == 0
     image.load()
     if turned or _orientation(image):
         notes.append("rotated")
     upright = ImageOps.exif_transpose(image) if _orientation(image) else image
     mode, clear = upright.mode, upright.info.get("transparency")
     if mode.startswith("I"):
-        pixels = np.asarray(upright)
+        pixels = _in_sixteen_bits(np.asarray(upright), stored, turned_white)
         upright = _eight_bits(pixels)
         if isinstance(clear, int):
             notes.append("alpha")
@@ -171,6 +174,13 @@ def _as_decoded(clear: Any, stored: str) -> Any:
         return tuple(value >> 8 for value in clear)
     wider = {"L;2": 85, "L;4": 17}
     return clear * next((wider[mode] for mode in wider if mode in stored), 1) if isinstance(clear, int) else clear
+
+
+def _in_sixteen_bits(pixels: NDArray[np.integer[Any]], stored: str, white_is_zero: bool) -> NDArray[np.integer[Any]]:
+    """Of 12 bits Pillow gives the values as they are, and of a TIFF whose white is 0, too, unless it has 8 bits."""
+    if "I;12" in stored:
+        pixels = pixels.astype(np.uint32) * 65535 // 4095
+    return 65535 - pixels.astype(np.int64) if white_is_zero else pixels
 
 
 def _eight_bits(pixels: NDArray[np.integer]) -> Image.Image:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from safetensors.torch import save_file
 from torch import nn
 
@@ -188,6 +188,87 @@ def test_tfidf_is_fitted_on_the_training_part_alone(tiles: Path, vit: Path) -> N
     np.testing.assert_allclose(before["text_test"], after["text_test"], atol=1e-6)
     assert extract.main(options(tiles, vit, "--overwrite", "--text-dim", "3")) == 0
     assert np.load(tiles / "features.npz", allow_pickle=False)["text_train"].shape == (24, 3)
+
+
+def test_tfidf_has_no_dimension_of_rounding_errors() -> None:
+    """Training texts of rank 3 in 9 words and pairs of words: a text of known words is within what they span."""
+    encoder = encoders.text_encoder("tfidf", torch.device("cpu"), dim=256, batch_size=1)
+    training = ["red circle", "blue square", "green star"] * 20
+    encoder.fit(training)
+    known, other = encoder.encode(training), encoder.encode(["red square", "green circle"])
+    assert known.shape == (60, 3)
+    assert (np.abs(other - known.mean(0)) / known.std(0)).max() < 5
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_caption_that_names_a_file_stays_a_text(several: bool) -> None:
+    texts = ["a red cat", "https://example.invalid/cat.jpg"]
+    model = [types.SimpleNamespace(modalities=["text", "image"])] if several else [types.SimpleNamespace()]
+    assert encoders._as_texts(model, texts) == ([{"text": text} for text in texts] if several else texts)
+
+
+def test_nothing_is_open_in_the_folder_that_is_removed(tiles: Path, vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS keeps an open file that is removed as another file in its folder."""
+    real, removed = Path.rmdir, []
+
+    def rmdir(folder: Path) -> None:
+        removed.append(folder.name)
+        files = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        opened = [os.readlink(file) for file in files if file.is_symlink()]
+        assert not [name for name in opened if name.startswith(str(folder))]
+        real(folder)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    assert extract.main(options(tiles, vit)) == 0
+    assert removed == [".features.npz.parts"]
+    assert not (tiles / ".features.npz.parts").exists()
+
+
+def test_memory_that_runs_out_is_no_fault_of_an_image(tiles: Path, vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(image: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(MemoryError):
+        read_image(tiles / "images" / "000.png", LARGEST)
+    assert extract.main(options(tiles, vit)) == 2
+    assert not (tiles / "features.npz").exists()
+
+
+def _tiff(path: Path, bits: int, photometric: int, data: bytes, width: int, height: int) -> Path:
+    """A TIFF of one channel without compression."""
+    tags = [
+        (256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8),
+        (277, 3, 1), (278, 3, height), (279, 4, len(data)),
+    ]  # fmt: skip
+    padded = data + bytes(len(data) % 2)
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    header = b"II*\0" + struct.pack("<I", 8 + len(padded))
+    path.write_bytes(header + padded + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+def test_white_is_white_in_any_tiff(tmp_path: Path) -> None:
+    files = [
+        _tiff(tmp_path / "12.tif", 12, 1, b"\xff" * 12, 4, 2),
+        _tiff(tmp_path / "16.tif", 16, 1, b"\xff" * 16, 4, 2),
+        _tiff(tmp_path / "white is 0.tif", 16, 0, bytes(16), 4, 2),
+        _tiff(tmp_path / "white is 0, 8 bits.tif", 8, 0, bytes(8), 4, 2),
+    ]
+    assert [read_image(file, 99)[0].getpixel((3, 1)) for file in files] == [(255, 255, 255)] * 4
+    half = _tiff(tmp_path / "half.tif", 12, 1, bytes.fromhex("800800") * 4, 4, 2)
+    assert read_image(half, 99)[0].getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_what_is_hidden_in_a_models_folder_is_not_the_models(vit: Path, tmp_path: Path) -> None:
+    shutil.copytree(vit, tmp_path / ".cache" / "vit")
+    folder = tmp_path / ".cache" / "vit"  # which may be hidden itself
+    before = encoders.fingerprint(folder)
+    (folder / ".features.npz.parts").mkdir()
+    (folder / ".features.npz.parts" / "job").write_text("a run's own")
+    assert encoders.fingerprint(folder) == before
+    (folder / "preprocessor_config.json").write_text("{}")
+    assert encoders.fingerprint(folder) != before
 
 
 def test_rows_without_text_label_or_image(tiles: Path, vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -940,6 +1021,7 @@ def test_classes_without_a_training_image_are_left_out_and_told(
         ("label,text\nruby,a\nruby,b\n", "line 3: the class 'ruby' has a text already"),
         ("label,text\nruby,\n", "line 2: the class 'ruby' has no text"),
         ("label,text\n ,a\n", "line 2 names no class"),
+        ("label,text\nruby,a\n\x1b[2Jgone,b\n", "line 3: the class '\\x1b[2Jgone' holds control characters"),
         ("label,caption\nruby,a\n", "lacks the column text; its header must name label, text"),
         ("label,text\nruby,a,b\n", "line 2 has 3 fields where the header has 2"),
         ("label,text\n", "holds no row below its header"),
@@ -1354,6 +1436,17 @@ def test_timms_api_is_used_as_it_is(tiles: Path, tmp_path: Path, suffix: str) ->
         torch.testing.assert_close(encoder.encode(images), model(images))
     assert extract.main(options(tiles, tmp_path)) == 0
     assert np.load(tiles / "features.npz", allow_pickle=False)["visual_train"].shape == (24, 8)
+    # As older files have it; features of another preparation are of another job.
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "tiny", "mean": [0.7, 0.5, 0.5], "model_args": {"width": 8}})
+    )
+    older = encoders.vision_encoder(str(tmp_path), torch.device("cpu"))
+    assert older.scaling.mean == (0.7, 0.5, 0.5)
+    assert older.fingerprint != encoder.fingerprint
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "pretrained_cfg": None}))
+    with pytest.raises(DataError, match=r"config.json's pretrained_cfg is 'None', not a table of settings"):
+        encoders.vision_encoder(str(tmp_path), torch.device("cpu"))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(DataError, match="timm has no architecture 'other' with these settings"):
         encoders.vision_encoder(f"timm:other={file}", torch.device("cpu"))
     # timm itself would unpickle a checkpoint, or look a model up on a hub.
