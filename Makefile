@@ -39,9 +39,10 @@ api: $(STAMP)
 # What the libraries are made of; ninja makes anew only what has changed.
 SOURCES := $(shell find csrc -type f -not -path '*/__pycache__/*')
 
+# An environment without pip, as uv makes them, is given it; one that was left half made is made again.
 # The lock file goes first: with its torch in place pip has no reason to fetch another.
 $(STAMP): requirements.lock pyproject.toml setup.py $(SOURCES)
-	@test -x $(PY) || { \
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || { \
 	  for python in $(CANDIDATES); do \
 	    if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
 	    then exec "$$python" -m venv $(VENV); fi; \

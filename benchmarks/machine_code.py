@@ -326,7 +326,7 @@ def described_launches(dtype: torch.dtype) -> list[Launch]:
 
 
 def tf32_launches() -> list[Launch]:
-    """The products of float32 operands on tensor cores, as PyTorch's switch asks for them."""
+    """The products of float32 operands on tensor cores, as PyTorch's switch asks for, and what agrees with them."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -21,6 +21,7 @@ import platform
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -45,7 +46,9 @@ TARGET_VERSION = "0x020a000000000000"
 GIB_PER_COMPILER = 1.5
 CUDA_ARCHITECTURES = "80;90a;100"
 
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+STANDARD = "-std=c++20"
+# Before 2.34 glibc has its threads in a library of their own, which -pthread links.
+FLAGS = ("-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
 # One translation unit of the row kernels for each: csrc/cpu/simd.
 INSTRUCTION_SETS = {
@@ -87,6 +90,16 @@ def extensions() -> list[Extension]:
     return [] if build_mode() == "none" else [Extension("seda_fast._C", sources=[], optional=True)]
 
 
+def variable(name: str) -> str:
+    """What an environment variable says, in one line: a line of a ninja file ends where the text does."""
+    return " ".join(line.strip() for line in os.environ.get(name, "").splitlines()).strip()
+
+
+def compile_flags() -> str:
+    """The compiler's flags as the shell reads them. Conda's CXXFLAGS, say, name a standard; the last one counts."""
+    return " ".join(filter(None, [*FLAGS, variable("CXXFLAGS"), STANDARD]))
+
+
 def words(command: str) -> list[str]:
     """A command such as CXX as the shell reads it."""
     try:
@@ -97,7 +110,7 @@ def words(command: str) -> list[str]:
 
 def find_compiler() -> str:
     """The C++ compiler's command as the shell reads it: CXX, which may begin with a launcher or end in flags."""
-    named = os.environ.get("CXX", "").strip()
+    named = variable("CXX")
     for command in [named] if named else ["c++", "g++", "clang++"]:
         if shutil.which(words(command)[0]):
             return command
@@ -111,15 +124,31 @@ def torch_version(home: Path) -> str:
     return stated[1]
 
 
-def find_torch() -> Path:
-    """Folder of the installed torch package, without importing it."""
-    schemes = [sysconfig.get_default_scheme()]
-    if sys.prefix == sys.base_prefix:
-        # Outside of a virtual environment pip installs for the user, too, which its isolated builds do not see.
+def sees_base_packages() -> bool:
+    """Whether this is a virtual environment made with ``--system-site-packages``."""
+    try:
+        text = (Path(sys.prefix) / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return re.search(r"^\s*include-system-site-packages\s*=\s*true\s*$", text, re.M | re.I) is not None
+
+
+def package_folders() -> list[str]:
+    """Where the environment's packages lie; pip's isolated builds see none of them."""
+    schemes, base = [sysconfig.get_default_scheme()], []
+    alone = sys.prefix == sys.base_prefix
+    if not alone and sees_base_packages():
+        base = site.getsitepackages([sys.base_prefix])
+    if alone or base:
+        # What pip installs for the user.
         schemes.append(sysconfig.get_preferred_scheme("user"))
     paths = [sysconfig.get_path(part, scheme) for scheme in schemes for part in ("purelib", "platlib")]
-    folders = [*sys.path, *paths]
-    for home in (Path(folder or ".") / "torch" for folder in folders):
+    return [*sys.path, *paths, *base]
+
+
+def find_torch() -> Path:
+    """Folder of the installed torch package, without importing it."""
+    for home in (Path(folder or ".") / "torch" for folder in package_folders()):
         if not (home / "include/torch/csrc/stable/library.h").is_file():
             continue
         version = torch_version(home)
@@ -133,14 +162,17 @@ def find_torch() -> Path:
 
 
 def find_ninja() -> str:
+    """The program of the package ninja, or else the one on the path."""
     try:
         import ninja
-    except ImportError:
-        found = shutil.which("ninja")
-        if found is None:
-            raise CannotBuildError("ninja was not found") from None
-        return found
-    return str(Path(ninja.BIN_DIR) / "ninja")
+
+        packaged = shutil.which(os.path.join(ninja.BIN_DIR, "ninja"))
+    except Exception:  # noqa: BLE001 - Django's ninja bears the name, too, and raises what its settings lack
+        packaged = None
+    found = packaged or shutil.which("ninja")
+    if found is None:
+        raise CannotBuildError("ninja was not found, neither in the package of that name nor on the path")
+    return found
 
 
 def jobs() -> int:
@@ -208,7 +240,7 @@ def find_nvcc() -> str:
 
 def known_architectures(nvcc: str) -> set[str]:
     """Numbers of the architectures that nvcc has code for, as ``90``; empty where it does not say."""
-    done = subprocess.run([nvcc, "--list-gpu-arch"], text=True, capture_output=True, check=False)
+    done = spoken([nvcc, "--list-gpu-arch"])
     return set(re.findall(r"^compute_(\d+)$", done.stdout, re.M))
 
 
@@ -296,8 +328,8 @@ def ninja_file(compiler: str, targets: list[Target], nvcc: str | None = None) ->
     """The rules, run from the folder that the objects go to."""
     command = for_ninja(compiler)
     lines = [
-        f"flags = {' '.join(FLAGS)} {for_ninja(os.environ.get('CXXFLAGS', ''))}",
-        f"ldflags = {for_ninja(os.environ.get('LDFLAGS', ''))}",
+        f"flags = {for_ninja(compile_flags())}",
+        f"ldflags = {for_ninja(variable('LDFLAGS'))}",
         "rule compile",
         f"  command = {command} $flags $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -323,10 +355,20 @@ def ninja_file(compiler: str, targets: list[Target], nvcc: str | None = None) ->
     return "\n".join(lines) + "\n"
 
 
+def write_ninja(compiler: str, targets: list[Target], nvcc: str | None = None) -> None:
+    """`ninja_file` in the current folder; a path in it has the bytes that it has on disk, text or not."""
+    Path("build.ninja").write_bytes(os.fsencode(ninja_file(compiler, targets, nvcc)))
+
+
+def spoken(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command run to its end; what it says and is no text does not stop the build."""
+    return subprocess.run(command, text=True, errors="replace", capture_output=True, check=False)
+
+
 def compiler_version(compiler: str, line: int = 0) -> str:
     """A line of what a command, as the shell reads it, says of its version; its name where it says nothing."""
     try:
-        done = subprocess.run([*words(compiler), "--version"], text=True, capture_output=True, check=False)
+        done = spoken([*words(compiler), "--version"])
     except OSError as error:  # a file of another machine, say
         raise CannotBuildError(f"{compiler} cannot be run: {error.strerror}") from error
     if done.returncode != 0:
@@ -336,18 +378,42 @@ def compiler_version(compiler: str, line: int = 0) -> str:
 
 
 def run_ninja(ninja: str, *outputs: str) -> str | None:
-    """Build what is named; the end of the compiler's output where that fails."""
-    done = subprocess.run([ninja, f"-j{jobs()}", *outputs], text=True, capture_output=True, check=False)
+    """Build what is named; the end of the compiler's output, and of ninja's own, where that fails."""
+    done = spoken([ninja, f"-j{jobs()}", *outputs])
     if done.returncode == 0:
         return None
-    sys.stderr.write(done.stdout + done.stderr)
-    return done.stdout.strip()[-500:]
+    said = done.stdout + done.stderr
+    sys.stderr.write(said)
+    return said.strip()[-500:]
+
+
+def products() -> tuple[str, ...]:
+    """Names of all files that a build for this Python can make."""
+    suffix = os.environ.get("SETUPTOOLS_EXT_SUFFIX") or sysconfig.get_config_var("EXT_SUFFIX")
+    return f"_C{suffix}", CPU_LIBRARY, CUDA_LIBRARY, REPORT
 
 
 def clear(package: Path) -> None:
     """Delete what an earlier build for this Python left in a folder."""
-    for name in (f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", CPU_LIBRARY, CUDA_LIBRARY, REPORT):
+    for name in products():
         (package / name).unlink(missing_ok=True)
+
+
+def modules_of_other_pythons(package: Path) -> dict[str, int]:
+    """The modules ``_C`` in a folder that its report lists and this Python's build does not make, and their bytes.
+
+    The operators' libraries know no Python, so these modules go with those of the next build.
+    """
+    try:
+        listed = json.loads((package / REPORT).read_text(encoding="utf-8")).get("bytes", {}).items()
+    except (OSError, ValueError, AttributeError):  # there is none, or none that can be read
+        return {}
+    others = {name: size for name, size in listed if name.startswith("_C.") and name not in products()}
+    return {name: size for name, size in others.items() if length(package / name) == size}
+
+
+def length(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
 
 class BuildExtension(build_ext):
@@ -374,7 +440,7 @@ class BuildExtension(build_ext):
         compiler, torch, ninja = find_compiler(), find_torch(), find_ninja()
         report: dict[str, object] = {
             "compiler": compiler_version(compiler),
-            "flags": " ".join(filter(None, [*FLAGS, os.environ.get("CXXFLAGS")])),
+            "flags": compile_flags(),
             "architectures": [platform.machine()],
             "instruction_sets": instruction_sets(),
             "torch_headers": torch_version(torch),
@@ -388,7 +454,7 @@ class BuildExtension(build_ext):
             libraries, about_cuda = self._build_libraries(compiler, torch, ninja)
             report |= {"libraries": libraries} | about_cuda
             module = module_target(final.name, report)
-            Path("build.ninja").write_text(ninja_file(compiler, [module]), encoding="utf-8")
+            write_ninja(compiler, [module])
             if (failure := run_ninja(ninja)) is not None:
                 raise CannotBuildError(f"the compiler fails; the end of its output: {failure}")
             outputs = [module.output, *libraries]
@@ -417,7 +483,7 @@ class BuildExtension(build_ext):
             raise CannotBuildError(missing)
         else:
             print(f"seda_fast is built without its CUDA library: {missing}", file=sys.stderr)
-        Path("build.ninja").write_text(ninja_file(compiler, targets, nvcc), encoding="utf-8")
+        write_ninja(compiler, targets, nvcc)
         # Both at once fill the processors; where one fails, a second run tells which.
         if (failure := run_ninja(ninja, "-k0")) is None:
             built = [target.output for target in targets]
@@ -442,13 +508,31 @@ class BuildExtension(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install: everything that lies beside ``_C`` goes into the checkout, too."""
-        package = Path(self.get_finalized_command("build_py").get_package_dir("seda_fast"))
+        package = self._package()
+        others = modules_of_other_pythons(package)
         # This build may have made less than an earlier one; and who has a library open keeps it as it was.
         clear(package)
-        super().copy_extensions_to_source()
-        for built in sorted((Path(self.build_lib) / "seda_fast").glob("*")):
-            if built.name == REPORT or built.name.startswith("libseda_fast_"):
-                shutil.copy2(built, package / built.name)
+        for built in self._made():
+            shutil.copy2(built, package / built.name)
+        if others:
+            report = json.loads((package / REPORT).read_text(encoding="utf-8"))
+            report["bytes"] = report.get("bytes", {}) | others
+            (package / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def get_outputs(self) -> list[str]:
+        """Files of the build; setuptools would name ``_C`` alone, and also where it was not made."""
+        return list(map(str, self._made()))
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Each file of an editable install's build to its place in the checkout, which a strict one links to."""
+        return {str(built): str(self._package() / built.name) for built in self._made()} if self.inplace else {}
+
+    def _package(self) -> Path:
+        return Path(self.get_finalized_command("build_py").get_package_dir("seda_fast"))
+
+    def _made(self) -> list[Path]:
+        files = (Path(self.build_lib) / "seda_fast" / name for name in products())
+        return [file for file in files if file.is_file()]
 
 
 class BuildPython(build_py):

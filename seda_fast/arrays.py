@@ -52,7 +52,9 @@ def mean_and_deviation(array: Features, rows: Index | None = None) -> tuple[Mome
     step = max(1, _BLOCK // max(1, array.shape[1]))
     for start in range(0, len(chosen), step):
         take = slice(start, start + step) if rows is None else chosen[start : start + step]
-        block = np.asarray(array[take], dtype=np.float64)
+        # Of the values that are standardised: in a file of float64 those may be two where its own vary by less.
+        with np.errstate(over="ignore", invalid="ignore"):
+            block = np.asarray(array[take], dtype=np.float32).astype(np.float64)
         release(array)
         block = block[~np.isnan(block).any(axis=1)]
         if not len(block):
@@ -137,9 +139,10 @@ def _as_array(name: str, value: Any) -> NDArray[Any]:
     return array
 
 
-def _features(name: str, value: Any) -> Features:
+def _features(name: str, value: Any, learnt: bool) -> Features:
     array = _as_array(name, value)
-    refuse_what_float32_loses(name, array)
+    if learnt:  # two equal rows to predict or to measure are what they are
+        refuse_what_float32_loses(name, array)
     if isinstance(array, np.memmap):
         return array
     with np.errstate(over="ignore", invalid="ignore"):
@@ -174,9 +177,10 @@ def refuse_what_float32_loses(name: str, array: NDArray[Any]) -> None:
         )
 
 
-def check_visual(name: str, value: Any) -> Features:
-    """Checked visual features: every entry finite in float32."""
-    array = _features(name, value)
+def check_visual(name: str, value: Any, *, learnt: bool = False) -> Features:
+    """Checked visual features: every entry finite in float32, and where they are ``learnt`` from, rows that float32
+    tells apart."""
+    array = _features(name, value, learnt)
     for start, block in _blocks(array):
         bad = ~np.isfinite(block)
         if bad.any():
@@ -192,12 +196,12 @@ def _bad_entry(array: NDArray[Any], row: int, column: int) -> str:
     return f"holds {what} in row {row}, column {column}"
 
 
-def check_text(name: str, value: Any, unpaired: Unpaired) -> tuple[Features, Mask]:
-    """Checked textual features and the (N,) mask of rows that have any.
+def check_text(name: str, value: Any, unpaired: Unpaired, *, learnt: bool = False) -> tuple[Features, Mask]:
+    """Checked textual features and the (N,) mask of rows that have any; ``learnt`` as in `check_visual`.
 
     A row is finite or all NaN; a row of the second kind has no text, and with unpaired="refuse" is refused.
     """
-    array = _features(name, value)
+    array = _features(name, value, learnt)
     paired = np.ones(len(array), dtype=bool)
     for start, block in _blocks(array):
         finite = np.isfinite(block)

@@ -12,6 +12,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ class Checkpoints:
         still = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
         path = self._path(step)
         # A daemon: a process that is told to end does not wait for it, and what it leaves is no checkpoint.
-        self._writer = threading.Thread(target=self._write, args=(path, step, still, dict(state)), daemon=True)
+        self._writer = threading.Thread(
+            target=self._write, args=(path, step, still, deepcopy(dict(state))), daemon=True
+        )
         self._writer.start()
         return path
 

@@ -227,7 +227,8 @@ class FeatureSet:
         """Makes a set from anything that numpy takes as an array, with the checks and options of `load`.
 
         float32 arrays are kept without a copy, memory maps as they are. text_train may be None with
-        need_text=False or with text_classes (K, Dt), one text a class. Raises DataError.
+        need_text=False or with text_classes (K, Dt), one text a class, beside labels that are names in the order of
+        class_names. Raises DataError.
         """
         given = (visual_train, text_train, label_train, visual_test, label_test, text_test, class_names, text_classes)
         arrays = {key: value for key, value in zip(KEYS, given, strict=True) if value is not None}
@@ -356,6 +357,18 @@ def _check_options(unpaired: str, test_fraction: float, seed: int) -> None:
         raise DataError(f"the seed is {seed}; 0 or more is needed")
 
 
+def _numbered(arrays: Mapping[str, Any], class_names: Sequence[str] | None = None) -> dict[str, Any]:
+    """`numbered`, where that leaves no doubt which row of ``text_classes`` is of which class: whoever writes them down
+    as [dog, cat] does not think of the order in which names sort."""
+    found = numbered(arrays, class_names)
+    if "text_classes" in arrays and class_names is None and "class_names" in found and "class_names" not in arrays:
+        raise DataError(
+            "'text_classes' needs 'class_names', which say which row is of which class, where labels are names of "
+            "classes"
+        )
+    return found
+
+
 def _build(
     arrays: Mapping[str, Any],
     source: str,
@@ -365,18 +378,18 @@ def _build(
     need_text: bool,
 ) -> FeatureSet:
     _check_options(unpaired, test_fraction, seed)
-    arrays = numbered(arrays)
+    arrays = _numbered(arrays)
     if "text_train" in arrays and "text_classes" in arrays:
         raise DataError(
             "holds both 'text_train' and 'text_classes'; give one text of each row or one text of each class, not both"
         )
     by_class = "text_classes" in arrays
     _require(arrays, "visual_train", "label_train", *(["text_train"] if need_text and not by_class else []))
-    visual = check_visual("visual_train", arrays["visual_train"])
+    visual = check_visual("visual_train", arrays["visual_train"], learnt=True)
     labels = check_labels("label_train", arrays["label_train"])
     _check_length("label_train", labels, "visual_train", len(visual))
     if "text_train" in arrays:
-        text, paired = check_text("text_train", arrays["text_train"], unpaired)
+        text, paired = check_text("text_train", arrays["text_train"], unpaired, learnt=True)
         _check_length("text_train", text, "visual_train", len(visual))
     else:
         text, paired = np.zeros((len(visual), 0), dtype=np.float32), np.zeros(len(visual), dtype=bool)
@@ -385,7 +398,9 @@ def _build(
     classes = None
     if by_class:
         _refuse_multi_label("label_train", labels)
-        classes, paired = _class_texts(arrays["text_classes"], names, "class_names" in arrays), labels >= 0
+        unnamed = "'label_train' (give 'class_names' where some have no row)"
+        owner = "'class_names'" if "class_names" in arrays else unnamed
+        classes, paired = _class_texts(arrays["text_classes"], names, owner, learnt=True), labels >= 0
         if unpaired == "refuse":
             _refuse_unlabelled(labels)
     if need_text and not paired.any():
@@ -442,6 +457,8 @@ def _evaluation_rows(
     unpaired: Unpaired,
     names: tuple[str, ...] | None,
     multi_label: bool | None = None,
+    *,
+    owner: str = "'class_names'",
 ) -> EvaluationRows:
     _require(arrays, "visual_test", "label_test")
     visual = check_visual("visual_test", arrays["visual_test"])
@@ -454,11 +471,11 @@ def _evaluation_rows(
     if multi_label is not None:
         _check_kind("label_test", labels, multi_label, "'label_train'")
     if names is not None:
-        _check_named("label_test", labels, names, "'class_names'")
+        _check_named("label_test", labels, names, owner)
     classes = None
     if "text_classes" in arrays:
         _refuse_multi_label("label_test", labels)
-        classes = _class_texts(arrays["text_classes"], names, named=True)
+        classes = _class_texts(arrays["text_classes"], names, owner)
         if text is not None:
             _check_width("text_test", text, classes.shape[1], "'text_classes'")
         else:
@@ -472,12 +489,11 @@ def _refuse_multi_label(name: str, labels: Labels) -> None:
         raise DataError(f"'{name}' holds multi-label rows, but class texts ('text_classes') need one class a row")
 
 
-def _class_texts(value: Any, names: Sequence[str] | None, named: bool) -> Features:
-    """Checked class texts (K, Dt) float32 in memory, a row for each of ``names``."""
-    texts = check_visual("text_classes", value)
+def _class_texts(value: Any, names: Sequence[str] | None, owner: str, *, learnt: bool = False) -> Features:
+    """Checked class texts (K, Dt) float32 in memory, a row for each of ``names``, which are the ``owner``'s."""
+    texts = check_visual("text_classes", value, learnt=learnt)
     if names is not None and len(texts) != len(names):
-        where = "'class_names'" if named else "'label_train' (give 'class_names' where some have no row)"
-        raise DataError(f"'text_classes' has {len(texts)} rows but there are {len(names)} classes in {where}")
+        raise DataError(f"'text_classes' has {len(texts)} rows but there are {len(names)} classes in {owner}")
     return rows(texts, slice(None))
 
 
@@ -556,9 +572,10 @@ def _load_test_file(
             return _build(whole, str(path), unpaired, fraction, seed, need_text=False).test_part
     with naming(path):
         _check_options(unpaired, 0.5 if test_fraction is None else test_fraction, seed)
-        arrays = numbered(arrays, class_names)
+        owner = "'class_names'" if "class_names" in arrays else "the model"
+        arrays = _numbered(arrays, class_names)
         names = check_class_names(arrays["class_names"]) if "class_names" in arrays else None
-        return _evaluation_rows(arrays, str(path), unpaired, names)
+        return _evaluation_rows(arrays, str(path), unpaired, names, owner=owner)
 
 
 def _check_against_model(labels: Labels, found: Sequence[str] | None, model: Sequence[str] | None) -> None:

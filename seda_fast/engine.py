@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -619,6 +619,7 @@ class Stepper:
             self._graph = Graph(self)
         except Exception as error:  # noqa: BLE001 - Triton's (no tile fits, say) are no RuntimeErrors; eager has them again
             self.scaler = self._scaler(scaling)  # the old one may be amid a step
+            _end_capture(self.data.device)
             failed, reason = True, (str(error).strip().splitlines() or [type(error).__name__])[0]
         if any(self.ranks.largest([failed])):
             self._graph = None
@@ -634,6 +635,15 @@ class Stepper:
             self._lasting.add(what)
         else:
             self.fallbacks[what]["steps"] += 1
+
+
+def _end_capture(device: torch.device) -> None:
+    """Where CUDA itself ended a capture, PyTorch before 2.13 leaves the device's generator amid it, and whoever draws
+    from that next, as the baselines' dropout does, is refused. A copy of its state is amid nothing."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+        with suppress(RuntimeError):
+            generator.graphsafe_set_state(generator.clone_state())
 
 
 def sent(rows: Tensor, device: torch.device) -> Tensor:

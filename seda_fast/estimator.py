@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,11 @@ from .nn.multi_label import THRESHOLD
 from .nn.scaling import Scaling
 from .outputs import first_nan
 from .prepare import prepare
-from .results import DERIVED
+from .results import DERIVED, ESTIMATOR_FILE
 from .surroundings import undisturbed
 
 __all__ = ["SeDAClassifier"]
 
-ESTIMATOR_FILE = "estimator.json"
 UNLABELLED = -1
 # Sizes come from the data, the seed from random_state.
 _ELSEWHERE = {"visual_dim", "text_dim", "n_classes", "class_text", "multi_label", "seed"}
@@ -126,6 +126,9 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
             ValueError: data or a setting cannot be used; one sentence that names it.
             TrainingError: the loss is no longer finite.
 
+        Warns:
+            UserWarning: no row of ``y`` holds `unlabelled`, which something may have numbered as one of the classes.
+
         Whatever ends it early leaves the estimator as it was, fitted or not.
         """
         before = dict(self.__dict__)
@@ -188,10 +191,12 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         labelled = np.ones(len(y), dtype=bool) if self.unlabelled is None else np.asarray(y != self.unlabelled)
         if not labelled.any():
             raise ValueError(f"y has no labelled row: every value is {self.unlabelled!r}, which marks unlabelled rows")
+        _refuse_what_does_not_sort(y, labelled)
         known = y if self.unlabelled is None else _without_marks(y[labelled])
         check_classification_targets(known)
         if labelled.all() and self.unlabelled is not None:
             _refuse_marks_of_another_type(y, self.unlabelled)
+            _warn_of_a_numbered_mark(y, self.unlabelled)
         encoder = LabelEncoder().fit(known)
         self.classes_ = encoder.classes_
         labels = np.full(len(y), UNLABELLED, dtype=np.int64)
@@ -272,19 +277,21 @@ class SeDAClassifier(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transform
         the labels alone.
 
         Raises:
-            ValueError: no row is labelled.
+            ValueError: no row is labelled, or a class cannot be used; one sentence that names it.
         """
         given = {"X": X, "y": y, "sample_weight": sample_weight}
         X, y, sample_weight = (_of_tensor(*item) for item in given.items())
-        if self.unlabelled is None:
-            return float(super().score(X, y, sample_weight))
         found = y.toarray() if issparse(y) else np.asarray(y)
+        if self.unlabelled is None:
+            _refuse_what_does_not_sort(found, np.ones(len(found), dtype=bool))
+            return float(super().score(X, y, sample_weight))
         marked: Mask = np.all(np.reshape(found == self.unlabelled, (len(found), -1)), axis=1)
         labelled = ~marked
         if not labelled.any():
             raise ValueError(f"y has no labelled row: every value is {self.unlabelled!r}, which marks unlabelled rows")
         if found.ndim == 1 and labelled.all():
             _refuse_marks_of_another_type(found, self.unlabelled)
+        _refuse_what_does_not_sort(found, labelled)
         weights = None if sample_weight is None else np.asarray(sample_weight)[labelled]
         return float(super().score(_safe_indexing(X, labelled), _without_marks(found[labelled]), weights))
 
@@ -399,7 +406,7 @@ def _checked_text(text: Any, visual: NDArray[Any]) -> tuple[NDArray[Any], Mask]:
     found = _floating("text", text)
     if found.ndim and len(found) != len(visual):
         raise DataError(f"text has {len(found)} rows but X has {len(visual)}")
-    return check_text("text", found, "keep")
+    return check_text("text", found, "keep", learnt=True)
 
 
 def _without_marks(labelled: NDArray[Any]) -> NDArray[Any]:
@@ -424,6 +431,40 @@ def _refuse_marks_of_another_type(y: NDArray[Any], unlabelled: Any) -> None:
         if isinstance(value, str) != isinstance(unlabelled, str) and alike(value):
             kind = "text" if isinstance(value, str) else "number"
             raise ValueError(f"y holds {value!r}, but unlabelled is {unlabelled!r}, which no {kind} equals")
+
+
+def _warn_of_a_numbered_mark(y: NDArray[Any], unlabelled: Any) -> None:
+    """No row of ``y`` (N,) holds ``unlabelled``, but the mark may be one of its classes: what numbers the classes
+    before it fits takes the mark for one of them, and leaves whole numbers from 0 up."""
+    if y.dtype.kind in "iuf" and y.min() >= 0:
+        warnings.warn(
+            f"no row of y holds unlabelled={unlabelled!r}; what numbers the classes, as cross_val_predict does for "
+            "probabilities, numbers that mark too, and its rows then train as a class",
+            stacklevel=6,  # whoever called fit
+        )
+
+
+def _refuse_what_does_not_sort(y: NDArray[Any], labelled: Mask) -> None:
+    """Classes (N,) of a table with empty cells, or with numbers among its names, are objects that have no order."""
+    if y.dtype != object or y.ndim != 1:
+        return
+    first = None
+    for row, (value, counts) in enumerate(zip(y.tolist(), labelled.tolist(), strict=True)):
+        if not counts:
+            continue
+        if value is None:
+            raise ValueError(
+                f"y holds None in row {row}; mark rows without a class by a value of the classes' type, such as '', "
+                "and name it by unlabelled"
+            )
+        first = (row, value) if first is None else first
+        try:
+            _ = value < first[1]
+        except TypeError as error:
+            raise ValueError(
+                f"y holds {first[1]!r} in row {first[0]} but {value!r} in row {row}, which do not sort; give classes "
+                "of one type"
+            ) from error
 
 
 def _floating(name: str, value: Any) -> NDArray[Any]:
@@ -463,7 +504,7 @@ def _checked_class_texts(value: Any, text: Any, classes: NDArray[Any]) -> NDArra
     if text is not None:
         raise ValueError("text and text_classes are both given; give one text of each row or one of each class")
     _refuse_no_features("text_classes", value)
-    texts = check_visual("text_classes", _floating("text_classes", value))
+    texts = check_visual("text_classes", _floating("text_classes", value), learnt=True)
     if len(texts) != len(classes):
         raise ValueError(f"text_classes has {len(texts)} rows but y has {len(classes)} classes")
     return texts

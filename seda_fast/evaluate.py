@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from . import _eval_extra  # noqa: F401 - checks first that what measuring needs is installed
-from .command import choose_device, progress, run, settings_of, split_settings
+from .command import choose_device, progress, report, run, settings_of, split_settings
 from .config import check_given, check_range, check_types, setting
 from .data import EvaluationRows, FeatureSet
 from .files import DataError
@@ -18,7 +18,7 @@ from .measure import outputs_metrics, raw_class_texts, table
 from .nn import SeDA
 from .outputs import PREDICTION_SEED
 from .ranks import Ranks, joined
-from .results import METRICS_FILE
+from .results import ESTIMATOR_FILE, METRICS_FILE
 from .sharded import sharded_outputs
 
 PROGRAM = "seda_fast.evaluate"
@@ -45,10 +45,11 @@ def measure(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any] | None:
     folder = Path(config.model)
     model = SeDA.from_pretrained(folder, choose_device(config.device))
     fraction, split_seed = split_settings(folder) or (None, 0)
+    without_text = _is_without_text(folder, model)
     part = FeatureSet.load_test(
         config.data,
         visual_dim=model.config.visual_dim,
-        text_dim=model.config.text_dim,
+        text_dim=None if without_text else model.config.text_dim,
         class_names=model.class_names,
         text_classes=raw_class_texts(model),
         multi_label=model.config.multi_label,
@@ -57,11 +58,29 @@ def measure(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any] | None:
         seed=split_seed,
     )
     _check_split(folder, part)
+    if without_text and part.text is not None:
+        if ranks.first:
+            report(
+                PROGRAM,
+                f"the model was fitted without text, so text_test of {part.source} is not compared with anything",
+            )
+        part = replace(part, text=None)
     with progress(len(part.visual), "predicting") as bar:
         outputs = sharded_outputs(model, part, ranks, seed=config.seed, on_rows=bar.update)
     if not ranks.first:
         return None
     return {**outputs_metrics(outputs, model, part), "data": part.source}
+
+
+def _is_without_text(folder: Path, model: SeDA) -> bool:
+    """Whether ``model`` is of an estimator that was fitted without text, which has a single column in its place."""
+    path = folder / ESTIMATOR_FILE
+    if model.config.text_dim != 1 or not path.exists():
+        return False
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["has_text"] is False
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not what an estimator writes ({error})") from error
 
 
 def _check_split(folder: Path, part: EvaluationRows) -> None:

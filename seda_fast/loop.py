@@ -382,7 +382,8 @@ class Trainer:
             "untold_rows": self._untold_rows,
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
             "scaler": self.stepper.scaler.state_dict(),
-            "fallbacks": self.stepper.fallbacks,
+            # As they are now: the next steps, which count on, come while this is written.
+            "fallbacks": {what: dict(how) for what, how in self.stepper.fallbacks.items()},
             "rows": len(self.data),
             "labels": self._labels_digest,
             "settings": {

@@ -62,8 +62,8 @@ def prepare(
     """A new model carrying the data's statistics, and the standardised training set on ``device``.
 
     Rows without text keep zeros there, which nothing reads. Where the features would take more than ``memory_share``
-    of the device's free memory they are streamed instead (the ranks of a host share that of its CPUs); those that lie
-    in the memory of a CPU already never are.
+    of the device's free memory they are streamed instead (the ranks of a host share that of its CPUs); those that all
+    lie in the memory of a CPU already never are.
     Each of the ranks sums its part of the rows for the category centres. ``label_share`` as in `TrainConfig`, as are
     the parts of ``scaling``. Raises DataError when no row is labelled, and ConfigError where a given ``label_share``
     has no meaning.
@@ -144,7 +144,7 @@ def _few_rows(features: Features, index: NDArray[np.int64]) -> NDArray[np.float3
 
 
 def _too_large(data: FeatureSet, device: torch.device, memory_share: float, ranks: Ranks) -> bool:
-    if device.type == "cpu" and not isinstance(data.visual_train, np.memmap):
+    if device.type == "cpu" and not any(isinstance(a, np.memmap) for a in (data.visual_train, data.text_train)):
         return False
     needed = 4 * (data.visual_train.size + data.text_train.size)
     if device.type != "cpu" and needed > memory_share * free_memory(device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,9 @@ from .config import ConfigError
 
 # Seconds.
 _LETTING_GO = 0.2
+_ASKING = 0.02
+# The name of a start of all ranks stands there in their store.
+_ATTEMPT = "attempt"
 
 
 class RankLost(RuntimeError):
@@ -154,10 +158,14 @@ def _announced(more: Sequence[str] = ()) -> int:
 
 
 def _own_gpu() -> int:
-    """The GPU of this rank: nccl refuses two ranks on one, late and in its own words."""
+    """The GPU of this rank: nccl refuses two ranks on one, late and in its own words.
+
+    One of several that sees one GPU alone, as its first, may have been given it (torchrun's ``--virtual-local-rank``).
+    """
     rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     ranks = max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if ranks > gpus:
+    given = rank == 0 and gpus == 1 and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
+    if ranks > gpus and not given:
         raise ConfigError(f"{ranks} ranks on this host need a GPU each, and it has {gpus}; start fewer, or use the CPU")
     return rank
 
@@ -181,6 +189,31 @@ def _met() -> tuple[Any, int, int]:
     return found
 
 
+def _attempt(store: Any, rank: int, world: int) -> str:
+    """A name of this start of all ranks, which they share and no earlier one had.
+
+    torchrun's store may outlive a restart, and with it what processes wrote that are no more; and how often torchrun
+    restarted is each host's own count, which lacks those that are for a host that comes or goes. So the first rank
+    makes up a name, and the others, who may read that of a rank before it, take one when it has been confirmed to them.
+    """
+    own = secrets.token_hex(8)
+    if rank == 0:
+        store.set(_ATTEMPT, own)
+        for other in range(1, world):
+            met = store.get(f"{own} {other}").decode()  # waits for it
+            store.set(f"{own} {other} {met}", "")
+        return own
+    until = time.monotonic() + store.timeout.total_seconds()
+    while time.monotonic() < until:
+        name = str(store.get(_ATTEMPT).decode())
+        store.set(f"{name} {rank}", own)
+        while time.monotonic() < until and store.get(_ATTEMPT).decode() == name:
+            if store.check([f"{name} {rank} {own}"]):
+                return name
+            time.sleep(_ASKING)
+    raise dist.DistStoreError("the first rank did not come")
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Joins the ranks that ``torchrun`` announces in the environment; without it this process is alone.
@@ -199,10 +232,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(_own_gpu())
     store, rank, world = _met()
-    # torchrun's store may outlive a restart, and with it the addresses of processes that are no more.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
+        store = dist.PrefixStore(_attempt(store, rank, world), store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         yield Ranks(rank, world)
     except RuntimeError as error:

@@ -296,7 +296,7 @@ def interaction_block_backward(
     grad_h = grad + rstd * (inner - normed * (grad_normed * normed).mean(-1, keepdim=True))
 
     def table(rows: Tensor) -> Tensor:
-        return torch.zeros_like(shift, memory_format=torch.contiguous_format).index_add_(0, tau, rows)
+        return _add_rows(torch.zeros_like(shift, memory_format=torch.contiguous_format), tau, rows)
 
     z = normed * (1 + scale[tau]) + shift[tau]
     return (
@@ -424,6 +424,16 @@ def _normed(h: Tensor) -> tuple[Tensor, Tensor]:
     return (centred * rstd).to(h.dtype), rstd.to(h.dtype)
 
 
+def _add_rows(total: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """``total`` (n, d) with ``rows`` (B, d) added, in place, to those at ``places`` (B,), which may repeat.
+
+    In a fixed order: on a GPU `index_add_` adds as its threads come to it, where `index_put_` sorts the places first.
+    """
+    if total.is_cuda:
+        return total.index_put_((places,), rows, accumulate=True)
+    return total.index_add_(0, places, rows)
+
+
 def _layer_norm_backward(h: Tensor, grad: Tensor) -> Tensor:
     """Gradient of `layer_norm` (B, d) from that of its result."""
     normed, rstd = _normed(h)
@@ -441,6 +451,16 @@ def centre_loss(features: Tensor, labels: Tensor, centres: Tensor, ignore_index:
     target = labels.masked_fill(~labelled, 0).long()
     difference = (features.to(compute) - centres.to(compute)[target]).masked_fill(~labelled[:, None], 0)
     return difference.square().sum() / (labelled.sum().clamp(min=1) * features.shape[1])
+
+
+def unit_rows(values: Tensor) -> Tensor:
+    """Rows (B, D) divided by their lengths, at least float32 on the way; rows of zeros stay so.
+
+    The square of a length is soon no number of float16, nor is 1e-12, for which a length of 0 is taken; by float16's
+    least normal number the gradient stays one of its numbers too.
+    """
+    compute = values.to(torch.promote_types(values.dtype, torch.float32))
+    return F.normalize(compute, dim=1, eps=max(1e-12, torch.finfo(values.dtype).tiny)).to(values.dtype)
 
 
 def semantic_projection_forward(
@@ -495,7 +515,7 @@ def semantic_projection(
     are ``(cos(f, weight) + bias) / temperature``. Returns two scalars.
     """
     if cosine:
-        unit, prototypes = F.normalize(features, dim=1), F.normalize(weight, dim=1)
+        unit, prototypes = unit_rows(features), unit_rows(weight)
         entropy = semantic_projection(
             unit,
             labels,
@@ -558,8 +578,7 @@ def semantic_projection_backward(
         pull = difference * (2 * grad_centre / (rows * features.shape[1]))
         grad_features = (grad_features.to(compute) + pull).to(features.dtype)
         if centre_gradient:
-            grad_centres = pull.new_zeros(centres.shape).index_add_(0, target, -pull)
-            grad_centres = grad_centres.to(centres.dtype)
+            grad_centres = _add_rows(pull.new_zeros(centres.shape), target, -pull).to(centres.dtype)
     return grad_features, grad_centres, grad_logits.t() @ features, grad_bias
 
 

@@ -25,11 +25,16 @@ from .loop import Epoch
 from .nn import WEIGHTS_FILE
 
 CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.toml", "metrics.json", "history.csv"
-OUTPUTS_FILE = "outputs.safetensors"
+OUTPUTS_FILE, ESTIMATOR_FILE = "outputs.safetensors", "estimator.json"
 TRACE_FILE, REPORT_FOLDER = "trace.json", "report"
-# What a run may write to its folder, and what the other commands and the estimator make of its model there.
-RESULTS = (CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, HISTORY_FILE, OUTPUTS_FILE, TRACE_FILE, REPORT_FOLDER)
-DERIVED = ("model.pt2", "model.onnx", "report.html", "estimator.json")
+_PICTURES = ("loss.png", "confusion.png", "average_precision.png", "paths.png")
+# What a run may write to its folder, and what the other commands and the estimator make of its model there. Files
+# alone: a folder of such a name may hold the user's own.
+RESULTS = (
+    CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, HISTORY_FILE, OUTPUTS_FILE, TRACE_FILE,
+    *(f"{REPORT_FOLDER}/{name}" for name in _PICTURES),
+)  # fmt: skip
+DERIVED = ("model.pt2", "model.onnx", "report.html", ESTIMATOR_FILE)
 _LOCK_FILE, _DRAFT_FOLDER = "lock", "draft"
 
 
@@ -66,15 +71,16 @@ def results_folder(
         undisturbed: made around the move to ``out``, which a signal would leave with files of two runs.
 
     Raises:
-        DataError: ``out`` cannot be written; it holds the results of an earlier run, or an unfinished one; or another
-            process works on it.
+        DataError: ``out`` cannot be written; it holds the results of an earlier run, or an unfinished one, or a folder
+            where a result goes; or another process works on it.
     """
     check_writable(out)
+    _refuse_what_is_in_the_way(out)
     place = unfinished_folder(out)
     with _locked(place, out, report):
         checkpoints = Checkpoints(place, report)
         unfinished = bool(checkpoints.steps())
-        finished = [name for name in RESULTS if (out / name).exists()]
+        finished = list(dict.fromkeys(Path(name).parts[0] for name in RESULTS if (out / name).exists()))
         # A run that was killed while its results moved has both.
         if finished and not overwrite and not (resume and unfinished):
             raise DataError(
@@ -109,10 +115,26 @@ def _writing(out: Path) -> Iterator[None]:
 def _remove_stale(draft: Path, out: Path) -> None:
     """What an earlier run left in ``out`` and the new one in ``draft`` does not replace: it is of another model."""
     for name in (*RESULTS, *DERIVED):
-        if (out / name).is_dir() and not (out / name).is_symlink():
-            shutil.rmtree(out / name)
-        elif not (draft / name).exists():
-            (out / name).unlink(missing_ok=True)
+        path = out / name
+        if not (draft / name).exists() and not _is_folder(path):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # it stays where something else is in it
+        (out / REPORT_FOLDER).rmdir()
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder itself, which no file replaces; it replaces a link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _refuse_what_is_in_the_way(out: Path) -> None:
+    """Raises DataError where the move of the results would stop halfway, with files of two runs."""
+    report = out / REPORT_FOLDER
+    if os.path.lexists(report) and not report.is_dir():
+        raise DataError(f"the file {report} is where a run writes a folder; give another --out or another name to it")
+    for path in (out / name for name in RESULTS):
+        if _is_folder(path):
+            raise DataError(f"the folder {path} is where a run writes a file; give another --out or another name to it")
 
 
 def _move(draft: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ import queue
 import re
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,10 @@ class RowReader:
         # its file.
         changed = getattr(array, "mode", None) == "c"
         whole = isinstance(base, mmap.mmap) and array.flags.c_contiguous and not changed
-        # That of a temporary file has no name any more.
+        # That of a temporary file has no name any more, or one that nothing has; the map itself stays.
         if isinstance(array, np.memmap) and whole and array.filename is not None:
-            self._file = os.open(str(array.filename), os.O_RDONLY)
+            with suppress(OSError):
+                self._file = os.open(str(array.filename), os.O_RDONLY)
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:

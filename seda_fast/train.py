@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from .arrays import labelled_rows
 from .arrays import rows as float_rows
 from .baselines import BASELINES, Baseline, enough_epochs, fit_baseline
 from .checkpoint import Checkpoints
-from .command import choose_device, progress, report, run, settings_of
+from .command import choose_device, out_of_memory, progress, report, run, settings_of
 from .config import ConfigError, SeDAConfig, TrainConfig, check_given, check_range, check_types, setting
 from .data import EvaluationRows, FeatureSet, told_rows, told_texts
 from .engine import EngineName, PrecisionName, Rows
@@ -141,12 +142,12 @@ def parse(argv: Sequence[str] | None) -> Settings:
 
 def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) -> dict[str, Baseline]:
     """All baselines that these standardised rows can train, with the settings they were tuned for."""
-    # Not by a gather of all rows, which may take up to half of the memory as they are.
-    visual, labels, paired = rows.visual, rows.labels, rows.paired
-    text = rows.text if rows.text_classes is None else rows.text_classes[labels.clamp(min=0)]
+    # Not by a gather of all rows, and on the host: as they are, they may take up to half of a device's memory.
+    labels, paired = rows.labels.cpu(), rows.paired.cpu()
+    text = rows.text.cpu() if rows.text_classes is None else rows.text_classes.cpu()[labels.clamp(min=0)]
     text = text.masked_fill(~paired[:, None], float("nan"))
-    arrays = (visual.cpu().numpy(), text.cpu().numpy(), labels.cpu().numpy())
-    labelled, with_text = labelled_rows(arrays[2]), paired.cpu().numpy()
+    arrays = (rows.visual.cpu().numpy(), text.numpy(), labels.numpy())
+    labelled, with_text = labelled_rows(arrays[2]), paired.numpy()
     learned = {"mlp": labelled, "one_step": labelled | with_text, "one_step_mse": with_text}
     found = {}
     with progress(len(BASELINES), "baselines") as bar:
@@ -159,14 +160,25 @@ def fit_baselines(rows: TrainingSet, config: SeDAConfig, settings: TrainConfig) 
             }
             if name in learned:
                 options["epochs"] = enough_epochs(int(learned[name].sum()))
-            try:
+            with _left_out(f"the baseline {name} cannot be trained on these rows and is"):
                 found[name] = fit_baseline(name, *arrays, **options)
-            except (ValueError, MemoryError) as error:
-                # SeDA needs less of the rows: its training, which is done, is not lost for that.
-                said = "there is not enough memory" if isinstance(error, MemoryError) else error
-                report(PROGRAM, f"the baseline {name} cannot be trained on these rows and is left out: {said}")
             bar.update()
     return found
+
+
+@contextmanager
+def _left_out(what: str) -> Iterator[None]:
+    """Goes on, with a sentence, where a baseline cannot be had: SeDA needs less of the rows, and of the memory, and its
+    training, which is done, is not lost for that."""
+    try:
+        yield
+    except (ValueError, MemoryError, RuntimeError) as error:
+        lacking = out_of_memory(error) is not None
+        if isinstance(error, RuntimeError) and not lacking:
+            raise
+        report(PROGRAM, f"{what} left out: {'there is not enough memory' if lacking else error}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what this one took in vain is the next one's
 
 
 def baseline_results(
@@ -180,13 +192,14 @@ def baseline_results(
     metrics: dict[str, Any] = {}
     arrays: dict[str, NDArray[np.float32]] = {}
     for name, baseline in baselines.items():
-        log_proba, aligned = baseline.log_proba(visual), baseline.aligned(visual)
-        arrays[f"{name}.log_proba"] = log_proba
-        metrics[name] = {**class_metrics(log_proba, part.labels), "alignment": None}
-        if aligned is not None:
-            arrays[f"{name}.aligned"] = aligned
-            metrics[name]["alignment"] = alignment(aligned, text)
-        metrics[name]["seconds"] = baseline.seconds
+        with _left_out(f"the baseline {name} cannot be measured on the test part and is"):
+            log_proba, aligned = baseline.log_proba(visual), baseline.aligned(visual)
+            measured: dict[str, Any] = {**class_metrics(log_proba, part.labels), "alignment": None}
+            if aligned is not None:
+                measured["alignment"] = alignment(aligned, text)
+                arrays[f"{name}.aligned"] = aligned
+            arrays[f"{name}.log_proba"] = log_proba
+            metrics[name] = {**measured, "seconds": baseline.seconds}
     return metrics, arrays
 
 
@@ -277,6 +290,8 @@ def fit(
     assert keeping.interrupts is not None
     found = Profile({})
     left = trainer.total_steps - resumed_after
+    if trace is not None and not left:
+        say("--profile looks at nothing: no step of the training is left")
     with (
         progress(trainer.total_steps, "training") as bar,
         profiled(trace, rows.device, left, found) as recorder,
@@ -334,7 +349,8 @@ def _worth_saying(run: RunConfig, data: FeatureSet, rows: Rows, model: SeDA) -> 
         yield "log_every is not used: it is of --tensorboard"
     if not model.config.has_memory and model.config.memory_heads != SeDAConfig.memory_heads:
         yield "memory_heads is not used: only of data with one text a class have the networks a memory"
-    in_memory = rows.device.type == "cpu" and not isinstance(data.visual_train, np.memmap)
+    mapped = any(isinstance(array, np.memmap) for array in (data.visual_train, data.text_train))
+    in_memory = rows.device.type == "cpu" and not mapped
     if in_memory and run.memory_share != RunConfig().memory_share:
         yield "memory_share is not used: only a folder of .npy files with a test part of its own is read batch by batch"
     classes = model.config.n_classes
@@ -387,9 +403,10 @@ def train_and_evaluate(
     arrays = {**outputs.arrays(), "labels": part.labels, "ids": part.ids}
     metrics["baselines"] = {}
     if settings.run.baselines and isinstance(rows, TrainingSet):
-        found = fit_baselines(rows, config, settings.train)
-        metrics["baselines"], more = baseline_results(found, model, part)
-        arrays.update(more)
+        with _left_out("the baselines are"):
+            found = fit_baselines(rows, config, settings.train)
+            metrics["baselines"], more = baseline_results(found, model, part)
+            arrays.update(more)
     if events is not None:
         events.metrics(metrics)
     metrics.update(

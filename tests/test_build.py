@@ -333,6 +333,93 @@ def test_a_library_is_built_from_and_against_a_folder_of_an_odd_name(
     assert ctypes.CDLL(str(tmp_path / "libasks.so")).asked() == 42
 
 
+def listed_commands(build_module: ModuleType, *targets: object) -> list[list[str]]:
+    """What ninja would run in the current folder, each command as the shell takes it apart."""
+    build_module.write_ninja("g++", list(targets))
+    command = [build_module.find_ninja(), "-t", "commands"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [shlex.split(line) for line in listed]
+
+
+def test_threads_are_asked_for_where_it_is_compiled_and_where_it_is_linked(
+    build_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = listed_commands(build_module, build_module.cpu_target(TORCH))
+    compiled = [words for words in commands if "-c" in words]
+    (linked,) = [words for words in commands if "-shared" in words]
+    assert len(compiled) == len(commands) - 1 > 10
+    assert all("-pthread" in words for words in [*compiled, linked])
+
+
+def test_no_flag_of_the_environment_takes_the_standard_or_the_next_line(
+    build_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXXFLAGS", "-fno-plt  -std=c++17\n  -O1\n")
+    monkeypatch.setenv("LDFLAGS", "-Wl,-O1\r\n\t-Wl,--as-needed\n")
+    commands = listed_commands(build_module, build_module.cpu_target(TORCH))
+    for words in commands:
+        assert [word for word in words if word.startswith("-std=")] == ["-std=c++17", "-std=c++20"]
+        assert words.index("-O3") < words.index("-O1")
+    assert commands[-1][-2:] == ["-Wl,-O1", "-Wl,--as-needed"]
+    told = build_module.compile_flags()
+    assert told.startswith("-O3 ") and told.endswith(" -fno-plt  -std=c++17 -O1 -std=c++20")
+
+
+def test_a_folder_whose_name_is_no_text_is_built_from(
+    build_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if COMPILER is None:
+        pytest.skip("test_a_folder_whose_name_is_no_text_is_built_from needs a C++ compiler")
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("test_a_folder_whose_name_is_no_text_is_built_from: this file system takes names of text alone")
+    (folder / "answer.cpp").write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }')
+    monkeypatch.chdir(tmp_path)
+    library = build_module.Target("libanswers.so", [(folder / "answer.cpp", "answer.o", ())])
+    build_module.write_ninja(COMPILER, [library])
+    assert build_module.run_ninja(build_module.find_ninja()) is None
+    assert ctypes.CDLL(str(tmp_path / "libanswers.so")).answer() == 42
+
+
+def test_what_ninja_itself_complains_of_is_told_and_odd_signs_are_no_error(
+    build_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build_module.write_ninja("g++", [])
+    assert "unknown target 'nothing'" in build_module.run_ninja(build_module.find_ninja(), "nothing")
+    broken = tmp_path / "ninja"
+    broken.write_text("#!/bin/sh\nprintf 'caf\\351 cannot be compiled'\nexit 1\n")
+    broken.chmod(0o755)
+    assert "cannot be compiled" in build_module.run_ninja(str(broken))
+    with pytest.raises(build_module.CannotBuildError, match="--version fails"):
+        build_module.compiler_version(str(broken))
+
+
+def test_only_a_package_that_has_ninja_in_it_is_taken_for_it(
+    build_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_path = tmp_path / "path" / "ninja"
+    on_path.parent.mkdir()
+    on_path.write_text("#!/bin/sh\n")
+    on_path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    for stranger in (None, SimpleNamespace(), SimpleNamespace(BIN_DIR=str(tmp_path)), SimpleNamespace(BIN_DIR=None)):
+        monkeypatch.setitem(sys.modules, "ninja", stranger)
+        assert build_module.find_ninja() == str(on_path)
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=str(on_path.parent)))
+    monkeypatch.setenv("PATH", "")
+    assert build_module.find_ninja() == str(on_path)
+    monkeypatch.delitem(sys.modules, "ninja")
+    (tmp_path / "ninja.py").write_text("raise RuntimeError('settings are not configured')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(build_module.CannotBuildError, match="ninja was not found, neither in the package of that name"):
+        build_module.find_ninja()
+
+
 def test_a_launcher_and_flags_beside_the_compiler_are_not_taken_for_it(build_module: ModuleType) -> None:
     for command, program in (
         ("g++", "g++"),
@@ -423,7 +510,12 @@ def test_the_sources_compile_with_another_pytorch_s_headers(repository: Path, bu
             "test_the_sources_compile_with_another_pytorch_s_headers: SEDA_FAST_OTHER_HEADERS must name the include "
             "folder of another PyTorch"
         )
-    flags = ["-fsyntax-only", *build_module.FLAGS, f"-DTORCH_TARGET_VERSION={build_module.TARGET_VERSION}"]
+    flags = [
+        "-fsyntax-only",
+        *build_module.FLAGS,
+        build_module.STANDARD,
+        f"-DTORCH_TARGET_VERSION={build_module.TARGET_VERSION}",
+    ]
     flags += ["-DUSE_CUDA", "-isystem", headers]
     for source in operators_sources(repository):
         if source.suffix == ".cpp" and source.parent.name in ("cpu", "cuda"):
@@ -523,9 +615,11 @@ def built_before(checkout: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def package(checkout: Path, what: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def package(
+    checkout: Path, what: str, out: Path, settings: dict[str, str] | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """One hook of setuptools, "sdist", "wheel" or "editable", as pip calls it."""
-    code = f"from setuptools import build_meta; build_meta.build_{what}({str(out)!r})"
+    code = f"from setuptools import build_meta; build_meta.build_{what}({str(out)!r}, {settings!r})"
     return subprocess.run(
         [sys.executable, "-c", code], cwd=checkout, env=os.environ | environment, capture_output=True, text=True
     )
@@ -574,6 +668,54 @@ def test_an_editable_install_leaves_nothing_of_an_earlier_one(
     assert [name for name in BUILT[:3] if found[name].exists()] == list(made)
     assert all("earlier" not in file.read_text() for file in found.values() if file.exists())
     assert found["_build.json"].exists() == (mode != "none")
+
+
+@pytest.mark.parametrize(("mode", "made"), [("cpu", BUILT[:2]), ("cuda", BUILT[:3]), ("auto without a compiler", ())])
+def test_a_strict_editable_install_links_to_all_that_was_built(
+    checkout: Path, tmp_path: Path, fake_compiler: Path, mode: str, made: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(checkout, folder)
+    mode, _, without = mode.partition(" ")
+    tools = {"CXX": "no-such-compiler" if without else f"'{fake_compiler}'", "NVCC": str(fake_compiler)}
+    done = package(folder, "editable", tmp_path, {"editable_mode": "strict"}, SEDA_FAST_BUILD=mode, **tools)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (tree,) = (folder / "build").glob("__editable__*/seda_fast")
+    assert (tree / "__init__.py").samefile(folder / "seda_fast/__init__.py")
+    assert [name for name in BUILT if (tree / name).exists()] == [*made, "_build.json"]
+    for name in (*made, "_build.json"):
+        assert (tree / name).samefile(folder / "seda_fast" / name)
+
+
+@pytest.mark.parametrize("report", ["whole", "damaged", "of another kind"])
+def test_the_module_of_another_python_stays_of_the_build(
+    checkout: Path, tmp_path: Path, fake_compiler: Path, report: str
+) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(checkout, folder)
+    package_folder = folder / "seda_fast"
+    kept, cut, gone = (f"_C.cpython-{version}-x86_64-linux-gnu.so" for version in (399, 398, 397))
+    for name in (kept, cut):
+        (package_folder / name).write_text("seven b")
+    sizes = {kept: 7, cut: 8, gone: 7, BUILT[0]: 7, "libseda_fast_cpu.so": 7, "libseda_fast_cuda.so": 7}
+    told = {"whole": json.dumps({"bytes": sizes}), "damaged": "{", "of another kind": "[]"}
+    (package_folder / "_build.json").write_text(told[report])
+    done = package(folder, "editable", tmp_path, SEDA_FAST_BUILD="cpu", CXX=f"'{fake_compiler}'")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((package_folder / "_build.json").read_text())
+    expected = {BUILT[0]: 0, "libseda_fast_cpu.so": 0}
+    assert found["bytes"] == expected | ({kept: 7} if report == "whole" else {})
+    assert found["libraries"] == ["libseda_fast_cpu.so"]
+
+
+def test_a_module_of_an_earlier_build_serves_beside_the_libraries_of_the_last(compiled: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(compiled, site)
+    file = site / "seda_fast/_build.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"compiler": "a later one"}))
+    found = probe(site)
+    assert (found["backend"], found["warnings"]) == ("cpp", [])
+    assert "a later one" in str(found["status"])
 
 
 def test_a_library_that_the_report_does_not_list_is_not_loaded(compiled: Path, tmp_path: Path) -> None:
@@ -655,6 +797,31 @@ def test_torch_is_found_without_importing_it_and_an_old_one_is_refused(
     monkeypatch.setattr(sys, "prefix", "/elsewhere")
     with pytest.raises(build_module.CannotBuildError, match="headers were not found"):
         build_module.find_torch()
+
+
+@pytest.mark.parametrize("where", ["base", "user"])
+def test_a_virtual_environment_that_sees_the_base_s_packages_builds_against_its_torch(
+    build_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    torch_folder = tmp_path / where / "torch"
+    (torch_folder / "include/torch/csrc/stable").mkdir(parents=True)
+    (torch_folder / "include/torch/csrc/stable/library.h").touch()
+    (torch_folder / "version.py").write_text("__version__ = '2.11.0'\n")
+    user = build_module.sysconfig.get_preferred_scheme("user")
+    own = {user: str(tmp_path / "user")}
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "environment"))
+    monkeypatch.setattr(build_module.sysconfig, "get_path", lambda part, scheme: own.get(scheme, "/"))
+    base = {sys.base_prefix: str(tmp_path / "base")}
+    monkeypatch.setattr("site.getsitepackages", lambda prefixes: [base[prefix] for prefix in prefixes])
+    (tmp_path / "environment").mkdir()
+    for text in (None, "include-system-site-packages = false\n", "home = /usr\n"):
+        if text is not None:
+            (tmp_path / "environment/pyvenv.cfg").write_text(text)
+        with pytest.raises(build_module.CannotBuildError, match="headers were not found"):
+            build_module.find_torch()
+    (tmp_path / "environment/pyvenv.cfg").write_text("home = /usr\nInclude-System-Site-Packages = True\n")
+    assert build_module.find_torch() == torch_folder
 
 
 def test_jobs_are_bounded_by_memory(build_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -150,6 +150,42 @@ def test_what_cannot_be_used_is_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
 
 
+@pytest.mark.parametrize("changes", [{}, {"visual_test": None, "label_test": None}])
+def test_texts_of_classes_that_only_names_tell_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    """In the order of the names, as they sort, [dog, cat] would get each the other's text, and nobody would say so."""
+    names = arrays()["class_names"]
+    named = {key: names[arrays()[key]] for key in ("label_train", "label_test")}
+    path = write(tmp_path / "a.npz", **{**named, "class_names": None, **changes})
+    sentence = (
+        "'text_classes' needs 'class_names', which say which row is of which class, where labels are names of classes"
+    )
+    with pytest.raises(DataError, match=re.escape(f"a.npz: {sentence}")):
+        FeatureSet.load(path)
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        FeatureSet.load_test(path)
+    turned = FeatureSet.load(
+        write(tmp_path / "b.npz", **{**named, "class_names": names[::-1], **changes}), test_fraction=0.2
+    )
+    assert turned.class_names == tuple(names[::-1])
+    assert turned.test_part.text is not None and turned.text_classes is not None
+    np.testing.assert_array_equal(turned.test_part.text, turned.text_classes[turned.label_test])
+
+
+def test_a_test_part_whose_labels_are_names_has_the_models_texts(tmp_path: Path) -> None:
+    """What its rows of class texts are of is the model's to say, which has the texts themselves."""
+    names, texts = tuple(arrays()["class_names"]), arrays()["text_classes"]
+    given = {**arrays(class_names=None), "label_test": np.array(names)[arrays()["label_test"]]}
+    del given["visual_train"], given["label_train"]
+    np.savez(tmp_path / "a.npz", **given)
+    part = FeatureSet.load_test(tmp_path / "a.npz", class_names=names, text_classes=texts)
+    np.testing.assert_array_equal(part.labels, arrays()["label_test"])
+    with pytest.raises(DataError, match="not those that the model was trained with: row 0"):
+        FeatureSet.load_test(tmp_path / "a.npz", class_names=names, text_classes=texts[::-1])
+    np.savez(tmp_path / "a.npz", **{**given, "text_classes": texts[:2]})
+    with pytest.raises(DataError, match="'text_classes' has 2 rows but there are 3 classes in the model"):
+        FeatureSet.load_test(tmp_path / "a.npz", class_names=names, text_classes=texts)
+
+
 def test_a_class_without_rows_may_have_a_text(tmp_path: Path) -> None:
     texts = np.vstack((arrays()["text_classes"], np.ones((1, 5), np.float32)))
     data = FeatureSet.load(write(tmp_path / "d.npz", text_classes=texts, class_names=np.array(list("abcd"))))

@@ -27,7 +27,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 import seda_fast
 from seda_fast import DataError, FeatureSet, SeDA, SeDAConfig, TrainConfig, evaluate, info, predict, results, train
-from seda_fast.baselines import BATCH_SIZE, EPOCHS, FEWEST_STEPS, enough_epochs
+from seda_fast.baselines import BASELINES, BATCH_SIZE, EPOCHS, FEWEST_STEPS, Baseline, enough_epochs
 from seda_fast.checkpoint import Checkpoints
 from seda_fast.command import run as run_command
 from seda_fast.files import atomic_path
@@ -79,6 +79,8 @@ def test_run_writes_everything(trained: Path) -> None:
     run = trained / "run"
     assert {path.name for path in run.iterdir()} == RESULTS
     assert {path.name for path in (run / "report").iterdir()} == {"loss.png", "confusion.png", "paths.png"}
+    # Else --overwrite would leave what of an earlier run has another name.
+    assert {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} <= set(results.RESULTS)
     rows = list(csv.DictReader((run / "history.csv").open()))
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
     assert all(float(value) == float(value) for row in rows for value in row.values())
@@ -349,6 +351,42 @@ def test_baselines_of_few_rows_take_as_many_steps_as_seda(trained: Path) -> None
             assert found[name].hyperparameters["epochs"] == FEWEST_STEPS  # one batch a pass
     assert enough_epochs(1_000_000) == EPOCHS
     assert enough_epochs(3 * BATCH_SIZE) == FEWEST_STEPS // 3
+
+
+@pytest.mark.parametrize("where", ["training", "measuring", "gathering"])
+def test_memory_that_runs_out_in_a_baseline_costs_that_alone(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a GPU it is a RuntimeError."""
+
+    def lacking(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
+
+    if where == "measuring":
+        monkeypatch.setattr(Baseline, "log_proba", lacking)
+    else:
+        monkeypatch.setattr(train, "fit_baseline" if where == "training" else "labelled_rows", lacking)
+    data = make_set(tmp_path / "data.npz")
+    assert train.main(["--data", str(data), "--out", str(tmp_path / "run"), *SMALL, "--epochs", "1"]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["baselines"] == {}
+    said = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    how = {"training": "trained on these rows", "measuring": "measured on the test part"}
+    each = [
+        f"seda_fast.train: the baseline {name} cannot be {how.get(where)} and is left out: there is not enough memory"
+        for name in BASELINES
+    ]
+    assert said == (
+        ["seda_fast.train: the baselines are left out: there is not enough memory"] if where == "gathering" else each
+    )
+
+
+def test_a_baseline_that_fails_otherwise_is_not_kept_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(train, "fit_baseline", wrong)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        train.main(["--data", str(make_set(tmp_path / "data.npz")), "--out", str(tmp_path / "run"), *SMALL])
 
 
 def test_a_run_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -921,6 +959,53 @@ def test_to_overwrite_is_not_repeated_unasked_and_leaves_nothing_of_the_old_mode
     assert not any(path.exists() for path in derived)
     assert (out / "notes.txt").read_text() == "the user's"
     assert tomllib.loads((out / "config.toml").read_text())["run"]["overwrite"] is False
+
+
+def test_to_overwrite_costs_no_folder_of_the_user_s(tmp_path: Path) -> None:
+    """Of ``report/`` the pictures are a run's, and nothing else."""
+    out = tmp_path / "run"
+    options: dict[str, Any] = {"overwrite": False, "resume": False, "report": print}
+    pictures = out / "report"
+    pictures.mkdir(parents=True)
+    (pictures / "notes.txt").write_text("the user's")
+    (out / "model.onnx").mkdir()
+    (out / "model.onnx" / "mine").write_text("the user's")
+    with results.results_folder(out, **options) as (draft, _):  # these are no results of an earlier run
+        (draft / "report").mkdir()
+        for path in (draft / "config.toml", draft / "report" / "loss.png", draft / "report" / "confusion.png"):
+            path.write_text("old")
+    with (
+        pytest.raises(DataError, match=r"earlier run \(config.toml, report\); give another --out or --overwrite"),
+        results.results_folder(out, **options),
+    ):
+        raise AssertionError
+    with results.results_folder(out, **{**options, "overwrite": True}) as (draft, _):
+        (draft / "report").mkdir()
+        for path in (draft / "config.toml", draft / "report" / "average_precision.png"):
+            path.write_text("new")
+    assert {path.name for path in pictures.iterdir()} == {"notes.txt", "average_precision.png"}
+    assert (out / "model.onnx" / "mine").exists()
+    (pictures / "notes.txt").unlink()
+    with results.results_folder(out, **{**options, "overwrite": True}) as (draft, _):
+        (draft / "config.toml").write_text("newer")
+    assert {path.name for path in out.iterdir()} == {"config.toml", "model.onnx"}
+
+
+@pytest.mark.parametrize("name, folder", [("metrics.json", True), ("report", False), ("report/loss.png", True)])
+def test_what_is_in_the_way_of_results_is_told_before_the_run(name: str, folder: bool, tmp_path: Path) -> None:
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    if folder:
+        path.mkdir()
+    else:
+        path.write_text("mine")
+    kind, other = ("folder", "file") if folder else ("file", "folder")
+    with (
+        pytest.raises(DataError, match=f"^the {kind} {path} is where a run writes a {other}; "),
+        results.results_folder(tmp_path / "run", overwrite=True, resume=False, report=print),
+    ):
+        raise AssertionError
+    assert path.exists()
 
 
 def test_a_file_of_the_user_s_is_not_replaced_unasked(

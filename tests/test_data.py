@@ -273,6 +273,32 @@ def test_float64_features_that_float32_cannot_tell_apart_are_refused(tmp_path):
             SeDAClassifier(epochs=1).fit(far, labels)
 
 
+def test_rows_that_nothing_is_learnt_from_may_be_as_alike_as_they_are(tmp_path):
+    """One image twice, decoded by two libraries: each alone is measured and predicted, and so are both."""
+    rng = np.random.default_rng(0)
+    visual, text, labels = rng.normal(size=(60, 4)), rng.normal(size=(60, 3)), np.arange(60) % 3
+    twice = np.repeat(visual[:1], 2, 0) * (1 + 1e-9 * rng.normal(size=(2, 4)))
+    words = np.repeat(text[:1], 2, 0) * (1 + 1e-9 * rng.normal(size=(2, 3)))
+    assert (twice[0] != twice[1]).all() and (twice[0].astype("f4") == twice[1].astype("f4")).all()
+    test = {"visual_test": twice, "text_test": words, "label_test": labels[:1].repeat(2)}
+    np.savez(tmp_path / "test.npz", **test)
+    np.savez(tmp_path / "new.npz", visual=twice)
+    np.save(tmp_path / "new.npy", twice)
+    assert (load_visual(tmp_path / "new.npz").visual == twice.astype("f4")).all()
+    assert len(load_visual(tmp_path / "new.npy").visual) == 2
+    assert len(load_visual(tmp_path / "test.npz").visual) == 2
+    assert len(FeatureSet.load_test(tmp_path / "test.npz").visual) == 2
+    assert len(FeatureSet.from_arrays(visual, text, labels, **test).visual_test) == 2
+    # Class texts are learnt from.
+    alike = np.repeat(words[:1], 3, 0) * (1 + 1e-9 * rng.normal(size=(3, 3)))
+    said = refusal(FeatureSet.from_arrays, visual, None, labels, text_classes=alike)
+    assert "'text_classes' holds rows that float32 cannot tell apart" in said
+    with pytest.raises(DataError, match="'text_classes' holds rows that float32 cannot tell apart"):
+        SeDAClassifier(epochs=1).fit(visual, labels, text_classes=alike)
+    with pytest.raises(DataError, match="'text' holds rows that float32 cannot tell apart"):
+        SeDAClassifier(epochs=1).fit(visual, labels, text=np.repeat(alike, 20, 0))
+
+
 def test_an_image_is_held_out_by_whichever_of_its_rows_is_drawn():
     """The row that stands for an image may be another than its first."""
     rng = np.random.default_rng(0)

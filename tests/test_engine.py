@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seda_fast import SeDA, SeDAConfig, TrainConfig, engine, loop, train
+from seda_fast import SeDA, SeDAConfig, TrainConfig, checkpoint, engine, loop, train
 from seda_fast.checkpoint import Checkpoints
 from seda_fast.config import ConfigError
 from seda_fast.engine import Glance, Plan, PrecisionName, Stepper, plan
@@ -65,6 +66,31 @@ def agree(one: Trainer, other: Trainer, tolerance: float) -> None:
         assert b.learning_rate == a.learning_rate
     for (name, a), (_, b) in zip(one.model.named_parameters(), other.model.named_parameters(), strict=True):
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=50 * tolerance, atol=50 * tolerance, msg=name)
+
+
+def test_a_checkpoint_counts_no_steps_that_came_while_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file, counted = checkpoint.save_file, threading.Event()
+
+    def slowly(*arguments: Any) -> None:
+        save_file(*arguments)
+        assert counted.wait(30)
+
+    monkeypatch.setattr(checkpoint, "save_file", slowly)
+    checkpoints = Checkpoints(tmp_path, print)
+    found = trainer(engine="graph", keeping=Keeping(checkpoints))  # which a CPU has none of
+
+    def stop(done: int, total: int) -> None:
+        if done == found.steps_per_epoch + 2:
+            counted.set()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        found.run(stop)
+    newest = checkpoints.newest()
+    assert newest is not None and newest.step == found.steps_per_epoch
+    assert newest.state["fallbacks"]["engine graph"]["steps"] == newest.step
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import warnings
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,15 @@ import torch
 from scipy.sparse import csr_matrix
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.ensemble import VotingClassifier
 from sklearn.frozen import FrozenEstimator
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import seda_fast
-from seda_fast import DataError, SeDA, SeDAClassifier, SeDAConfig, TrainConfig, predict, train
+from seda_fast import DataError, SeDA, SeDAClassifier, SeDAConfig, TrainConfig, evaluate, predict, train
 from seda_fast.config import ConfigError
 from seda_fast.measure import raw_class_texts
 from seda_fast.metrics import classification_metrics
@@ -491,6 +494,46 @@ def test_what_marks_unlabelled_rows_may_be_of_another_type_than_the_classes(data
             SeDAClassifier(**SMALL, unlabelled="-1").fit(data.visual, marked, text=data.text)
 
 
+def test_a_mark_that_was_numbered_as_a_class_is_told_of(data: Sample) -> None:
+    """scikit-learn then passes 0, 1, 2, 3 for -1, 0, 1, 2, and the unlabelled rows train as the first class."""
+    visual, labels = data.visual, data.labels
+    few = np.where(np.arange(len(labels)) % 4 == 0, -1, labels)
+    model = SeDAClassifier(**{**SMALL, "epochs": 1}, random_state=0, unlabelled=-1)
+    words = "no row of y holds unlabelled=-1; what numbers the classes, as cross_val_predict does for probabilities"
+    with pytest.warns(UserWarning, match=words):
+        cross_val_predict(model, visual, few, cv=2, method="predict_proba")
+    with pytest.warns(UserWarning, match=words):
+        VotingClassifier([("seda", model)]).fit(visual, few)
+    with pytest.warns(UserWarning, match=words) as told:
+        model.fit(visual, labels)
+    assert [warning.filename for warning in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(visual, few)
+        # Such numbers are none that anything gave the classes: nothing is amiss.
+        model.fit(visual, TREES[labels])
+        model.fit(visual, labels - 2)
+
+
+@pytest.mark.parametrize("mark", [None, -1, "?"])
+def test_classes_that_do_not_sort_are_one_sentence(data: Sample, fitted: SeDAClassifier, mark: Any) -> None:
+    """As of a table with empty cells, or with a number among its names."""
+    for odd, sentence in (
+        (None, r"y holds None in row 4; mark rows without a class by a value of the classes' type, such as '', and "
+               "name it by unlabelled"),
+        (7, r"y holds 'beech' in row 1 but 7 in row 4, which do not sort; give classes of one type"),
+    ):  # fmt: skip
+        names = TREES[data.labels].astype(object)
+        names[0], names[4] = "beech" if mark is None else mark, odd
+        if mark is None:
+            sentence = sentence.replace("in row 1 but", "in row 0 but")
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            SeDAClassifier(**SMALL, unlabelled=mark).fit(data.visual, names, text=data.text)
+        scoring = copy(fitted).set_params(unlabelled=mark)
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            scoring.score(data.visual, names)
+
+
 def told_by(data: Sample, text: Any) -> np.ndarray:
     """Probabilities after one pass with ``text``."""
     model = SeDAClassifier(**{**SMALL, "epochs": 1}, random_state=0)
@@ -548,6 +591,32 @@ def test_files_of_another_model_are_neither_mixed_nor_written(
     with pytest.raises(DataError, match=r"holds a training run \(metrics.json\)"):
         fitted.save_pretrained(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.json"]
+
+
+def test_a_model_that_saw_no_text_is_evaluated_beside_texts(
+    tmp_path: Path, data: Sample, fitted: SeDAClassifier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing to compare them with, and classes to measure all the same."""
+    part = {"visual_test": data.visual, "label_test": data.labels}
+    np.savez(tmp_path / "alone.npz", **part)
+    np.savez(tmp_path / "texts.npz", **part, text_test=data.text)
+    np.savez(tmp_path / "one.npz", **part, text_test=data.text[:, :1])
+    bare = SeDAClassifier(**SMALL, random_state=5).fit(data.visual, data.labels)
+    given = ["--model", str(bare.save_pretrained(tmp_path / "bare")), "--json", "--data"]
+    assert evaluate.main([*given, str(tmp_path / "alone.npz")]) == 0
+    expected, said = capsys.readouterr()
+    assert "fitted without text" not in said
+    for name in ("texts", "one"):
+        assert evaluate.main([*given, str(tmp_path / f"{name}.npz")]) == 0
+        out, said = capsys.readouterr()
+        assert out.replace(name, "alone") == expected
+        words = (
+            f"the model was fitted without text, so text_test of {tmp_path / name}.npz is not compared with anything"
+        )
+        assert said == f"seda_fast.evaluate: {words}\n"
+    other = ["--model", str(fitted.save_pretrained(tmp_path / "fitted")), "--data", str(tmp_path / "one.npz")]
+    assert evaluate.main(other) == 2
+    assert "'text_test' has 1 columns but the model has 5" in capsys.readouterr().err
 
 
 def test_a_fit_that_fails_leaves_what_was_fitted_before(data: Sample) -> None:

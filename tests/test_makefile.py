@@ -45,6 +45,46 @@ def test_what_the_libraries_are_made_of_is_built_anew(checkout: Path, name: str)
     assert "pip install" in make(checkout, "-n", "test")
 
 
+def script(file: Path, *lines: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    file.write_text("\n".join(["#!/bin/sh", 'echo "$@" >> "$0.log"', *lines]) + "\n")
+    file.chmod(0o755)
+    return file
+
+
+def logged(file: Path) -> list[str]:
+    log = file.with_name(f"{file.name}.log")
+    return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.mark.parametrize("kind", ["made by uv", "interrupted", "none", "whole"])
+def test_an_environment_without_pip_is_repaired(checkout: Path, tmp_path: Path, kind: str) -> None:
+    python = tmp_path / ".venv/bin/python"
+    (tmp_path / ".venv/.seda_fast_installed").unlink()
+    pip = tmp_path / "pip"
+    no_pip = f'case "$2" in pip) test -e {pip};; ensurepip)'
+    whole = script(tmp_path / "made", "true")
+    if kind == "made by uv":  # its Python has the module that brings pip, and keeps what else is installed
+        script(python, f"{no_pip} touch {pip};; esac")
+    elif kind == "interrupted":
+        script(python, f"{no_pip} false;; esac")
+    elif kind == "none":
+        python.unlink()
+    else:
+        script(python, "true")
+    base = script(
+        tmp_path / "base",
+        f'if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp -f {whole} "$3/bin/python"; touch {pip}; fi',
+    )
+    make(checkout, "lint", f"PYTHON={base}")
+    remade = any(line.startswith("-m venv") for line in logged(base))
+    assert remade == (kind in ("interrupted", "none"))
+    assert any(line.startswith("-m ensurepip") for line in logged(python)) == (kind in ("made by uv", "interrupted"))
+    assert any(line.startswith("-m pip install") for line in logged(python))
+    assert (tmp_path / ".venv/.seda_fast_installed").exists()
+
+
 def test_what_python_keeps_of_a_build_is_no_source(checkout: Path) -> None:
     kept = checkout / "csrc" / "__pycache__" / "seda_fast_build.cpython-311.pyc"
     kept.parent.mkdir()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from seda_fast import FeatureSet, SeDAConfig, evaluate, predict, train
 from seda_fast.config import ConfigError
 from seda_fast.prepare import prepare
-from seda_fast.ranks import Ranks, job, joined
+from seda_fast.ranks import Ranks, _attempt, _own_gpu, job, joined
 from seda_fast.results import unfinished_folder
 
 # Runs as one of several processes, or alone; the first prints what the test compares, by dtype.
@@ -503,6 +504,41 @@ def test_a_rank_that_dies_is_started_again_and_the_run_ends(
     assert 0 < metrics["train"]["resumed_after_step"] < 360
     assert len(list(csv.DictReader((out / "history.csv").open()))) == 60
     assert same_bits(undisturbed, out)
+
+
+def test_ranks_of_hosts_that_count_restarts_otherwise_meet(tmp_path: Path) -> None:
+    """In a store that has what dead ranks left there, as torchrun's own has it."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    kept = torch.distributed.PrefixStore("/", server)
+    for dead in ("attempt", "1f 1", "1f 2"):
+        kept.set(dead, "1f")
+
+    def meet(rank: int) -> str:
+        store = torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False)
+        time.sleep(0.1 * (2 - rank))  # the first rank comes last
+        return _attempt(torch.distributed.PrefixStore("/", store), rank, 3)
+
+    met = []
+    for _ in range(2):  # the second start is counted by none
+        with ThreadPoolExecutor(3) as threads:
+            met.append(set(threads.map(meet, range(3), timeout=30)))
+    assert [len(names) for names in met] == [1, 1]
+    assert len({"1f"}.union(*met)) == 3
+    script = "import os, sys; os.environ['TORCHELASTIC_RESTART_COUNT'] = os.environ['RANK']\n" + ENDS_AT_ONCE
+    assert [one.returncode for one in together(2, [sys.executable, "-c", script], tmp_path)] == [0, 0]
+
+
+def test_a_rank_that_was_given_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torchrun --virtual-local-rank``: each sees its own GPU alone, as its first."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert _own_gpu() == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="4 ranks on this host need a GPU each, and it has 2"):
+        _own_gpu()
 
 
 def test_bad_input_is_told_by_every_rank_and_ends_them_all(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from seda_fast import DataError, FeatureSet, SeDA, SeDAConfig, prepare, streamin
 from seda_fast.arrays import check_visual, mean_and_deviation, release
 from seda_fast.arrays import rows as float_rows
 from seda_fast.config import FOUND
+from seda_fast.loop import TrainingSet
 from seda_fast.measure import refuse_unpredictable
 from seda_fast.nn.scaling import Scaling
 from seda_fast.ops import read_rows, reads_rows
@@ -354,6 +355,49 @@ def test_what_was_changed_in_a_copy_on_write_map_is_kept_and_trained_on(tmp_path
     np.testing.assert_array_equal(changed, expected)
     np.testing.assert_allclose(mean, expected.mean(axis=0), rtol=1e-6)
     np.testing.assert_array_equal(target, expected[[4, 1, 80]])
+
+
+def test_a_map_whose_file_was_removed_is_read_as_it_is(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    np.save(tmp_path / "a.npy", values)
+    array = np.load(tmp_path / "a.npy", mmap_mode="r")
+    (tmp_path / "a.npy").unlink()
+    found = np.empty((3, 4), dtype=np.float32)
+    RowReader(array).into(found, np.array([5, 0, 19]))
+    np.testing.assert_array_equal(found, values[[5, 0, 19]])
+
+
+def test_texts_in_a_file_are_streamed_beside_images_in_memory(tmp_path: Path) -> None:
+    rng, labels = np.random.default_rng(0), np.arange(60) % 3
+    np.save(tmp_path / "text.npy", rng.normal(size=(60, 5)).astype(np.float32))
+    visual = rng.normal(size=(60, 8)).astype(np.float32)
+    text = np.load(tmp_path / "text.npy", mmap_mode="r")
+    data = FeatureSet.from_arrays(visual, text, labels, visual[:9], labels[:9])
+    assert isinstance(data.text_train, np.memmap)
+    config = SeDAConfig(visual_dim=8, text_dim=5, n_classes=3, width=16, blocks=1)
+    _, rows = prepare.prepare(data, config, 0, torch.device("cpu"), memory_share=1e-12)
+    assert isinstance(rows, StreamedSet)
+    (batch,) = rows.batches([torch.tensor([3, 59])])
+    _, loaded = prepare.prepare(data, config, 0, torch.device("cpu"))
+    assert isinstance(loaded, TrainingSet)
+    torch.testing.assert_close(batch[1], loaded.text[[3, 59]])
+
+
+def test_moments_are_of_the_float32_that_is_standardised(tmp_path: Path) -> None:
+    """A column of float64 that varies by less than float32 can tell lies in two of its numbers."""
+    rng, labels = np.random.default_rng(0), np.arange(100) % 2
+    visual = rng.normal(size=(100, 5))
+    visual[:, 0] = 16777217 + 1e-6 * rng.normal(size=100)
+    folder = folder_of(tmp_path / "data", rows=100)
+    for name, array in {"visual_train": visual, "visual_test": visual[:9], "text_train": visual[:, 1:]}.items():
+        np.save(folder / f"{name}.npy", array)
+    np.save(folder / "label_train.npy", labels)
+    np.save(folder / "label_test.npy", labels[:9])
+    config = SeDAConfig(visual_dim=5, text_dim=4, n_classes=2, width=16, blocks=1)
+    _, rows = prepare.prepare(FeatureSet.load(folder), config, 0, torch.device("cpu"))
+    assert isinstance(rows, TrainingSet)
+    assert rows.visual.abs().max() < 10
+    assert rows.visual[:, 0].std() == pytest.approx(1, rel=0.02)
 
 
 def test_a_map_of_a_file_without_a_name_is_read_as_it_is() -> None:

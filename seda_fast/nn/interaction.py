@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..ops import (
     q_sample,
     reverse_chain,
 )
+from .precision import WholeBuffers
 from .schedule import Sampler
 
 # Why a network that reads a memory predicts otherwise than one that does not; shown by `info` and in metrics.
@@ -67,13 +68,15 @@ class InteractionBlock(nn.Module):
         return interaction_block(*operands, *weights, **keys)
 
 
-class TimestepModulation(nn.Module):
+class TimestepModulation(WholeBuffers):
     """Shift, scale and alpha tables from a sinusoidal embedding of the timesteps (Vaswani et al. 2017, sec. 3.5).
 
     The small network runs over timesteps, never over rows; its last layer starts at 0, so a new block is unmodulated.
     """
 
     frequencies: Tensor
+    # Timesteps above 256 are none of bfloat16, and an angle of 1000 is known to half a radian in float16.
+    whole = ("frequencies",)
 
     def __init__(self, width: int, blocks: int, embedding: int) -> None:
         super().__init__()
@@ -93,15 +96,6 @@ class TimestepModulation(nn.Module):
             weight = state_dict.get(f"{prefix}embed.weight", weight)
         like = self.frequencies
         self.frequencies = _frequencies(2 * len(like)).to(weight.device, like.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What changes the weights' dtype leaves a half precision's to them: timesteps above 256 are none of bfloat16,
-        and an angle of 1000 is known to half a radian in float16."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        like = self.frequencies
-        if like.dtype in (torch.bfloat16, torch.float16):
-            self.frequencies = _frequencies(2 * len(like)).to(like.device)
-        return self
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """``timesteps`` (n,) integer -> (L, 3, n, d), a view."""

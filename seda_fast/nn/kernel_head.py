@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .copies import first_copies
 from .linear import placeless_linear, placeless_product
 from .multi_label import binary_cross_entropy, labelled_rows
+from .precision import WholeBuffers
 
 # Variance of the hidden layer's bias, where a feature's rows have a mean squared length of 1. 0, 0.1 and 1 gave the
 # same within noise on features of hundreds of dimensions, 0 less on those of tens.
@@ -137,12 +139,17 @@ def tangent_kernel(x: Tensor, y: Tensor) -> Tensor:
     return product.mul_(2).mul_(cosine.acos_().neg_().add_(math.pi)).add_(sine).div_(math.pi)
 
 
-class KernelHead(nn.Module):
+class KernelHead(WholeBuffers):
     """Logits of standardised visual features from their kernel with the rows that the head was fitted on.
 
     Buffers: ``rows`` (n, Dv), these rows over ``scale`` (); ``weight`` (K, n), ``bias`` (K,). Before `fit`, and where a
     model has no such head, n is 0. What is loaded sets n. ``absence``: why there is none, not saved.
+
+    All in the buffers' dtype, float32 in a model of a half precision and in a region of `torch.autocast`, too: a
+    kernel's rounding errors come into a logit times hundreds of weights.
     """
+
+    whole = ("rows", "scale", "weight", "bias")
 
     rows: Tensor
     scale: Tensor
@@ -165,8 +172,12 @@ class KernelHead(nn.Module):
         return len(self.rows) > 0
 
     def forward(self, visual: Tensor) -> Tensor:
-        """(B, Dv) -> (B, K)."""
-        return placeless_linear(tangent_kernel(visual / self.scale, self.rows), self.weight, self.bias)
+        """(B, Dv) -> (B, K), in the buffers' dtype."""
+        visual = visual.to(self.rows.dtype)
+        # Only where there is such a region, which exported programs have none of.
+        within = torch.is_autocast_enabled(visual.device.type)
+        with torch.autocast(visual.device.type, enabled=False) if within else nullcontext():
+            return placeless_linear(tangent_kernel(visual / self.scale, self.rows), self.weight, self.bias)
 
     def fit(
         self,

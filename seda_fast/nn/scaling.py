@@ -40,13 +40,14 @@ def scale_of(deviation: Deviation, power: float) -> Deviation:
     """What dimensions of these deviations (D,) are divided by; the mean square of all stays that of standardised ones
     with the powers 0 and 1, and is less between them the more the deviations differ (0.3 of it for 1, 1/2, .. 1/256).
 
-    1 where a dimension never changes, or by less than float32 can tell from 0.
+    A dimension that never changes, or by less than float32 can tell from 0, is divided by the root of the others' mean
+    square, so that what it may be in a row to come counts the same in any unit; 1 where none changes.
     """
     changes = deviation >= np.finfo(np.float32).tiny
-    if power == 1 or not changes.any():
-        return np.where(changes, deviation, 1.0)
+    if not changes.any():
+        return np.ones_like(deviation)
     common = np.sqrt(np.mean(np.square(deviation[changes])))
-    return np.where(changes, deviation**power * common ** (1 - power), 1.0)
+    return np.where(changes, deviation if power == 1 else deviation**power * common ** (1 - power), common)
 
 
 def best_power(features: Tensor, deviation: Deviation, labels: Tensor, n_classes: int) -> float:

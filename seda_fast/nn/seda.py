@@ -23,6 +23,7 @@ from .interaction import PFIN, Dropout
 from .kernel_head import KernelHead, label_share
 from .linear import placeless_linear
 from .multi_label import binary_class_terms, binary_divergence, labelled_rows, rate_logits, with_centre
+from .precision import WholeBuffers
 from .scaling import Scaling
 from .schedule import NoiseSchedule, Sampler
 from .space import category_centres
@@ -150,7 +151,7 @@ def _network(config: SeDAConfig, dim: int, condition_dim: int) -> PFIN:
     )
 
 
-class SeDA(nn.Module):
+class SeDA(WholeBuffers):
     """Semantic-Space-Intervened Diffusive Alignment (IJCAI 2025) as a classifier of visual features.
 
     Args:
@@ -160,9 +161,11 @@ class SeDA(nn.Module):
     Buffers ``visual_mean, visual_scale, text_mean, text_scale`` standardise raw features; ``centres`` (K, Dv) are the
     category centres of standardised visual features. All are set by `fit_statistics` and travel with the checkpoint, as
     do the class texts of data that have one text a class: ``text_classes`` (K, Dt), standardised, set by
-    `set_class_texts`, None for other data. Both networks read them as their memory.
+    `set_class_texts`, None for other data. Both networks read them as their memory. What standardises stays float32 in
+    a model of a half precision: raw features may lie far from 0, or beyond float16.
     """
 
+    whole = ("visual_mean", "visual_scale", "text_mean", "text_scale")
     visual_mean: Tensor
     visual_scale: Tensor
     text_mean: Tensor
@@ -587,7 +590,8 @@ class SeDA(nn.Module):
 
         def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             standardised = self.standardise_visual(rows)
-            of_visual = [self.visual(standardised)] + ([self.kernel(standardised)] if self.kernel.fitted else [])
+            of_visual = [self.visual(standardised.to(self.centres.dtype))]
+            of_visual += [self.kernel(standardised)] if self.kernel.fitted else []
             found: list[list[Tensor]] = [[], [], []]
             for draw in range(draws):
                 s, t = self._align_block(rows, ids, samplers, seed, draw)
@@ -657,7 +661,7 @@ class SeDA(nn.Module):
     def _align_block(
         self, visual: Tensor, sample_ids: Tensor, samplers: tuple[Sampler, Sampler], seed: int, draw: int
     ) -> tuple[Tensor, Tensor]:
-        v = self.standardise_visual(visual)
+        v = self.standardise_visual(visual).to(self.centres.dtype)
         s = self._stage(self.learner.network, v, v, samplers[0], sample_ids, seed, draw, SEMANTIC_CHAIN)
         blank = v.new_zeros(v.shape[0], self.config.text_dim)
         condition = torch.cat(self._conditions(s, v), dim=1)

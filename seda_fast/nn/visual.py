@@ -81,7 +81,9 @@ class VisualHead(nn.Module):
     def hidden(self, visual: Tensor, dropout: GaussianDropout | None = None) -> Tensor:
         """(B, Dv) -> (B, w)."""
         x = visual if dropout is None else dropout(visual, dropout.input_rate, 0)
-        h = F.gelu(self.norm(self.input(x)))
+        # Predictions, which have no dropout, are of rows that do not see their place.
+        of_input = self.input(x) if dropout else placeless_linear(x, self.input.weight, self.input.bias)
+        h = F.gelu(self.norm(of_input))
         return h if dropout is None else dropout(h, dropout.hidden_rate, 1)
 
     def forward(self, visual: Tensor) -> Tensor:

@@ -6,8 +6,11 @@ import functools
 import importlib
 import importlib.util
 import json
+import mmap
+import os
+import struct
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +47,7 @@ _OPERATORS = (
     "reverse_chain",
     "weight_update",
 )
+_FUNCTIONS = ("cpu_features", "own_products")
 _LIBRARY = "libseda_fast_cpu.so"
 _REPORT = "_build.json"
 PACKAGE = __name__.partition(".")[0]
@@ -88,18 +92,54 @@ def damage() -> str | None:
     return _find_report()[1]
 
 
+def _told_length(file: Path) -> int | None:
+    """Bytes that a 64-bit ELF file must have by its own header, also when tools have rewritten it; None for others."""
+    if file.stat().st_size == 0:
+        return None
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:5] != b"\x7fELF\x02":
+            return None
+        if len(data) < 64:
+            return 64
+        order = ">" if data[5] == 2 else "<"
+        segments, sections, n_segments, section, n_sections = struct.unpack(f"{order}32x2Q8x3H2x", data[:64])
+        table = data[segments : segments + 56 * n_segments]
+        ends: list[int] = [segments + 56 * n_segments]
+        ends += map(sum, struct.iter_unpack(f"{order}8xQ16xQ16x", table[: len(table) // 56 * 56]))
+        if sections:
+            # More sections than the header has room for are counted in the first one's size.
+            (first,) = struct.unpack(f"{order}32xQ24x", data[sections : sections + 64].ljust(64, b"\0"))
+            ends.append(sections + section * max(n_sections or first, 1))
+        return max(ends)
+
+
 def check_whole(file: Path) -> None:
-    """Loading a file that was cut short ends the process with a bus error, so its size is compared first.
+    """Loading a file that was cut short ends the process with a bus error, so its length is compared first.
+
+    An ELF file tells its own, which strip and patchelf change; others must have the size that the build wrote.
 
     Raises:
-        ImportError: it has not the size that the build wrote, or is not of that build at all.
+        ImportError: it is too short, or is not of the build that the report tells of at all.
     """
     size = report().get("bytes", {}).get(file.name)
     found = file.stat().st_size
     if size is None:
         raise ImportError(f"{file} is not of the build that {_REPORT} beside it tells of; install the package again")
-    if found != size:
+    told = _told_length(file)
+    if told is None and found != size:
         raise ImportError(f"{file} is damaged: it has {found} bytes, the build wrote {size}")
+    if told is not None and found < told:
+        raise ImportError(f"{file} is damaged: it has {found} bytes, its own header tells of {told}")
+
+
+def wrong_switch(features: Mapping[str, bool]) -> str | None:
+    """What is wrong with the variables that choose among the operators' code, or None; ``features`` by this CPU."""
+    isa, products = (os.environ.get(f"SEDA_FAST_CPU_{name}", "") for name in ("ISA", "PRODUCTS"))
+    if isa and not features.get(isa, False):
+        return f"SEDA_FAST_CPU_ISA={isa} is none of this CPU's: {', '.join(filter(features.get, features))}"
+    if products not in ("", "own", "pytorch"):
+        return f"SEDA_FAST_CPU_PRODUCTS={products} is neither own nor pytorch"
+    return None
 
 
 def _load_extension() -> ModuleType | None:
@@ -118,7 +158,9 @@ def _load_extension() -> ModuleType | None:
         check_whole(file)
     module = importlib.import_module(f"{PACKAGE}._C")
     torch.ops.load_library(str(library))
-    old = [name for name in _OPERATORS if not hasattr(torch.ops.seda_fast_cpp, name)]
+    # The module may be of an earlier build than the library, which another Python's install has made anew.
+    old = [name for name in _FUNCTIONS if not hasattr(module, name)]
+    old += [name for name in _OPERATORS if not hasattr(torch.ops.seda_fast_cpp, name)]
     if old:
         raise ImportError(f"it was built from other sources (no {', '.join(old)}); install the package again")
     return module
@@ -130,12 +172,16 @@ def _load() -> tuple[ModuleType | None, str | None]:
         module = _load_extension()
     except (ImportError, OSError) as error:
         reason = f"it cannot be loaded: {error.__cause__ or error}"
-        warnings.warn(f"seda_fast runs without its C++ operators; {reason}", RuntimeWarning, stacklevel=4)
-        return None, reason
-    if module is not None:
-        return module, None
-    missing = report().get("missing", {}).get("cpu")
-    return None, "it was not built" if missing is None else f"it was not built: {missing}"
+    else:
+        if module is None:
+            missing = report().get("missing", {}).get("cpu")
+            return None, "it was not built" if missing is None else f"it was not built: {missing}"
+        wrong = wrong_switch(module.cpu_features())
+        if wrong is None:
+            return module, None
+        reason = f"it is left out: {wrong}"
+    warnings.warn(f"seda_fast runs without its C++ operators; {reason}", RuntimeWarning, stacklevel=4)
+    return None, reason
 
 
 _module, _reason = _load()
@@ -221,6 +267,8 @@ def status() -> dict[str, Any]:
     """
     shown: dict[str, Any] = {"available": _reason is None, "reason": _reason, "rule": RULE}
     if _module is not None:
-        shown |= {"build": _module.build_report(), "cpu_features": _module.cpu_features()}
+        build = {part: told for part, told in report().items() if part != "bytes"}
+        # The module's own report may be of an earlier build than the libraries beside it.
+        shown |= {"build": build, "cpu_features": _module.cpu_features()}
         shown["products"] = f"{'seda_fast' if _module.own_products() else 'PyTorch'}'s ({PRODUCTS_RULE})"
     return shown

@@ -290,6 +290,8 @@ class _OnlyOnce(torch.autograd.Function):
 def differentiable_once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     """``backward`` of the operation ``name`` for `torch.library.register_autograd`, refusing a second derivative.
 
+    It is called as ``backward(ctx, saved, *grads)``: `torch.utils.checkpoint` lets the saved tensors be read once.
+
     Saved gradients and opaque backward ops look like constants to autograd, which would leave out their part of a
     Hessian without a word. Gradients themselves may be asked for with ``create_graph=True``. All operands that have
     gradients must be saved, needed again or not.
@@ -297,12 +299,13 @@ def differentiable_once(name: str, backward: Callable[..., Any]) -> Callable[...
 
     @wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            found = backward(ctx, *grads)
+            found = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():
             return found
         # All that a gradient may be asked for with respect to: autograd goes no way that does not lead there.
-        anchors = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        anchors = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
         leaves, structure = pytree.tree_flatten(found)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         given = (*anchors, *(leaves[i] for i in places))

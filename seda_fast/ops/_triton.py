@@ -9,7 +9,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -40,10 +39,14 @@ def _weakest_capability() -> tuple[int, int]:
 
 @functools.cache
 def _launcher_fault() -> str | None:
-    """Why no kernel can be started: Triton compiles what starts them, by the system's C compiler, when first asked."""
+    """Why no kernel can be started: Triton compiles what starts them, by the system's C compiler, when first asked.
+
+    What is missing there it says in many ways: an assertion where the loader does not know the driver's library, an
+    import that fails where code may not be loaded from its cache.
+    """
     try:
         _ = importlib.import_module("triton.runtime").driver.active.utils
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, another backend serves
         return f"what starts its kernels cannot be built ({(str(error).splitlines() or [type(error).__name__])[0]})"
     return None
 
@@ -55,6 +58,8 @@ def unavailable(device_type: str) -> str | None:
     if device_type == "cuda":
         if not torch.cuda.is_available():
             return "PyTorch sees no CUDA device"
+        if torch.version.hip is not None:
+            return "its kernels are for NVIDIA GPUs, and this PyTorch is for AMD's"
         if _weakest_capability() < (8, 0):
             return f"its kernels need compute capability 8.0, the device has {_weakest_capability()}"
         return _launcher_fault()

@@ -166,10 +166,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.dropout, ctx.stream = dropout, stream
 
 
-def _backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 17
-    saved = ctx.saved_tensors
     operands, (seed, step, sample_ids), statistics = (
         saved[:11],
         saved[11:14],

@@ -1,11 +1,13 @@
 """Memory: the state's cross-attention to class prototypes, by xformers or PyTorch, whichever measures faster.
 
-Both are libraries' own kernels, so this is a function of their operations and no registered op of ours.
+Both are libraries' own kernels, so this is a function of their operations and no registered op of ours. With gradients
+of many classes on a GPU neither is taken, but the formula step by step: the kernels' backward differs from run to run.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections.abc import Callable
 from statistics import median
@@ -47,10 +49,16 @@ def attention_choice(
     """The attention of a memory of ``classes`` rows in a network of ``width``; measured at the first call, then kept.
 
     xformers' serves where it loads, has a kernel for the device and dtype, gives the same values and is at least as
-    fast, forward and backward. Must not be called while a CUDA graph is captured.
+    fast, forward and backward. On a GPU it serves more than 64 classes (32 where a head has more than 192 columns) in
+    prediction alone: training goes step by step, and the choice is then "torch", with prediction's in its reason.
+    Must not be called while a CUDA graph is captured.
     """
-    device = torch.device(device)
-    return _find(device, dtype, (classes, heads, width // heads)).choice
+    device, size = torch.device(device), width // heads
+    choice = _find(device, dtype, (classes, heads, size)).choice
+    if not _any_order(device.type == "cuda", classes, size):
+        return choice
+    told = f"with gradients of more than {_one_block(size)} classes step by step, in a fixed order"
+    return AttentionChoice("torch", f"{told}; without, {choice.used}: {choice.reason}")
 
 
 def memory_read(
@@ -96,6 +104,9 @@ def memory_read(
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``q`` (1, B, H, d/H), ``k`` and ``v`` (1, K, H, d/H) -> (1, B, H, d/H)."""
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if gradients and _any_order(q.is_cuda, k.shape[1], k.shape[3]):
+        return _attention_in_steps(q, k, v)
     # A compiler can look into PyTorch's attention and, for all that xformers promises, not into xformers'.
     if torch.compiler.is_compiling() or not q.shape[1]:
         return _torch_attention(q, k, v)
@@ -106,6 +117,28 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _torch_attention(q, k, v)
         found = _find(q.device, q.dtype, key)
     return found.xformers(q, k, v) if found.xformers is not None else _torch_attention(q, k, v)
+
+
+def _attention_in_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The formula in at least float32, with all (B, K) weights of each head in memory."""
+    dtype = q.dtype
+    q, k, v = (x.to(torch.promote_types(dtype, torch.float32)).transpose(1, 2) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+        # Of products with a softmax between them a compiler makes PyTorch's kernel again.
+        weights = scores.log_softmax(3).exp() if torch.compiler.is_compiling() else scores.softmax(3)
+        return (weights @ v).transpose(1, 2).to(dtype)
+
+
+def _any_order(on_gpu: bool, classes: int, size: int) -> bool:
+    """Whether the kernels' backward adds up gradients in the order in which its programs end: each has some of the keys
+    and adds to the queries' gradient, so a single one alone is the same in every run."""
+    return on_gpu and classes > _one_block(size)
+
+
+def _one_block(size: int) -> int:
+    """Keys of a program, in the narrowest of the kernels for heads of ``size`` columns."""
+    return 64 if size <= 192 else 32
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -150,7 +149,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(
-    ctx: Any, grad_centre: Tensor | None, grad_entropy: Tensor | None, *unused: Tensor | None
+    ctx: Any,
+    saved: tuple[Tensor, ...],
+    grad_centre: Tensor | None,
+    grad_entropy: Tensor | None,
+    *unused: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     asked = grad_centre if grad_entropy is None else grad_entropy
     if asked is None:
@@ -158,7 +161,7 @@ def _backward(
     # Zeros for the loss that nobody differentiates; PyTorch itself would make some for every output.
     grad_centre = asked.new_zeros(()) if grad_centre is None else grad_centre
     grad_entropy = asked.new_zeros(()) if grad_entropy is None else grad_entropy
-    features, labels, *middle, weight, bias, log_normaliser, d_features, d_weight, d_bias = ctx.saved_tensors
+    features, labels, *middle, weight, bias, log_normaliser, d_features, d_weight, d_bias = saved
     centres = middle[0] if ctx.has_centres else None
     if ctx.gradient and not ctx.centre_gradient:
         scale = grad_entropy.to(features.dtype)
@@ -247,7 +250,7 @@ def semantic_projection(
     settings = (float(temperature), float(label_smoothing), ignore_index)
     if cosine:
         # The rows' lengths cost one pass over each operand, little beside the product.
-        unit, prototypes = F.normalize(features, dim=1), F.normalize(weight, dim=1)
+        unit, prototypes = reference.unit_rows(features), reference.unit_rows(weight)
         gradient = _wants_gradient(unit, prototypes, bias)
         centre_loss, cross_entropy, *_ = _op(unit, labels, None, prototypes, bias, *settings, *gradient)
         if centres is not None:

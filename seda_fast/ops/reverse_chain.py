@@ -73,10 +73,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.lengths, (ctx.stream, ctx.noisy) = lengths, inputs[-2:]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Any, ...]:
     # The chain is a prediction op: its activations are not kept but computed once more, from the definition.
-    saved = iter(ctx.saved_tensors)
-    nested: list[Any] = [next(saved) if n is None else [next(saved) for _ in range(n)] for n in ctx.lengths]
+    kept = iter(saved)
+    nested: list[Any] = [next(kept) if n is None else [next(kept) for _ in range(n)] for n in ctx.lengths]
     operands, (seed, step, sample_ids) = nested[:_DIFFERENTIABLE], nested[_DIFFERENTIABLE:]
     with torch.enable_grad():
         leaves: list[Any] = [

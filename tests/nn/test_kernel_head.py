@@ -52,6 +52,31 @@ def test_kernel_is_that_of_a_very_wide_hidden_layer() -> None:
     torch.testing.assert_close(tangent_kernel(x, x).diagonal(), 2 * (x.square().sum(1) + BIAS))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_does_not_round_the_kernel(dtype: torch.dtype) -> None:
+    """Its errors would come into a logit times hundreds of weights: tenths of a nat to several."""
+    visual, labels = clouds(600, 0.7)
+    data = FeatureSet.from_arrays(3e4 + 100 * visual.numpy(), visual.numpy(), labels, visual.numpy()[:9], labels[:9])
+    config = SeDAConfig(visual_dim=DV, text_dim=DV, n_classes=K, width=16, blocks=1, visual_width=16)
+    model, _ = prepare(data, config, 0, torch.device("cpu"))
+    model.eval()
+    given = 3e4 + 100 * visual[:50]
+    with torch.no_grad():
+        exact = model.predict_log_proba(given, heads=True)[-1]
+        with torch.autocast("cpu", dtype):
+            in_region = model.predict_log_proba(given, heads=True)[-1]
+        model.to(dtype)
+        kept = {model.kernel.rows.dtype, model.kernel.weight.dtype, model.visual_mean.dtype, model.text_scale.dtype}
+        assert kept == {torch.float32}
+        assert model.centres.dtype == dtype
+        of_model = model.predict_log_proba(given, heads=True)[-1]
+        # Features of 30 000 with a deviation of 100 are standardised before they are rounded.
+        visual_head = model.visual(model.standardise_visual(given).to(dtype))
+    assert torch.equal(in_region, exact)
+    assert torch.equal(of_model, exact)
+    assert visual_head.isfinite().all()
+
+
 def test_kernel_is_the_same_with_gradients_and_without() -> None:
     """Without, it is computed in place."""
     torch.manual_seed(0)

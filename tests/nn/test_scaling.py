@@ -45,13 +45,22 @@ def power_of(values: np.ndarray, labels: np.ndarray) -> float:
 
 def test_scales_are_powers_of_the_deviations_and_keep_the_mean_square() -> None:
     deviation = np.array([3.0, 0.0, 4.0])
-    assert scale_of(deviation, 1.0).tolist() == [3, 1, 4]
     common = np.sqrt((9 + 16) / 2)
-    np.testing.assert_allclose(scale_of(deviation, 0.0), [common, 1, common])
-    np.testing.assert_allclose(scale_of(deviation, 0.5), [np.sqrt(3 * common), 1, np.sqrt(4 * common)])
+    np.testing.assert_allclose(scale_of(deviation, 1.0), [3, common, 4])
+    np.testing.assert_allclose(scale_of(deviation, 0.0), [common] * 3)
+    np.testing.assert_allclose(scale_of(deviation, 0.5), [np.sqrt(3 * common), common, np.sqrt(4 * common)])
     kept = np.square(deviation / scale_of(deviation, 0.0))
     assert kept.sum() == pytest.approx(2)
     assert scale_of(np.zeros(2), 0.0).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_what_never_changed_counts_the_same_in_any_unit(power: float) -> None:
+    """A row to come may have something there: pixels at the border, as 0 .. 255 or as 0 .. 1."""
+    deviation, row = np.array([3.0, 0.0, 4.0]), np.array([2.0, 5.0, -1.0])
+    expected = row / scale_of(deviation, power)
+    for unit in (1e-20, 1 / 255, 1e3):
+        np.testing.assert_allclose(unit * row / scale_of(unit * deviation, power), expected)
 
 
 def test_sorted_components_are_not_blown_up_and_units_are_not_believed() -> None:
@@ -178,8 +187,8 @@ def test_few_rows_of_many_components_are_told_apart_and_a_run_says_how(tmp_path:
 
 def test_a_dimension_that_changes_less_than_float32_can_tell_is_one_that_never_does(tmp_path: Path) -> None:
     """A column of zeros and one subnormal number: its deviation would be 0 in float32, and rows no numbers."""
-    assert scale_of(np.array([0.0, 1e-46, 2.0]), 1.0).tolist() == [1.0, 1.0, 2.0]
-    assert scale_of(np.array([0.0, 1e-46, 2.0]), 0.5)[1] == 1.0
+    assert scale_of(np.array([0.0, 1e-46, 2.0]), 1.0).tolist() == [2.0, 2.0, 2.0]
+    assert scale_of(np.array([0.0, 1e-46, 2.0]), 0.5)[1] == 2.0
     rng = np.random.default_rng(0)
     visual, text = (rng.normal(size=(60, 4)).astype(np.float32) for _ in range(2))
     visual[:, 2] = text[:, 1] = 0

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seda_fast.ops import _dispatch, use_backend
 
@@ -77,6 +78,38 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class OnAGPU(Tensor):
+    """A tensor that says so, and lies on the CPU."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+
+class Called(TorchDispatchMode):
+    """Remembers the names of the operations that are called inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def on_a_gpu() -> Callable[[Tensor], Tensor]:
+    """Makes a tensor say that it lies on a GPU, and with it what is computed of it."""
+    return lambda tensor: tensor.as_subclass(OnAGPU)
+
+
+@pytest.fixture
+def called() -> Called:
+    """A block whose operations' names it remembers."""
+    return Called()
 
 
 @pytest.fixture

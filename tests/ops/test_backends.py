@@ -52,14 +52,27 @@ def test_operations_that_cuda_has_no_code_for_are_served_as_without_it() -> None
         assert _dispatch.choose("interaction_block", "cpu")[0] != "cuda"
 
 
-def test_a_machine_that_cannot_start_kernels_falls_to_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton needs a C compiler at its first launch, which slim images have not."""
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (RuntimeError("Failed to find C compiler.\nSpecify it by CC"), "Failed to find C compiler."),
+        (AssertionError("libcuda.so cannot found!\nPossible files are located at"), "libcuda.so cannot found!"),
+        (ImportError("libtriton.so: failed to map segment from shared object"), "libtriton.so: failed to map segment"),
+        (KeyError(), "KeyError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_machine_that_cannot_start_kernels_falls_to_another_backend(
+    monkeypatch: pytest.MonkeyPatch, fault: Exception, said: str
+) -> None:
+    """Triton needs a C compiler at its first launch, which slim images have not; the driver's library, which the loader
+    may not know; and a folder from which code may be loaded."""
     driver = types.ModuleType("triton.runtime")
 
     class Active:
         @property
         def utils(self) -> None:
-            raise RuntimeError("Failed to find C compiler.\nSpecify it by CC")
+            raise fault
 
     driver.driver = types.SimpleNamespace(active=Active())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "triton.runtime", driver)
@@ -67,11 +80,22 @@ def test_a_machine_that_cannot_start_kernels_falls_to_another_backend(monkeypatc
     monkeypatch.setattr(_triton, "_weakest_capability", lambda: (9, 0))
     _triton._launcher_fault.cache_clear()
     try:
-        said = "what starts its kernels cannot be built (Failed to find C compiler.)"
-        assert _triton.unavailable("cuda") == said
+        reason = _triton.unavailable("cuda")
+        assert reason is not None and reason.startswith(f"what starts its kernels cannot be built ({said}")
+        assert "\n" not in reason
         assert _dispatch.choose("q_sample", "cuda")[0] == "reference"
     finally:
         _triton._launcher_fault.cache_clear()
+
+
+def test_an_amd_gpu_is_not_taken_for_one_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch for AMD's answers to the name of CUDA, with capabilities that may be 9.0 and more."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_triton, "_weakest_capability", lambda: (9, 4))
+    monkeypatch.setattr(_triton, "_launcher_fault", lambda: None)
+    assert _triton.unavailable("cuda") == "its kernels are for NVIDIA GPUs, and this PyTorch is for AMD's"
+    assert _dispatch.choose("q_sample", "cuda")[0] == "reference"
 
 
 def test_blocks_that_overlap_leave_nothing_forced() -> None:

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -247,6 +249,109 @@ def test_an_unknown_instruction_set_is_refused_by_name() -> None:
     )
     assert done.returncode == 1
     assert "SEDA_FAST_CPU_ISA=mmx is not one of baseline, avx2 and avx512" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("switch", "value", "sentence"),
+    [
+        ("SEDA_FAST_CPU_ISA", "mmx", f"SEDA_FAST_CPU_ISA=mmx is none of this CPU's: {', '.join(INSTRUCTION_SETS)}"),
+        ("SEDA_FAST_CPU_PRODUCTS", "OWN", "SEDA_FAST_CPU_PRODUCTS=OWN is neither own nor pytorch"),
+    ],
+)
+def test_a_wrong_switch_is_one_warning_and_the_reference_serves(switch: str, value: str, sentence: str) -> None:
+    code = "import sys, torch, seda_fast.info as info\nfrom seda_fast.ops import choose, q_sample\n"
+    code += "rows = torch.arange(3)\n"
+    code += "q_sample(torch.zeros(3, 4), rows, torch.ones(3), torch.ones(3), seed=1, step=2, sample_ids=rows)\n"
+    code += "print(choose('q_sample', 'cpu')[0])\ninfo.main([])"
+    command = [sys.executable, "-W", "always::RuntimeWarning", "-c", code]
+    done = subprocess.run(command, env=os.environ | {switch: value}, capture_output=True, text=True, check=True)
+    assert done.stderr.count(sentence) == 1
+    assert "RuntimeWarning: seda_fast runs without its C++ operators; " in done.stderr
+    assert done.stdout.startswith("reference\n")
+    assert "".join(sentence.split()) in "".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("features", [{"baseline": True, "avx2": True, "avx512": False}, {"baseline": True}])
+def test_an_instruction_set_that_this_cpu_lacks_is_a_wrong_switch(
+    monkeypatch: pytest.MonkeyPatch, features: dict[str, bool]
+) -> None:
+    monkeypatch.delenv("SEDA_FAST_CPU_PRODUCTS", raising=False)
+    for name in ("", *(name for name, has in features.items() if has)):
+        monkeypatch.setenv("SEDA_FAST_CPU_ISA", name)
+        assert _cpp.wrong_switch(features) is None
+    monkeypatch.setenv("SEDA_FAST_CPU_ISA", "avx512")
+    has = ", ".join(name for name in features if features[name])
+    assert _cpp.wrong_switch(features) == f"SEDA_FAST_CPU_ISA=avx512 is none of this CPU's: {has}"
+    monkeypatch.delenv("SEDA_FAST_CPU_ISA")
+    for name in ("", "own", "pytorch"):
+        monkeypatch.setenv("SEDA_FAST_CPU_PRODUCTS", name)
+        assert _cpp.wrong_switch(features) is None
+
+
+def whole(monkeypatch: pytest.MonkeyPatch, file: Path, data: bytes, written: int) -> str | None:
+    """Why a file of such content, of which the build wrote so many bytes, is refused; None where it is loaded."""
+    file.write_bytes(data)
+    monkeypatch.setattr(_cpp, "report", lambda: {"bytes": {file.name: written}})
+    try:
+        _cpp.check_whole(file)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def library_file() -> Path:
+    return Path(str(_cpp._module.__file__)).parent / "libseda_fast_cpu.so"
+
+
+@pytest.mark.parametrize("kind", ["as built", "stripped", "without sections", "of many sections", "big-endian"])
+def test_a_library_cut_short_at_any_place_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    file, written = tmp_path / "libseda_fast_cpu.so", library_file().stat().st_size
+    data = bytearray(library_file().read_bytes())
+    if data[:4] != b"\x7fELF":
+        pytest.skip(f"test_a_library_cut_short_at_any_place_is_refused[{kind}] is about ELF files")
+    if kind == "stripped":
+        if shutil.which("strip") is None:
+            pytest.skip("test_a_library_cut_short_at_any_place_is_refused[stripped] needs strip")
+        subprocess.run(["strip", "-o", str(file), str(library_file())], check=True)
+        data = bytearray(file.read_bytes())
+        assert len(data) != written
+    elif kind == "without sections":
+        sections, segments = struct.unpack_from("<Q", data, 40)[0], struct.unpack_from("<H", data, 56)[0]
+        data[40:48], data[60:62] = bytes(8), bytes(2)
+        ends = (sum(struct.unpack_from("<Q16xQ", data, 64 + 56 * i + 8)) for i in range(segments))
+        del data[max(ends) :]
+        assert len(data) <= sections
+    elif kind == "of many sections":  # more than the header has room for: the first section tells how many
+        sections, count = struct.unpack_from("<Q", data, 40)[0], struct.unpack_from("<H", data, 60)[0]
+        struct.pack_into("<Q", data, sections + 32, count)
+        data[60:62] = bytes(2)
+    elif kind == "big-endian":
+        data = bytearray(
+            struct.pack(">4s5B7x2HI3QI6H", b"\x7fELF", 2, 2, 1, 0, 0, 3, 22, 1, 0, 64, 300, 0, 64, 56, 1, 64, 2, 1)
+        )
+        data += struct.pack(">2I6Q", 1, 5, 0, 0, 0, 250, 250, 4096) + bytes(300 + 128 - 120)
+    assert whole(monkeypatch, file, bytes(data), written) is None
+    assert whole(monkeypatch, file, bytes(data) + b"what a tool put behind", written) is None
+    places = {0, 1, 3, 4, 5, 16, 40, 63, 64, 65, 100, 119, 120, 250, 299, *(len(data) * i // 97 for i in range(97))}
+    for place in sorted({*places, len(data) - 1, len(data) - 64, len(data) - 65}):
+        refused = whole(monkeypatch, file, bytes(data[:place]), written)
+        assert refused is not None and f"{file} is damaged: it has {place} bytes" in refused, place
+
+
+def test_a_library_of_another_kind_must_have_the_bytes_that_the_build_wrote(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "libseda_fast_cpu.so"
+    data = b"\xcf\xfa\xed\xfe" + bytes(100)
+    assert whole(monkeypatch, file, data, len(data)) is None
+    for other in (data[:-1], data + b"\0", b""):
+        refused = whole(monkeypatch, file, other, len(data))
+        assert refused == f"{file} is damaged: it has {len(other)} bytes, the build wrote {len(data)}"
+    monkeypatch.setattr(_cpp, "report", lambda: {"bytes": {}})
+    with pytest.raises(ImportError, match="is not of the build"):
+        _cpp.check_whole(library_file())
 
 
 def noising(**change: Any) -> Tensor:

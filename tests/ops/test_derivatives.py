@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from seda_fast.ops import (
     ChainWeights,
@@ -107,6 +108,20 @@ def test_a_second_derivative_is_right_or_refused(lane: Any, place: int) -> None:
     )
     (expected,) = torch.autograd.grad(slope.square().sum(), exact)
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_gradient_that_has_a_graph_goes_through_a_checkpoint(lane: Any, place: int) -> None:
+    """Which computes what was saved once more and lets it be read once."""
+    operation = operations(torch.float32, lane.device)[place]
+    leaf = torch.randn(ROWS, operation.width, device=lane.device, requires_grad=True)
+    (plain,) = torch.autograd.grad(operation.call(leaf).square().sum(), leaf)
+    through = checkpoint(operation.call, leaf, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(through.square().sum(), leaf, create_graph=True)
+    torch.testing.assert_close(gradient.detach(), plain)
+    if operation.name != "q_sample":
+        with pytest.raises(RuntimeError, match=f"{operation.name} cannot be differentiated twice"):
+            gradient.square().sum().backward()
 
 
 def test_a_second_derivative_is_refused_whatever_needs_the_gradient(lane: Any) -> None:

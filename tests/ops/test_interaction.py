@@ -290,6 +290,23 @@ def test_repeats_bit_by_bit(lane: Any) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
+def test_the_definition_adds_up_tables_in_a_fixed_order_on_a_gpu(
+    on_a_gpu: Callable[[Tensor], Tensor], called: Any
+) -> None:
+    """`index_add_` does it there in the order in which threads come to it, wherever timesteps repeat."""
+    given = operands(Case(40, 16, 32, 3, sorted_steps=False), torch.float32, "cpu")
+    residual, pre, hidden = reference.interaction_block_forward(**given)[1:]
+    operands_of = {name: value for name, value in given.items() if name not in ("b_h", "b_o")}
+    kept = {"residual": residual, "pre": pre, "hidden": hidden}
+    grad = torch.randn(40, 16)
+    expected = reference.interaction_block_backward(grad, **operands_of, **kept)
+    with called:
+        found = reference.interaction_block_backward(grad, **{**operands_of, "shift": on_a_gpu(given["shift"])}, **kept)
+    assert called.names.count("aten::index_put_") == 3 and "aten::index_add_" not in called.names
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.as_subclass(Tensor), other)
+
+
 def test_timesteps_may_be_int32(lane: Any) -> None:
     given = operands(Case(9, 16, 32, 5), torch.float32, lane.device)
     narrow = {**given, "timesteps": given["timesteps"].int()}

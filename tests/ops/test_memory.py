@@ -222,6 +222,94 @@ def test_an_xformers_that_does_not_load_is_a_reason_not_a_crash(monkeypatch: pyt
     assert choice() == ("torch", "xformers does not load: libxformers.so: undefined symbol")
 
 
+# ---- many classes on a GPU, by tensors that say that they lie on one -----------------------------------------------
+
+
+FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+@pytest.mark.parametrize(
+    "classes, width, in_order", [(64, 16, False), (65, 16, True), (64, 384, False), (32, 640, False), (33, 640, True)]
+)
+def test_gradients_of_many_classes_are_added_up_in_order_on_a_gpu(
+    on_a_gpu: Callable[[Tensor], Tensor],
+    called: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    classes: int,
+    width: int,
+    in_order: bool,
+) -> None:
+    """The kernels' backward shares the keys out, and its programs add to the queries' gradient as they come to it."""
+    given = operands(7, classes, width)
+    key = ("cpu", torch.float32, classes, 2, width // 2)
+    monkeypatch.setitem(memory._found, key, memory._Found(memory.AttentionChoice("torch", ""), None))
+    with called:
+        found = memory_read(on_a_gpu(given[0]), *given[1:], heads=2).as_subclass(Tensor)
+        gradients = torch.autograd.grad(found.sum(), given)
+    assert (FUSED not in called.names) == (f"{FUSED}_backward" not in called.names) == in_order
+    expected = reference.memory_read(*given, 2)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), given), rtol=1e-4, atol=1e-4)
+    called.names.clear()
+    with torch.no_grad(), called:
+        memory_read(on_a_gpu(given[0]), *given[1:], heads=2)
+    assert FUSED in called.names
+
+
+def test_large_scores_are_finite_in_float16_where_they_are_added_up_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autocast region would round them, before they are scaled, to numbers up to 65504."""
+    monkeypatch.setattr(memory, "_any_order", lambda *sizes: True)
+    h, keys, values, *rest = operands(7, 70, 64)
+    with torch.autocast("cpu", torch.float16):
+        found = memory_read(h, (1e4 * keys).half(), values.half(), *rest, heads=1)
+    expected = reference.memory_read(h, 1e4 * keys, values, *rest, 1)
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=3e-2)
+
+
+def test_xformers_does_not_train_many_classes_on_a_gpu(
+    on_a_gpu: Callable[[Tensor], Tensor], stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = stand_in(attention_of_xformers)
+    served = memory._Found(
+        memory.AttentionChoice("xformers", "as fast"), sys.modules["xformers.ops"].memory_efficient_attention
+    )
+    for classes in (64, 65):
+        for device in ("cpu", "cuda"):
+            monkeypatch.setitem(memory._found, (device, torch.float32, classes, 4, 4), served)
+        given = operands(7, classes, 16)
+        memory_read(on_a_gpu(given[0]), *given[1:], heads=4)
+        assert len(calls) == (1 if classes == 64 else 0)
+        with torch.no_grad():
+            memory_read(on_a_gpu(given[0]), *given[1:], heads=4)
+        assert calls.pop() == 7
+        memory_read(*given, heads=4)
+        assert calls.pop() == 7
+        calls.clear()
+    assert attention_choice("cuda", torch.float32, classes=64, width=16, heads=4) == ("xformers", "as fast")
+    assert attention_choice("cpu", torch.float32, classes=65, width=16, heads=4) == ("xformers", "as fast")
+    assert attention_choice("cuda", torch.float32, classes=65, width=16, heads=4) == (
+        "torch",
+        "with gradients of more than 64 classes step by step, in a fixed order; without, xformers: as fast",
+    )
+
+
+@pytest.mark.slow
+def test_compiled_gradients_of_many_classes_are_added_up_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the compiler put the kernel back in the place of its steps."""
+    given = operands(12, 70, 16)
+    monkeypatch.setattr(memory, "_any_order", lambda *sizes: True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(lambda *x: memory_read(*x, heads=4), fullgraph=True)
+    found = compiled(*given)
+    expected = reference.memory_read(*given, 4)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), given), torch.autograd.grad(expected.sum(), given), rtol=1e-4, atol=1e-4
+    )
+    assert not torch._dynamo.utils.counters["inductor"]["fuse_attention"]
+
+
 @pytest.mark.slow
 def test_a_compiled_read_is_pytorchs_whatever_was_chosen(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(attention_of_xformers)

@@ -176,6 +176,67 @@ def test_one_program_goes_through_many_classes(
     compare(operands(case, torch.float32, lane.device), settings(case), no_worse_than_eager)
 
 
+def tensor_cores(kernels: Any, lane: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asks for TF32; in the interpreter, products then leave out the 13 bits that tensor cores do."""
+    monkeypatch.setattr(kernels, "precision", lambda dtype: "tf32")
+    if lane.device != "cpu":
+        return
+    interpreter: Any = pytest.importorskip("triton.runtime.interpreter")
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        cut = [interpreter.TensorHandle((part.data.view("i4") & -0x2000).view("f4"), part.dtype) for part in (a, b)]
+        return multiply(builder, *cut, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def rounded_to_tf32(values: Tensor) -> Tensor:
+    """To 11 significant bits, by float64's arithmetic."""
+    mantissa, exponent = torch.frexp(values.double())
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+@pytest.mark.parametrize("classes", [12, 300])
+def test_sure_rows_have_no_negative_loss_in_tf32(lane: Any, monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+    """The true class's logit and the normaliser are of the same products, or what rounding takes from the one alone, a
+    share of 7e-4 of a logit, is the loss."""
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it does not choose how float32 is multiplied")
+    kernels: Any = pytest.importorskip("seda_fast.kernels.projection")
+    tensor_cores(kernels, lane, monkeypatch)
+    weight = torch.randn(classes, 320, device=lane.device)
+    weight /= weight.norm(dim=1, keepdim=True)
+    labels = torch.arange(20, device=lane.device) % classes
+    given = {"labels": labels, "weight": weight, "bias": torch.zeros(classes, device=lane.device), "centres": None}
+    given["features"] = 20 * weight[labels]
+    rounded = {**double(given), **{name: rounded_to_tf32(given[name]) for name in ("features", "weight")}}
+    loss, exact_loss = semantic_projection(**given)[1], reference.semantic_projection(**rounded)[1]
+    assert loss > -1e-5
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-4, atol=1e-5)
+    found, exact = (
+        run(projection, values, {"label_smoothing": 0.1})
+        for projection, values in ((semantic_projection, given), (reference.semantic_projection, rounded))
+    )
+    for name in ("features", "weight", "bias"):
+        largest = float(exact[name].abs().max())
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=0, atol=4e-3 * largest)
+
+
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0x7F800001, 0xFFC00000, 0x7F800000, 0xFF800000], ids=hex)
+def test_what_is_no_number_is_none_in_tf32_either(lane: Any, monkeypatch: pytest.MonkeyPatch, pattern: int) -> None:
+    """The bits of a NaN, taken for a number's and rounded, may be 0."""
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: it does not choose how float32 is multiplied")
+    kernels: Any = pytest.importorskip("seda_fast.kernels.projection")
+    tensor_cores(kernels, lane, monkeypatch)
+    for name in ("features", "weight"):
+        given = operands(Case(5, 20, 3, has_centres=False), torch.float32, lane.device)
+        given[name].view(torch.int32)[1, 3] = pattern - 2**32 if pattern >= 2**31 else pattern
+        given["labels"][:] = 1
+        assert not semantic_projection(**given)[1].isfinite(), name
+
+
 def test_many_sums_of_losses(
     lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +423,25 @@ def test_cosine_ignores_lengths() -> None:
     torch.testing.assert_close(entropy, F.cross_entropy(logits, given["labels"]))
 
 
+@pytest.mark.parametrize("definition", [False, True])
+def test_cosines_in_float16_have_room_for_any_length(lane: Any, definition: bool) -> None:
+    """A row's length may be 0, for which float16 has nothing as small as 1e-12, or above float16's largest number."""
+    if torch.float16 not in lane.dtypes():
+        pytest.skip(f"{lane}: it has no float16")
+    projection = reference.semantic_projection if definition else semantic_projection
+    given = operands(Case(9, 64, 7), torch.float16, lane.device)
+    given["features"][2:4], given["features"][5:7] = 0.0, 3e4 * given["features"][5:7].sign()
+    given["weight"][3] = 6e4
+    given["labels"] = torch.tensor([0, 1, -100, 2, 3, 4, 5, 6, -100], device=lane.device)
+    found = run(projection, given, {"cosine": True})
+    for name, value in found.items():
+        assert value.isfinite().all(), name
+    exact = run(reference.semantic_projection, double(given), {"cosine": True})
+    torch.testing.assert_close(found["cross entropy"].double(), exact["cross entropy"], rtol=2e-3, atol=0)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=0, atol=5e-3)
+
+
 def test_another_ignore_index(lane: Any) -> None:
     given = operands(Case(8, 6, 4), torch.float32, lane.device)
     given["labels"][2:5] = -1
@@ -425,6 +505,22 @@ def test_repeats_bit_by_bit(lane: Any) -> None:
     first, second = (run(semantic_projection, given, {}) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_the_definition_adds_up_centres_in_a_fixed_order_on_a_gpu(
+    on_a_gpu: Callable[[Tensor], Tensor], called: Any
+) -> None:
+    given = operands(Case(40, 6, 4, ignored=0.2), torch.float32, "cpu")
+    features, *rest = given.values()
+    one = torch.ones(())
+    options = {"temperature": 1.0, "label_smoothing": 0.0, "ignore_index": -100}
+    expected = reference.semantic_projection_backward(one, one, features, *rest, torch.zeros(40), **options)[1]
+    with called:
+        found = reference.semantic_projection_backward(one, one, on_a_gpu(features), *rest, torch.zeros(40), **options)[
+            1
+        ]
+    assert "aten::index_put_" in called.names and "aten::index_add_" not in called.names
+    torch.testing.assert_close(found.as_subclass(Tensor), expected)
 
 
 def test_centres_without_a_gradient_get_none(lane: Any) -> None:
