@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -14,6 +15,9 @@ from typing import Any
 
 # How long a signal waits for a good moment, and how long what it then interrupts has before the process ends.
 GRACE_SECONDS, LAST_SECONDS = 6.0, 3.0
+# So long after the first, signals are of the same stop: torchrun passes on to its ranks what systemd, SLURM or a
+# terminal sends them as well, and ``timeout`` signals its child and its group.
+SAME_STOP_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -34,7 +38,8 @@ class Interrupts:
     """What SIGTERM and SIGINT do while the block runs: they raise `Interrupted`, or inside `deferred` only set
     ``requested``, for the code there to stop where it loses nothing.
 
-    Deferred no longer than `GRACE_SECONDS`: then, and on a second signal, `Interrupted` is raised all the same, and
+    Deferred no longer than `GRACE_SECONDS`: then, and on a signal that comes more than `SAME_STOP_SECONDS` after the
+    first, `Interrupted` is raised all the same, and
     `LAST_SECONDS` later a process that hangs (in a collective whose other end has died, say) is ended. Outside the
     main thread, where Python handles no signals, this does nothing.
     """
@@ -42,6 +47,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.requested: int | None = None
         self._deferring = False
+        self._told, self._insisting = 0.0, False
         self._over = threading.Event()
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
@@ -74,7 +80,11 @@ class Interrupts:
             self._deferring = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, self.requested = self.requested is None, number
+        now, first = time.monotonic(), self.requested is None
+        if first:
+            self.requested, self._told = number, now
+        elif now - self._told < SAME_STOP_SECONDS and not self._insisting:
+            return  # once is enough: what the first has begun to clean up is not torn down
         if not (first and self._deferring):
             raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
@@ -86,6 +96,7 @@ class Interrupts:
 
     def _force(self, number: int) -> None:
         if self._deferring and not self._over.wait(GRACE_SECONDS):
+            self._insisting = True
             os.kill(os.getpid(), number)
         if not self._over.wait(LAST_SECONDS):
             if sys.stderr is not None:

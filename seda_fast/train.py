@@ -375,7 +375,9 @@ def train_and_evaluate(
         seed=settings.train.seed,
     )
     config = settings.model_config(data)
+    began = time.perf_counter()
     model, rows = _prepared(data, config, settings, device, ranks)
+    prepare_seconds = time.perf_counter() - began
     # What could not be predicted or measured is refused now, not after hours.
     refuse_unpredictable(model, data.visual_test, data.source)
     standardised_text(model, data.test_part)
@@ -395,7 +397,7 @@ def train_and_evaluate(
     if draft is None:
         return ""
     metrics = outputs_metrics(outputs, model, part)
-    metrics["train"] = training
+    metrics["train"] = {**training, "prepare_seconds": prepare_seconds}  # standardising, and what is fitted before
     absence = {"reason": model.kernel.absence} if model.kernel.absence else {}
     metrics["kernel_head"] = {"rows": len(model.kernel.rows), **absence}
     metrics["label_share"] = model.label_share

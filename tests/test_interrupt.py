@@ -3,10 +3,11 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from seda_fast.interrupt import GRACE_SECONDS, LAST_SECONDS, Interrupted, Interrupts
+from seda_fast.interrupt import GRACE_SECONDS, LAST_SECONDS, SAME_STOP_SECONDS, Interrupted, Interrupts
 
 HANGS = """
 import hashlib, signal, sys, time
@@ -32,12 +33,33 @@ def test_a_signal_raises_at_once_and_handlers_come_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_deferred_signal_is_only_noted_and_a_second_raises() -> None:
+def test_a_deferred_signal_is_only_noted_and_a_second_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with Interrupts() as interrupts, interrupts.deferred():
         signal.raise_signal(signal.SIGINT)
         assert interrupts.requested == signal.SIGINT
+        # One stop may come as several signals.
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupts.requested == signal.SIGINT
+        then = time.monotonic() + SAME_STOP_SECONDS
+        monkeypatch.setattr(time, "monotonic", lambda: then + 0.1)
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGTERM)
+
+
+def test_what_a_signal_interrupted_cleans_up_in_peace() -> None:
+    cleaned = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+
+    with Interrupts(), pytest.raises(Interrupted):
+        work()
+    assert cleaned == [True]
 
 
 @pytest.mark.parametrize("kind", ["hears", "deaf"])

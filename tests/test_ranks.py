@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -429,6 +430,31 @@ def test_commands_of_two_ranks_write_what_one_writes(
         assert set(alone) == set(shared)
         for array in alone:
             np.testing.assert_array_equal(alone[array], shared[array])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_two_ranks_that_read_their_rows_from_files_learn_what_one_learns(data: Path, tmp_path: Path) -> None:
+    """Unlabelled rows and rows without text lie in one rank's share; each sums its share for the category centres."""
+    arrays = dict(np.load(data))
+    arrays["label_train"] = np.where(np.arange(90) < 20, -1, arrays["label_train"])
+    arrays["text_train"][60:80] = np.nan
+    (tmp_path / "data").mkdir()
+    for name, array in arrays.items():
+        np.save(tmp_path / "data" / f"{name}.npy", array)
+    told = ["--data", str(tmp_path / "data"), "--memory-share", "0", "--unpaired", "keep", *SMALL, "--epochs", "3"]
+    assert train.main([*told, "--out", str(tmp_path / "one")]) == 0
+    ended = together(2, [*TRAIN, *told, "--out", "two"], tmp_path)
+    assert [one.returncode for one in ended] == [0, 0], ended
+    made = [json.loads((tmp_path / name / "metrics.json").read_text())["train"] for name in ("one", "two")]
+    assert [(one["data"], one["ranks"]) for one in made] == [("in its files", 1), ("in its files", 2)]
+    rows = [list(csv.DictReader((tmp_path / name / "history.csv").open())) for name in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-4)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    np.testing.assert_allclose(two["centres"], one["centres"], rtol=1e-6, atol=1e-6)
+    for name in ("visual_mean", "visual_scale", "text_mean", "text_scale"):
+        np.testing.assert_array_equal(two[name], one[name])
 
 
 @pytest.fixture(scope="module")

@@ -172,6 +172,22 @@ def test_gpu_s_speed_is_that_of_the_record(readme: str, repository: Path) -> Non
     assert f"takes {rows[chain, 'seda_fast']['median'] * 1e3:.2f} ms, {ratios} times as long" in section
 
 
+def test_speed_beside_gates_made_once_is_that_of_the_record(readme: str, repository: Path) -> None:
+    file = repository / "benchmarks/results/intel-r-xeon-r-processor-2-threads.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    found = {(row["workload"], row["competitor"]): f"{row['ratio']:.2f}" for row in record["rows"]}
+    many, one = (f"reverse chain of 5 steps, B = {rows} float32" for rows in (1024, 1))
+    section = " ".join(readme[readme.index("The loop of a chain") : readme.index("The run is without")].split())
+    ratios = f"(commit {record['commit']}, where the two ratios at 1024 rows are {found[many, 'eager']} and"
+    assert f"{ratios} {found[many, 'compiled']})" in section
+    made_once = [found[workload, f"{who}, gates once"] for workload in (many, one) for who in ("eager", "compiled")]
+    assert (
+        "takes {} times as long as ours at 1024 rows and `torch.compile` {}, for one row {} and {}.".format(*made_once)
+        in section
+    )
+    assert f"the usual loop takes {found[one, 'eager']} times as long there, less than the 3 that were" in section
+
+
 def test_table_of_speed_is_that_of_the_record(readme: str, repository: Path) -> None:
     record = json.loads((repository / "benchmarks/results/amd-epyc-2-threads.json").read_text(encoding="utf-8"))
     ratios = {(row["workload"], row["competitor"]): row["ratio"] for row in record["rows"]}
