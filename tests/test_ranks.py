@@ -532,6 +532,29 @@ def test_a_rank_that_dies_is_started_again_and_the_run_ends(
     assert same_bits(undisturbed, out)
 
 
+@pytest.mark.slow
+def test_torchrun_that_is_told_to_stop_stops_its_ranks_at_a_checkpoint(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """And whoever signals all processes, as SLURM does, signals the ranks twice."""
+    out = tmp_path / "out"
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*runner, "-m", "seda_fast.train", "--data", str(data), *LONG, "--out", str(out), "--resume"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, **pipes)
+    wait_for_checkpoints(out, 2, lambda: process.poll() is None)
+    for rank in (0, 1):
+        os.kill(process_of(rank, process.pid), signal.SIGTERM)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(r"stopped in step \d+ of 360; --resume continues from .*step-\d+.safetensors", said)
+    assert "stopped by SIGTERM" not in said
+    ended = together(2, [*TRAIN, "--data", str(data), *LONG, "--out", str(out), "--resume"], tmp_path)
+    assert [one.returncode for one in ended] == [0, 0], ended
+    assert same_bits(undisturbed, out)
+
+
 def test_ranks_of_hosts_that_count_restarts_otherwise_meet(tmp_path: Path) -> None:
     """In a store that has what dead ranks left there, as torchrun's own has it."""
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
