@@ -147,6 +147,15 @@ def test_compiled_package_serves_the_cpu_and_tells_its_build(compiled: Path) -> 
     assert json.loads((compiled / "seda_fast/_build.json").read_text()).items() >= report.items()
 
 
+def test_the_module_itself_tells_the_build_that_the_file_beside_it_does(compiled: Path) -> None:
+    script = PROBE.partition("with ")[0] + 'import importlib\nmodule = importlib.import_module("seda_fast._C")\n'
+    found = probe(compiled, script=script + "print(json.dumps(module.build_report()))")
+    written = json.loads((compiled / "seda_fast/_build.json").read_text())
+    # A file's size is known when it is linked, and the module is one of them.
+    assert set(written.pop("bytes")) == {f"_C{EXTENSION_SUFFIXES[0]}", "libseda_fast_cpu.so"}
+    assert found == written
+
+
 COMPARED = """
 import json, torch
 from seda_fast import ops
@@ -602,6 +611,30 @@ def test_a_damaged_report_keeps_the_cuda_library_out_too(compiled: Path, tmp_pat
     assert "_build.json is damaged" in found["cuda"]["reason"]
 
 
+def test_a_cuda_library_that_cannot_be_loaded_is_one_warning_and_the_cpu_half_serves(
+    compiled: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(compiled, site)
+    library, file = site / "seda_fast/libseda_fast_cuda.so", site / "seda_fast/_build.json"
+    library.write_bytes(b"not a library")
+    report = json.loads(file.read_text())
+    report["bytes"][library.name] = library.stat().st_size
+    del report["missing"]["cuda"]
+    file.write_text(json.dumps(report))
+    before = "import torch; torch.version.cuda = '13.0'"
+    found = probe(site, script=f"{before}\n{PROBE}")
+    assert found["backend"] == "cpp"
+    (warning,) = found["warnings"]  # type: ignore[misc]
+    assert "runs without its CUDA C++ operators" in warning
+    assert isinstance(found["cuda"], dict)
+    assert not found["cuda"]["available"]
+    assert "it cannot be loaded: " in found["cuda"]["reason"]
+    assert library.name in found["cuda"]["reason"]
+    assert found["cuda"]["reason"] in warning
+    assert "".join(found["cuda"]["reason"].split()) in info_of(site, before)
+
+
 BUILT = (f"_C{EXTENSION_SUFFIXES[0]}", "libseda_fast_cpu.so", "libseda_fast_cuda.so", "_build.json")
 
 
@@ -655,7 +688,14 @@ def fake_compiler(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("mode", "made"), [("cpu", BUILT[:2]), ("cuda", BUILT[:3]), ("none", ()), ("auto without a compiler", ())]
+    ("mode", "made"),
+    [
+        ("cpu", BUILT[:2]),
+        ("cuda", BUILT[:3]),
+        ("auto", BUILT[:3]),
+        ("none", ()),
+        ("auto without a compiler", ()),
+    ],
 )
 def test_an_editable_install_leaves_nothing_of_an_earlier_one(
     built_before: Path, tmp_path: Path, fake_compiler: Path, mode: str, made: tuple[str, ...]
@@ -670,7 +710,10 @@ def test_an_editable_install_leaves_nothing_of_an_earlier_one(
     assert found["_build.json"].exists() == (mode != "none")
 
 
-@pytest.mark.parametrize(("mode", "made"), [("cpu", BUILT[:2]), ("cuda", BUILT[:3]), ("auto without a compiler", ())])
+@pytest.mark.parametrize(
+    ("mode", "made"),
+    [("cpu", BUILT[:2]), ("cuda", BUILT[:3]), ("auto", BUILT[:3]), ("auto without a compiler", ())],
+)
 def test_a_strict_editable_install_links_to_all_that_was_built(
     checkout: Path, tmp_path: Path, fake_compiler: Path, mode: str, made: tuple[str, ...]
 ) -> None:

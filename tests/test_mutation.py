@@ -39,6 +39,13 @@ FAULTS = [
         "row = tl.program_id(0) * BLOCK_ROWS",
         times=2,
     ),
+    Fault(
+        "a row stride beyond 32 bits in units",
+        "noising",
+        " and stride < 2**31 else 1",
+        " else 1",
+        seen_by="2_to_the_31",
+    ),
     Fault("gradient without its factor", "noising", "scaled = signal[:, None] * tl", "scaled = tl"),
     Fault("mask too narrow", "noising", "mask=inside)", "mask=(row < rows)[:, None] & (feature < 1)[None, :])", 2),
     Fault("first features only", "philox", "quads = first_feature // 4 + 2 *", "quads = 0 * first_feature + 2 *"),
@@ -159,6 +166,13 @@ FAULTS = [
         "_factor(f, PRECISION).to(tl.float32) * _factor(w.to(f.dtype), PRECISION).to",
         "f.to(tl.float32) * w.to",
         seen_by="tf32",
+    ),
+    Fault(
+        "true logit of products in half precision",
+        "projection",
+        "_factor(f, PRECISION).to(tl.float32) * _factor(w.to(f.dtype), PRECISION).to(tl.float32)",
+        "_factor(f, PRECISION) * _factor(w.to(f.dtype), PRECISION)",
+        seen_by="losses_of_half",
     ),
     Fault(
         "tensor cores left to round",

@@ -22,7 +22,7 @@ class Preparation {
     const auto* data = static_cast<const Bits16*>(tensor.const_data_ptr());
     stride = tensor.stride(0);
     // Rows are read two elements at a time.
-    if (reinterpret_cast<uintptr_t>(data) % 4 != 0 || (rows > 1 && stride % 2 != 0))
+    if (reinterpret_cast<uintptr_t>(data) % 4 != 0 || (rows > 1 && columns > 0 && stride % 2 != 0))
       refuse(name, " must have rows that start at a multiple of 4 bytes");
     return data;
   }
@@ -71,6 +71,18 @@ ChainShape shape_of(const Tensor& initial, const Tensor& condition, const Tensor
           size_of(w_h[0], "w_h[0]", 2, 0),   static_cast<int>(blocks),              size_of(coefficients, "coefficients", 2, 0)};
 }
 
+// Names the argument for whose size choose_plan has no kernel.
+[[noreturn]] void refuse_sizes(const ChainShape& s) {
+  const auto check = [](const char* name, int size, int unit, const char* what) {
+    if (size == 0 || size % unit != 0) refuse(name, " must have a positive multiple of ", unit, " ", what, ", not ", size);
+  };
+  check("initial", s.dim, 8, "columns"), check("condition", s.condition_dim, 8, "columns");
+  check("w_x", s.width, kSlice, "rows"), check("w_h[0]", s.hidden, kSlice, "rows");
+  if (s.steps == 0) refuse("coefficients must have at least one row");
+  if (s.width > kMostWidth) refuse("w_x must have at most ", kMostWidth, " rows, not ", s.width);
+  refuse("w_x has ", s.width, " rows, for which this device has too little shared memory");
+}
+
 Tensor reverse_chain(const Tensor& initial, const Tensor& source, const Tensor& condition, const Tensor& coefficients,
                      const Tensor& modulation, const Tensor& w_x, const Tensor& b_x, const Tensor& w_c,
                      const Tensor& b_c, const Tensor& w_g, const Tensor& b_g, TensorList w_h, TensorList b_h,
@@ -104,7 +116,7 @@ Tensor reverse_chain(const Tensor& initial, const Tensor& source, const Tensor& 
   const torch::stable::accelerator::DeviceGuard guard(given.device());
   ChainPlan plan{};
   check_launch("the reverse chain", plan_chain(s, launch.rows, given.device(), plan));
-  if (plan.kernel == ChainKernel::none) refuse("the reverse chain has no kernel for these sizes on this device");
+  if (plan.kernel == ChainKernel::none) refuse_sizes(s);
   Tensor result = torch::stable::new_empty(initial, {launch.rows, s.dim});
   if (launch.rows == 0) return result;
   const int64_t bytes = complete(launch, plan);

@@ -113,18 +113,19 @@ def called() -> Called:
 
 
 @pytest.fixture
-def far_apart() -> Callable[[Tensor], Tensor]:
+def far_apart() -> Callable[..., Tensor]:
     """Makes of (3, D) values the same with rows 2**30 + 64 elements apart: the last row begins beyond 2**31.
 
-    The row stride still fits 32 bits, its product with the row does not. Only address space is reserved (by NumPy,
-    which does not poison it): no page between the rows is touched.
+    The row stride still fits 32 bits, its product with the row does not. With another ``gap``, of which two rows may be
+    enough, the stride itself need not. Only address space is reserved (by NumPy, which does not poison it): no page
+    between the rows is touched.
     """
 
-    def spread(values: Tensor) -> Tensor:
-        gap = 2**30 + 64
-        room = np.empty((2 * gap + values.shape[1]) * values.element_size(), dtype=np.uint8)
+    def spread(values: Tensor, gap: int = 2**30 + 64) -> Tensor:
+        rows, columns = values.shape
+        room = np.empty(((rows - 1) * gap + columns) * values.element_size(), dtype=np.uint8)
         memory = torch.from_numpy(room).view(values.dtype)
-        view = memory.as_strided((3, values.shape[1]), (gap, 1))
+        view = memory.as_strided((rows, columns), (gap, 1))
         view.copy_(values)
         return view
 

@@ -22,6 +22,17 @@ def noise() -> torch.Tensor:
     return q_sample(torch.zeros(2, 4), ids, table, table, seed=1, step=0, sample_ids=ids)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_memory_that_nobody_wrote_is_poisoned_in_these_tests(device: str) -> None:
+    """By the fixture of all of them: an operation that leaves out part of its result is not to find what it should have
+    written there."""
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8):
+        written = torch.ones(3, dtype=dtype, device=device)
+        for found in (torch.empty(9, dtype=dtype, device=device), written.new_empty(9), torch.empty_like(written)):
+            poisoned = found.isnan() if dtype.is_floating_point else found == torch.iinfo(dtype).max
+            assert poisoned.all(), dtype
+
+
 def test_every_operation_has_a_reference() -> None:
     for operation in _dispatch.operations():
         with use_backend("reference"):

@@ -98,6 +98,21 @@ def test_values_and_gradients(lane: Any, case: Case, no_worse_than_eager: Callab
         compare(operands(case, dtype, lane.device), settings(case), no_worse_than_eager, f"in {dtype}")
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_of_half_precision_are_made_in_float32(lane: Any, smoothing: float) -> None:
+    """What was rounded to half precision is multiplied and added up in float32, the true class's term too: of rows that
+    are rather sure the losses are small beside the logits, of which a rounding error would be a large part of them."""
+    if lane.backend != "triton":
+        pytest.skip(f"{lane}: its logits are of the operands' dtype")
+    case = Case(6, 320, 40, temperature=0.2, smoothing=smoothing)
+    for dtype in lane.dtypes()[1:]:
+        given = operands(case, dtype, lane.device)
+        given["labels"] = (given["features"].double() @ given["weight"].double().T).argmax(1)
+        losses = semantic_projection(**given, **settings(case))
+        for loss, exact in zip(losses, reference.semantic_projection(**double(given), **settings(case)), strict=True):
+            torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_gradients_of_rows_that_are_nearly_certain(
     lane: Any, no_worse_than_eager: Callable[..., None], monkeypatch: pytest.MonkeyPatch, recomputed: bool
