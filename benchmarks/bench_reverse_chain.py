@@ -5,6 +5,7 @@ makes it once; so does a loop that is written with that in mind, which is measur
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ DIM, WIDTH, HIDDEN, BLOCKS, STEPS = 768, 512, 1024, 3, 5
 TIMESTEPS = 1000
 ROWS = {"cuda": [65_536, 1], "cpu": [1024, 1]}
 SIZES = (1, 16, 256, 1024, 4096, 16_384, 65_536)
-# Up to so many rows a size's result is compared with float64; a chain's rows do not depend on each other.
+# So many rows of a size's result, at its ends, are compared with float64; a chain's rows do not depend on each other.
 CHECKED = 4096
 
 
@@ -180,30 +181,50 @@ def bench_reverse_chain(
 
 @pytest.mark.timeout(1800)
 @torch.no_grad()
-def bench_chain_sizes(contest: Any, device: torch.device, quick: bool, growth: Any, any_size: Any, close: Any) -> None:
+def bench_chain_sizes(
+    contest: Any, device: torch.device, quick: bool, growth: Any, any_size: Any, close: Any, peer: Any
+) -> None:
     """The chain at every number of rows against eager and compiled, which is compiled for all sizes at once."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = Network().to(device=device, dtype=dtype)
     wide = Network().to(device).double()
     wide.load_state_dict(network.state_dict())
-    sampler = NoiseSchedule(TIMESTEPS).sampler("ddim", STEPS)
+    schedule = NoiseSchedule(TIMESTEPS)
+    sampler = schedule.sampler("ddim", STEPS)
     coefficients, steps = sampler.coefficients.to(device), sampler.coefficients.tolist()
     weights, seed, step = network.weights(), torch.tensor(1, device=device), torch.tensor(0, device=device)
     keys: dict[str, Any] = {"seed": seed, "step": step, "stream": 4, "noisy": False}
 
-    def ours(x: Tensor, condition: Tensor) -> Callable[[], Tensor]:
+    def drawn(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        latent, condition = (torch.randn(rows, DIM, device=device).to(dtype) for _ in range(2))
+        return latent, latent * float(sampler.initial_noise), condition
+
+    def ours(latent: Tensor, x: Tensor, condition: Tensor) -> Callable[[], Tensor]:
         ids = torch.arange(len(x), device=device)
         return lambda: reverse_chain(x, x, condition, coefficients, network.modulation, weights, **keys, sample_ids=ids)
 
-    def other(call: Callable[..., Tensor], x: Tensor, condition: Tensor) -> Callable[[], Tensor]:
+    def other(call: Callable[..., Tensor], latent: Tensor, x: Tensor, condition: Tensor) -> Callable[[], Tensor]:
         return lambda: call(network, x, condition, steps)
 
-    given = {n: [torch.randn(n, DIM, device=device).to(dtype) for _ in range(2)] for n in SIZES[: 2 if quick else None]}
+    given = {n: drawn(n) for n in SIZES[: 2 if quick else None]}
+
+    @cache
+    def expected(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.arange(n, device=device)
+        rows = torch.cat((rows[: CHECKED // 2], rows[CHECKED // 2 :][-CHECKED // 2 :]))
+        x, condition = (part[rows] for part in given[n][1:])
+        return rows, loop(wide, x.double(), condition.double(), steps), loop(network, x, condition, steps)
+
+    def check(name: str, n: int, result: Tensor) -> None:
+        assert len(result) == n and result.isfinite().all(), f"{name}, {n} rows"
+        rows, *two = expected(n)
+        close(result[rows], *two, f"{name}, {n} rows")
+
     points = {n: ours(*tensors) for n, tensors in given.items()}
-    for n, (x, condition) in given.items():
-        if n <= CHECKED:
-            exact, usual = loop(wide, x.double(), condition.double(), steps), loop(network, x, condition, steps)
-            close(points[n](), exact, usual, f"seda_fast, {n} rows")
     calls = {"eager": loop, "eager, gates once": loop_with_gates_once, **any_size(loop, device)}
     others = {name: {n: other(call, *tensors) for n, tensors in given.items()} for name, call in calls.items()}
-    growth(contest, f"a reverse chain of {STEPS} steps over its rows", points, others)
+    others["eager, diffusers' DDIMScheduler"] = {
+        n: peer(lambda latent=latent, condition=condition: diffusers_loop(network, latent, condition, schedule))
+        for n, (latent, _, condition) in given.items()
+    }
+    growth(contest, f"a reverse chain of {STEPS} steps over its rows", points, check, others)

@@ -1,11 +1,13 @@
 """A training step, from the gather of a batch to the moving average, against the same algebra in plain PyTorch."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from seda_fast import SeDA, SeDAConfig, TrainConfig, reference
+from seda_fast import SeDA, SeDAConfig, TrainConfig, reference, use_backend
 from seda_fast.engine import Stepper
 from seda_fast.loop import TrainingSet
 from seda_fast.nn import PFIN
@@ -52,8 +54,19 @@ def draw(visual: Tensor, text: Tensor, steps: int) -> Draw:
 def network(net: PFIN, x: Tensor, condition: Tensor, tau: Tensor, dropout: float) -> Tensor:
     """PFIN in plain PyTorch, with tables over timesteps."""
     tables = net.modulation(torch.arange(net.steps, device=x.device))
+    return denoised(net, x, *conditioned(net, condition), tables, tau, dropout)
+
+
+def conditioned(net: PFIN, condition: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What a network makes of its condition, whatever the timestep."""
     c = F.layer_norm(net.condition(condition), (net.condition.out_features,))
-    gates = (1 + net.gates(c)).chunk(len(net.blocks), dim=1)
+    return c, (1 + net.gates(c)).chunk(len(net.blocks), dim=1)
+
+
+def denoised(
+    net: PFIN, x: Tensor, c: Tensor, gates: tuple[Tensor, ...], tables: Tensor, tau: Tensor, dropout: float
+) -> Tensor:
+    """The rest of it; ``tau`` are rows of the ``tables`` (L, 3, T, d)."""
     h = net.input(x) + c
     for layer, block in enumerate(net.blocks):
         shift, scale, alpha = tables[layer].unbind(0)
@@ -109,9 +122,10 @@ class Plain:
         self, model: SeDA, data: TrainingSet, rows: int, loss: Callable[..., Tensor], settings: TrainConfig
     ) -> None:
         self.model, self.data, self.rows, self.loss, self.settings = model, data, rows, loss, settings
-        self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
+        rate = settings.learning_rate
+        self.optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), fused=True)
         self.average = [p.detach().clone() for p in model.parameters()]
-        self.cursor = 0
+        self.cursor, self.moved = 0, 0.005
 
     def step(self, index: Tensor | None = None) -> Tensor:
         """On the rows ``index``, by default the next of the set."""
@@ -129,7 +143,7 @@ class Plain:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, list(self.model.parameters()), 0.005)
+            torch._foreach_lerp_(self.average, list(self.model.parameters()), self.moved)
         return loss.detach()
 
 
@@ -197,9 +211,22 @@ def flops_a_row(model: SeDA) -> float:
     return (counted(16) - counted(8)) / 8
 
 
-def assert_same_on_backend(model: SeDA, data: TrainingSet, rows: int, close: Any) -> None:
+def assert_same_on_backend(
+    model: SeDA,
+    data: TrainingSet,
+    rows: int,
+    close: Any,
+    name: str = "seda_fast",
+    loss: Any = None,
+    spare: float = 0.0,
+) -> None:
     """What is timed, on the backend and in the precision that it is timed in: the objective and its gradients err no
-    more than plain PyTorch's do, without dropout."""
+    more than plain PyTorch's do, without dropout.
+
+    Args:
+        loss: a competitor's, called as `plain_loss`; None for ours.
+        spare: roundings that each entry may be off besides.
+    """
     visual, text, labels, paired, ids = data.rows(torch.arange(rows, device=data.device))
     seed, step = (torch.tensor(n, device=data.device) for n in (3, 5))
     taus = [reference.stratified_timesteps(seed, step, ids, model.config.diffusion_steps, n) for n in (2, 3)]
@@ -220,9 +247,18 @@ def assert_same_on_backend(model: SeDA, data: TrainingSet, rows: int, close: Any
     )
     usual = gradients(model, lambda: plain_loss(model, visual, text, labels, drawn, QUIET), half)
     given = (visual, text, labels, paired, ids)
-    found = gradients(model, lambda: model.losses(*given, seed=seed, step=step, settings=QUIET).total, half)
-    for name, value in found.items():
-        close(value, exact[name], usual[name], f"seda_fast, {name} of a step")
+
+    def timed() -> Tensor:
+        if loss is not None:
+            return loss(model, visual, text, labels, drawn, QUIET)
+        return model.losses(*given, seed=seed, step=step, settings=QUIET).total
+
+    # A gradient of autocast's has the weights' dtype and the products' roundings.
+    dtype = torch.bfloat16 if half else torch.float32
+    for part, value in gradients(model, timed, half).items():
+        contract = spare * torch.finfo(dtype).eps * float(exact[part].square().mean().sqrt())
+        what = f"{name}, {part} of a step of {rows} rows"
+        close(value.to(dtype), exact[part], usual[part].to(dtype), what, contract=contract)
 
 
 def bench_training_step(
@@ -356,48 +392,128 @@ GROWTH: dict[str, tuple[str, dict[str, Sequence[int]]]] = {
 }
 
 
-def point(name: str, value: int, device: torch.device, quick: bool) -> Callable[[], object]:
+# So many rows of a batch have their loss and gradients compared with float64.
+CHECKED = {"cuda": 4096, "cpu": 1024}
+
+
+def spare_of(rows: int) -> float:
+    """Roundings that few rows' gradients are allowed: eager's own of 1 and 16 rows lean to one side by up to 4."""
+    return 8.0 if rows < 256 else 0.0
+
+
+class Point(NamedTuple):
+    """One size's call, and what raises where the call's result, or what it was made by, is wrong."""
+
+    call: Callable[[], Any]
+    check: Callable[[Any], None]
+
+
+def point(name: str, value: int, device: torch.device, quick: bool, close: Any) -> Point:
     """A training step, an epoch of ``rows`` rows, or a reverse chain of ``steps`` steps, all else as by default."""
     rows = 32 if quick else 256
     sizes = {**SIZES, **(SMALL if quick else {}), **({name: value} if name in ("n_classes", "width") else {})}
     config = SeDAConfig(**sizes)
     model = SeDA(config).to(device)
     if name == "steps":
-        visual = torch.randn(64, config.visual_dim, device=device)
-        return torch.inference_mode()(lambda: model.align(visual, steps=value, semantic_steps=1))
-    step = ours(model, training_set(config, value if name == "rows" else 2 * rows, device), rows, TrainConfig())
-    return (lambda: [step() for _ in range(value // rows)]) if name == "rows" else step
+        return chain_point(model, torch.randn(64, config.visual_dim, device=device), value, close)
+    data = training_set(config, value if name == "rows" else 2 * rows, device)
+    kept = copy.deepcopy(model)
+    step = ours(model, data, rows, TrainConfig())
+
+    def check(result: Any) -> None:
+        assert torch.stack(result if isinstance(result, list) else [result]).isfinite().all(), f"{name} = {value}"
+        assert_same_loss(kept, data, min(rows, 64))
+        assert_same_on_backend(kept, data, rows, close, spare=spare_of(rows))
+
+    return Point((lambda: [step() for _ in range(value // rows)]) if name == "rows" else step, check)
+
+
+def chain_point(model: SeDA, visual: Tensor, steps: int, close: Any) -> Point:
+    """Both stages of a prediction, the textual one of ``steps`` steps."""
+
+    def aligned(model: SeDA, visual: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode():
+            return model.align(visual, steps=steps, semantic_steps=1)
+
+    def check(result: tuple[Tensor, Tensor]) -> None:
+        with use_backend("reference"):
+            exact, usual = aligned(copy.deepcopy(model).double(), visual.double()), aligned(model, visual)
+        for stage, *three in zip(("semantic", "textual"), result, exact, usual, strict=True):
+            close(*three, f"seda_fast, the {stage} stage of {steps} steps")
+
+    return Point(lambda: aligned(model, visual), check)
 
 
 @pytest.mark.timeout(1800)  # the largest points take minutes on a slow CPU
 @pytest.mark.parametrize("what", list(GROWTH))
-def bench_growth(contest: Any, device: torch.device, quick: bool, growth: Any, what: str) -> None:
+def bench_growth(contest: Any, device: torch.device, quick: bool, growth: Any, close: Any, what: str) -> None:
     """How time grows with one size while the others stay."""
     name, values = GROWTH[what]
-    points = {value: point(name, value, device, quick) for value in values[device.type][: 2 if quick else None]}
+    sizes = values[device.type][: 2 if quick else None]
+    # An eighth of the rows has as many steps, of smaller batches.
+    sizes = [n // 8 for n in sizes] if quick and name == "rows" else sizes
+    points = {n: point(name, n, device, quick, close) for n in sizes}
     kind = {"rows": "an epoch", "steps": "a reverse chain"}.get(name, "a training step")
-    growth(contest, f"{kind} over {what}", points)
+
+    def check(competitor: str, n: int, result: Any) -> None:
+        points[n].check(result)
+
+    growth(contest, f"{kind} over {what}", {n: of.call for n, of in points.items()}, check)
+
+
+def expected_loss(model: SeDA, data: TrainingSet, rows: int, settings: TrainConfig) -> tuple[float, float]:
+    """What a step of the first ``rows`` rows should say, with other random numbers, and how far from it it may be.
+
+    A tenth, as of other steps; the few rows of a small batch differ by more, which several draws tell.
+    """
+    visual, text, labels, *_ = data.rows(torch.arange(rows, device=data.device))
+    draws = 16 if rows < 256 else 1
+    with torch.no_grad():
+        drawn = (draw(visual, text, model.config.diffusion_steps) for _ in range(draws))
+        found = torch.stack([plain_loss(model, visual, text, labels, one, settings).float() for one in drawn])
+    spread = float(found.std()) if draws > 1 else 0.0
+    return float(found.mean()), 0.1 * float(found.mean()) + 8 * spread
 
 
 @pytest.mark.timeout(3600)  # the largest steps take most of a minute each on a slow CPU
-def bench_batch_sizes(contest: Any, device: torch.device, quick: bool, growth: Any, any_size: Any) -> None:
+def bench_batch_sizes(contest: Any, device: torch.device, quick: bool, growth: Any, any_size: Any, close: Any) -> None:
     """A step at every batch size against eager and compiled, which is compiled for all sizes at once."""
     sizes = BATCH_SIZES[: 2 if quick else None]
     config = SeDAConfig(**{**SIZES, **(SMALL if quick else {})})
     data, model = training_set(config, 2 * sizes[-1], device), SeDA(config).to(device)
-    settings = TrainConfig().for_rows(len(data))
-
-    def plain(rows: int, loss: Callable[..., Tensor], trained: SeDA) -> Callable[[], Tensor]:
-        return Plain(trained, data, rows, loss, settings).step
-
+    # So slow that the weights stay: all sizes' losses are then of the same model.
+    settings = dataclasses.replace(TrainConfig().for_rows(len(data)), learning_rate=1e-9)
+    losses: dict[str, Any] = {"eager": plain_loss, **any_size(plain_loss, device)}
+    trained = {name: copy.deepcopy(model) for name in losses}
+    points: dict[int, Callable[[], Tensor]]
     points = {rows: ours(copy.deepcopy(model), data, rows, settings) for rows in sizes}
-    others = {}
-    for name, loss in {"eager": plain_loss, **any_size(plain_loss, device)}.items():
-        trained = copy.deepcopy(model)
-        others[name] = {rows: plain(rows, loss, trained) for rows in sizes}
-    growth(contest, "a training step over rows of a batch, B", points, others)
+    others = {
+        name: {rows: Plain(trained[name], data, rows, loss, settings).step for rows in sizes}
+        for name, loss in losses.items()
+    }
+
+    @cache
+    def expected(rows: int) -> tuple[float, float]:
+        return expected_loss(model, data, rows, settings)
+
+    def check(name: str, rows: int, result: Tensor) -> None:
+        loss, allowed = expected(rows)
+        off = abs(float(result) - loss)
+        assert off <= allowed, (
+            f"{name}, {rows} rows: a loss of {float(result):.4f}, expected {loss:.4f} ± {allowed:.4f}"
+        )
+        if name == "seda_fast":
+            assert_same_loss(model, data, min(rows, 64))
+        if rows <= CHECKED[device.type]:
+            assert_same_on_backend(model, data, rows, close, name, losses.get(name), spare_of(rows))
+
+    # Each of these sizes is code of its own where a compiler takes a batch of one row, and no dropout, for another.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        growth(contest, "a training step over rows of a batch, B", points, check, others)
 
 
+# Processes that are started for a figure: what compiles takes a minute of them each.
+STARTS = {"eager": 5, "compile": 1, "graph": 1}
 FIRST_STEP = """
 import sys, time
 start = time.perf_counter()
@@ -437,4 +553,6 @@ def bench_start(contest: Any, quick: bool, startup: Any, tmp_path: Path) -> None
     for engine, tuned, caches in itertools.product(engines, tunings, ("cold", "warm")):
         command = [sys.executable, "-c", FIRST_STEP, str(Path(__file__).parent), engine]
         how = f"{engine}{', tuned' * tuned}"
-        startup(contest, f"{how}, caches {caches}", command, tmp_path / how, tuned)
+        # A cold start has caches of its own; those of the first are the warm ones'.
+        folders = [tmp_path / how / str(i if caches == "cold" else 0) for i in range(STARTS[engine])]
+        startup(contest, f"{how}, caches {caches}", command, folders, tuned)

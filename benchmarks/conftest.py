@@ -17,7 +17,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,8 +31,9 @@ from seda_fast.ops import _dispatch, use_backend
 
 REPEATS = 30
 QUICK_REPEATS = 3
-# Seconds that the largest point of a growth may take beyond its warm-up before it is left out of further rounds.
-GROWTH_BUDGET = 20.0
+# Rounds over the points of a growth, and the seconds beyond which a point is left out of them once it was measured
+# `LEAST_REPEATS` times: with fewer there is no spread.
+GROWTH_REPEATS, GROWTH_BUDGET, LEAST_REPEATS = 20, 20.0, 3
 # Among other sizes a call that takes fewer seconds is made once untimed before it is timed: they have taken its place
 # in the caches, and the first of a round's calls would pay for that alone.
 WARM_BELOW = 0.1
@@ -108,9 +109,11 @@ class Clock:
 
     def calls_for(self, call: Callable[[], object]) -> int:
         """How many calls make a timing long enough."""
-        if self._flush is not None:
-            return 1
-        return max(1, round(SHORTEST / max(self(call), 1e-9)))
+        return 1 if self._flush is not None else self.calls_of(self(call))
+
+    def calls_of(self, seconds: float) -> int:
+        """The same, where one call takes ``seconds``."""
+        return 1 if self._flush is not None else max(1, round(SHORTEST / max(seconds, 1e-9)))
 
 
 class Contest:
@@ -119,7 +122,7 @@ class Contest:
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats, self.rows = device, repeats, list[Row]()
         self.growth, self.starts = dict[str, dict[str, Any]](), dict[str, dict[str, float]]()
-        self.runs = dict[str, dict[str, dict[str, float]]]()
+        self.runs = dict[str, dict[str, dict[str, Any]]]()
         # Competitors that cannot run here, by workload and name, and what they said.
         self.left_out = dict[str, str]()
         self.clock = Clock(device)
@@ -184,7 +187,6 @@ class Contest:
             backend = _dispatch.choose(workload.operation, self.device.type, workload.dtype)[0]
         for name, taken in times.items():
             median = statistics.median(taken)
-            quarter, _, last = statistics.quantiles(taken, n=4)
             absolute = self.device.type == "cuda"
             self.rows.append(
                 Row(
@@ -192,7 +194,7 @@ class Contest:
                     competitor=name,
                     backend=backend if name == OURS else "",
                     ratio=median / ours,
-                    spread=(last - quarter) / median,
+                    spread=spread_of(taken),
                     median=median if absolute else None,
                     floor=floor if absolute else None,
                     share_of_ceiling=floor / median,
@@ -208,6 +210,12 @@ class Contest:
         copy = workload.moved / rate
         matrix = workload.flops / self.matrix_rate[workload.dtype] if workload.flops else 0.0
         return max((copy, "copy"), (matrix, "matrix"))
+
+
+def spread_of(taken: list[float]) -> float:
+    """Between the quarters of several times, over their median; of three it is from the least to the largest."""
+    first, _, last = statistics.quantiles(taken, n=4)
+    return (last - first) / statistics.median(taken)
 
 
 def agree(
@@ -365,87 +373,152 @@ def as_table(rows: list[Row]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-Points = dict[int, Callable[[], object]]
+Points = dict[int, Callable[[], Any]]
 
 
-def measure_growth(contest: Contest, name: str, points: Points, others: dict[str, Points] | None = None) -> None:
-    """Time ``points``, interleaved, and fit the slope of log time over log size.
+def measure_growth(
+    contest: Contest,
+    name: str,
+    points: Points,
+    check: Callable[[str, int, Any], None],
+    others: dict[str, Points] | None = None,
+) -> None:
+    """Check and time ``points``, interleaved, and fit the slope of log time over log size.
 
     Times are kept from GPUs; on a CPU they count in that of the first point. A point that has taken `GROWTH_BUDGET`
-    seconds is not measured again, but once at least after its warm-up.
+    seconds is not measured again, but `LEAST_REPEATS` times at least after its warm-up, which is checked.
 
     Args:
+        check: called with each competitor's name, size and result; raises where the result is wrong.
         others: the same points of competitors, whose times over ours are kept; one that raises is left out and named.
     """
     series = {OURS: points, **(others or {})}
-    calls: dict[tuple[str, int], int] = {}
-    for competitor, those in list(series.items()):
-        try:
-            for n, call in those.items():
-                warm(call, contest.device)
-                calls[competitor, n] = contest.clock.calls_for(call)
-        except Exception as error:  # a compiler that does not know this device or this PyTorch
-            if competitor == OURS:
-                raise
-            said = (str(error).splitlines() or [""])[0]
-            contest.left_out[f"{name}: {competitor}"] = f"{type(error).__name__}: {said}"[:200]
-            del series[competitor]
-    times: dict[tuple[str, int], list[float]] = {(c, n): [] for c, those in series.items() for n in those}
-    spent = dict.fromkeys(times, 0.0)
-    for _ in range(min(contest.repeats, 10)):
-        for which in sorted(times, key=lambda which: which[1]):
-            if spent[which] < GROWTH_BUDGET:
+    lengths = _warmed(contest, name, series, check)
+    clock, counts = contest.clock, {which: contest.clock.calls_of(seconds) for which, seconds in lengths.items()}
+    # A call long enough not to mind what came before has been timed already.
+    times = {which: [seconds] if seconds >= WARM_BELOW else [] for which, seconds in lengths.items()}
+    spent = {which: sum(taken) for which, taken in times.items()}
+    rounds = min(contest.repeats, GROWTH_REPEATS)
+    for _ in range(rounds):
+        for which, taken in times.items():
+            if len(taken) < rounds and (len(taken) < LEAST_REPEATS or spent[which] < GROWTH_BUDGET):
                 begin, call = time.perf_counter(), series[which[0]][which[1]]
-                if times[which] and times[which][-1] < WARM_BELOW:
+                if lengths[which] < WARM_BELOW:
                     call()
-                times[which].append(contest.clock(call, calls[which]))
+                taken.append(clock(call, counts[which]))
                 spent[which] += time.perf_counter() - begin
-    medians = {c: [statistics.median(times[c, n]) for n in those] for c, those in series.items()}
+    unit = 1.0 if contest.device.type == "cuda" else statistics.median(times[OURS, next(iter(points))])
+    contest.growth[name] = _growth_of(list(points), list(series), times, unit)
+
+
+def _warmed(
+    contest: Contest, name: str, series: dict[str, Points], check: Callable[[str, int, Any], None]
+) -> dict[tuple[str, int], float]:
+    """Seconds of a call of each competitor at each size, small sizes first, once its result is checked.
+
+    Competitors that raise leave ``series``.
+    """
+    lengths: dict[tuple[str, int], float] = {}
+    for n in sorted(series[OURS]):
+        for competitor in list(series):
+            call = series[competitor][n]
+            try:
+                result = warm(call, contest.device)
+                lengths[competitor, n] = contest.clock(call)
+            except Exception as error:  # a compiler that does not know this device or this PyTorch
+                if competitor == OURS:
+                    raise
+                said = (str(error).splitlines() or [""])[0]
+                contest.left_out[f"{name}: {competitor}"] = f"{type(error).__name__}: {said}"[:200]
+                del series[competitor]
+                continue
+            check(competitor, n, result)
+    return {(competitor, n): seconds for (competitor, n), seconds in lengths.items() if competitor in series}
+
+
+def _growth_of(
+    sizes: list[int], competitors: list[str], times: dict[tuple[str, int], list[float]], unit: float
+) -> dict[str, Any]:
+    """What a record holds of a growth: times of ours in ``unit``, others' over ours, and counts and spreads of all."""
+    medians = {c: [statistics.median(times[c, n]) for n in sizes] for c in competitors}
     ours = medians.pop(OURS)
-    unit = 1.0 if contest.device.type == "cuda" else ours[0]
-    slope, _ = statistics.linear_regression([math.log(n) for n in points], [math.log(t) for t in ours])
-    contest.growth[name] = {"sizes": list(points), "times": [t / unit for t in ours], "slope": slope}
+    slope, _ = statistics.linear_regression([math.log(n) for n in sizes], [math.log(t) for t in ours])
     ratios = {c: [theirs / own for theirs, own in zip(found, ours, strict=True)] for c, found in medians.items()}
-    if ratios:
-        contest.growth[name]["ratios"] = ratios
-
-
-def warm(call: Callable[[], object], device: torch.device) -> None:
-    """Call it, on a GPU twice: a captured graph is recorded by the second call."""
-    call()
-    if device.type == "cuda":
-        call()
-
-
-def measure_start(contest: Contest, name: str, command: list[str], caches: Path, tuned: bool) -> None:
-    """Run ``command`` in a new process, with the compilers' and the tuner's caches in ``caches``, and keep what it
-    prints."""
-    places = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
-    places |= {"SEDA_FAST_CACHE_DIR": str(caches / "tiles"), "SEDA_FAST_AUTOTUNE": str(int(tuned))}
-    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=True)
-    first, usual, torch_in, package_in, peak = (float(word) for word in done.stdout.split()[-5:])
-    contest.starts[name] = {
-        "first_step_over_later": first / usual,
-        "import_over_torch": package_in / torch_in,
-        "peak_memory_bytes": peak,
-        **({"first_step_seconds": first} if contest.device.type == "cuda" else {}),
+    return {
+        "sizes": sizes,
+        "times": [t / unit for t in ours],
+        "slope": slope,
+        "counts": {c: [len(times[c, n]) for n in sizes] for c in competitors},
+        "spreads": {c: [spread_of(times[c, n]) for n in sizes] for c in competitors},
+        **({"ratios": ratios} if ratios else {}),
     }
 
 
-def measure_run(contest: Contest, name: str, commands: dict[str, list[str]], repeats: int) -> None:
-    """Run ``commands``, one each competitor, `OURS` among them, in turns, each printing its seconds and peak bytes."""
+def warm(call: Callable[[], Any], device: torch.device) -> Any:
+    """Call it, on a GPU twice: a captured graph is recorded by the second call. Returns the last call's result."""
+    if device.type == "cuda":
+        call()
+    return call()
+
+
+def measure_start(contest: Contest, name: str, command: list[str], caches: Sequence[Path], tuned: bool) -> None:
+    """Run ``command`` in new processes and keep the medians of what it prints, and the spread of the first step's.
+
+    Args:
+        command: prints the seconds of the first step and of a later one, those of importing PyTorch and this package,
+            and its peak bytes.
+        caches: the folder of the compilers' and the tuner's caches, one for each process.
+    """
+    found = []
+    for folder in caches:
+        places = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+        places |= {"SEDA_FAST_CACHE_DIR": str(folder / "tiles"), "SEDA_FAST_AUTOTUNE": str(int(tuned))}
+        done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=True)
+        first, usual, torch_in, package_in, peak = (float(word) for word in done.stdout.split()[-5:])
+        found.append((first / usual, package_in / torch_in, peak, first))
+    ratio, imported, peak, seconds = (statistics.median(values) for values in zip(*found, strict=True))
+    contest.starts[name] = {
+        "first_step_over_later": ratio,
+        "import_over_torch": imported,
+        "peak_memory_bytes": peak,
+        "count": len(found),
+        **({"spread": spread_of([start[0] for start in found])} if len(found) > 1 else {}),
+        **({"first_step_seconds": seconds} if contest.device.type == "cuda" else {}),
+    }
+
+
+def measure_run(
+    contest: Contest,
+    name: str,
+    commands: dict[str, list[str]],
+    repeats: int,
+    check: Callable[[dict[str, list[float]]], None],
+    covers: str,
+) -> None:
+    """Run ``commands``, one each competitor, `OURS` among them, in turns.
+
+    Args:
+        commands: each prints a line that ends with its seconds and its peak bytes.
+        check: called after each turn with what stood before them on every competitor's line; raises where that is
+            wrong.
+        covers: what a run does from its first moment to its last, for the record.
+    """
     found: dict[str, list[tuple[float, float]]] = {competitor: [] for competitor in commands}
     for _ in range(repeats):
+        told: dict[str, list[float]] = {}
         for competitor, command in commands.items():
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            seconds, peak = (float(word) for word in done.stdout.split()[-2:])
+            *told[competitor], seconds, peak = (float(word) for word in done.stdout.splitlines()[-1].split())
             found[competitor].append((seconds, peak))
+        check(told)
     medians = {c: [statistics.median(values) for values in zip(*taken, strict=True)] for c, taken in found.items()}
     contest.runs[name] = {
         competitor: {
             "ratio": medians[competitor][0] / medians[OURS][0],
             "spread": (max(taken)[0] - min(taken)[0]) / medians[competitor][0],
             "peak_memory_ratio": medians[competitor][1] / medians[OURS][1],
+            "count": len(taken),
+            "covers": covers,
         }
         for competitor, taken in found.items()
     }
@@ -453,17 +526,22 @@ def measure_run(contest: Contest, name: str, commands: dict[str, list[str]], rep
 
 def as_growth_table(contest: Contest) -> str:
     """Slopes and starts, a line each."""
-    lines = [f"{name}: time grows with size to the power {g['slope']:.2f}" for name, g in contest.growth.items()]
+    lines = [
+        f"{name}: time grows with size to the power {g['slope']:.2f} ({min(g['counts'][OURS])} to "
+        f"{max(g['counts'][OURS])} repeats)"
+        for name, g in contest.growth.items()
+    ]
     for name, start in contest.starts.items():
         lines.append(
             f"start ({name}): first step {start['first_step_over_later']:.1f} later steps, import "
-            f"{start['import_over_torch']:.2f} of PyTorch's, peak {start['peak_memory_bytes'] / 1e6:.0f} MB"
+            f"{start['import_over_torch']:.2f} of PyTorch's, peak {start['peak_memory_bytes'] / 1e6:.0f} MB "
+            f"({start['count']:.0f} repeats)"
         )
     for name, by_competitor in contest.runs.items():
         for competitor, run in by_competitor.items():
             lines.append(
                 f"{name}, {competitor}: {run['ratio']:.2f} of our time (spread {run['spread']:.0%}), "
-                f"{run['peak_memory_ratio']:.2f} of our peak memory"
+                f"{run['peak_memory_ratio']:.2f} of our peak memory ({run['count']} repeats)"
             )
     return "\n".join(lines)
 

@@ -21,6 +21,8 @@ NOT_MEASURED = "not measured"
 OURS = "seda_fast"
 # A whole run on a CPU, the same recipe in eager PyTorch over ours.
 RUN_TO_REACH = 1.3
+# What a whole run was in records that do not say it.
+TRAINING_ALONE = "both sides train on random tensors, without what is fitted before and predicted after"
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,62 +133,93 @@ def unmeasured(record: dict[str, Any]) -> list[str]:
 def section(record: dict[str, Any]) -> list[str]:
     """What one device's record says."""
     used = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version != "not installed")
-    lines = [f"## {record['device']}", "", f"Commit {record['commit']}, {record['repeats']} repeats; {used}.", ""]
+    lines = [f"## {record['device']}", "", f"Commit {record['commit']}; {used}.", ""]
+    lines += [f"{record['repeats']} repeats of each:", ""]
     lines += table_of(record)
     lines += not_compared(record)
     lines += unmeasured(record)
-    if record.get("growth"):
-        lines += ["", "How time grows, fitted on logarithms, and from the last size but one to the last:", ""]
-        lines += ["| | sizes | slope | at the end |", "|---|---|---|---|"]
-        for name, found in record["growth"].items():
-            sizes, times = found["sizes"], found["times"]
-            end = math.log(times[-1] / times[-2]) / math.log(sizes[-1] / sizes[-2])
-            lines.append(f"| {name} | {', '.join(map(str, sizes))} | {found['slope']:.2f} | {end:.2f} |")
-        lines += sizes_of(record)
+    lines += growth_of(record)
     if record.get("runs"):
         lines += runs_of(record)
     parts = {"growth": "how time grows", "runs": "whole runs", "starts": "starts, imports and their memory"}
     if absent := [shown for part, shown in parts.items() if not record.get(part)]:
         lines += ["", f"{NOT_MEASURED.capitalize()} here: {'; '.join(absent)}."]
-    if record.get("starts"):
-        lines += [
-            "",
-            "| start | first step over a later one | import over PyTorch's | peak memory |",
-            "|---|---|---|---|",
-        ]
-        for name, start in record["starts"].items():
-            first, imported = start["first_step_over_later"], start["import_over_torch"]
-            lines.append(f"| {name} | {first:.1f} | {imported:.2f} | {start['peak_memory_bytes'] / 1e6:.0f} MB |")
+    lines += starts_of(record)
     return [*lines, ""]
 
 
+def listed(values: list[Any] | None, form: str) -> str:
+    """Figures in a row; a dash where the record has none."""
+    return ", ".join(format(value, form) for value in values) if values else "-"
+
+
+def growth_of(record: dict[str, Any]) -> list[str]:
+    """How time grows with each size, a row each, and competitors over the sizes; none where nothing was recorded."""
+    if not record.get("growth"):
+        return []
+    lines = ["", "How time grows, fitted on logarithms, and from the last size but one to the last:", ""]
+    lines += ["| | sizes | slope | at the end | repeats | spread |", "|---|---|---|---|---|---|"]
+    for name, found in record["growth"].items():
+        sizes, times = found["sizes"], found["times"]
+        end = math.log(times[-1] / times[-2]) / math.log(sizes[-1] / sizes[-2])
+        counts, spreads = (
+            listed(found.get(of, {}).get(OURS), form) for of, form in (("counts", "d"), ("spreads", ".0%"))
+        )
+        cells = (name, listed(sizes, "d"), f"{found['slope']:.2f}", f"{end:.2f}", counts, spreads)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines + sizes_of(record)
+
+
+def starts_of(record: dict[str, Any]) -> list[str]:
+    """Starts, a row each; none where nothing was recorded."""
+    if not record.get("starts"):
+        return []
+    lines = ["", "| start | first step over a later one | import over PyTorch's | peak memory | repeats | spread |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, start in record["starts"].items():
+        spread = f"{start['spread']:.0%}" if "spread" in start else "-"
+        cells = (f"{start['first_step_over_later']:.1f}", f"{start['import_over_torch']:.2f}",
+                 f"{start['peak_memory_bytes'] / 1e6:.0f} MB", str(start.get("count", "-")), spread)  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def sizes_of(record: dict[str, Any]) -> list[str]:
-    """Competitors over the sizes of a growth, a row each."""
+    """Competitors over the sizes of a growth, a row each, with the spreads where the record has them, and how often
+    the least repeated was measured."""
     lines = []
     for name, found in record["growth"].items():
-        ratios = found.get("ratios", {})
+        ratios, counts = found.get("ratios", {}), found.get("counts")
         if ratios:
-            lines += ["", f"Time over ours: {name}", ""]
+            spread = ", and in brackets its spread" if "spreads" in found else ""
+            lines += ["", f"Time over ours{spread}: {name}", ""]
             lines.append("| | " + " | ".join(map(str, found["sizes"])) + " |")
             lines.append("|---" * (len(found["sizes"]) + 1) + "|")
             for competitor, values in ratios.items():
-                lines.append(f"| {competitor} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+                spreads = found.get("spreads", {}).get(competitor)
+                known = [""] * len(values) if spreads is None else [f" ({value:.0%})" for value in spreads]
+                cells = (f"{value:.2f}{around}" for value, around in zip(values, known, strict=True))
+                lines.append(f"| {competitor} | " + " | ".join(cells) + " |")
             if is_gpu(record):
                 lines.append("| ours takes | " + " | ".join(duration(taken) for taken in found["times"]) + " |")
+            if counts:
+                least = (min(count) for count in zip(*counts.values(), strict=True))
+                lines.append("| repeats, at least | " + " | ".join(map(str, least)) + " |")
     return lines
 
 
 def runs_of(record: dict[str, Any]) -> list[str]:
-    """Whole runs, a row each competitor; only a CPU's have a target."""
-    lines = ["", "| whole run | against | ratio to reach | ratio | spread | peak memory, over ours |"]
-    lines.append("|---|---|---|---|---|---|")
-    to_reach = "-" if is_gpu(record) else f"{RUN_TO_REACH:.2f}"
+    """Whole runs, a row each competitor, and what they are; only a CPU's have a target."""
+    lines = ["", "| whole run | against | ratio to reach | ratio | spread | peak memory, over ours | repeats |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    to_reach, covers = "-" if is_gpu(record) else f"{RUN_TO_REACH:.2f}", dict[str, None]()
     for name, found in record["runs"].items():
         for competitor, run in found.items():
+            covers[run.get("covers", TRAINING_ALONE)] = None
             if competitor != OURS:
                 figures = f"{run['ratio']:.2f} | {run['spread']:.0%} | {run['peak_memory_ratio']:.2f}"
-                lines.append(f"| {name} | {competitor} | {to_reach} | {figures} |")
-    return lines
+                lines.append(f"| {name} | {competitor} | {to_reach} | {figures} | {run.get('count', '-')} |")
+    return [*lines, "", f"A whole run: {'; '.join(covers)}. Its spread is from the least to the largest."]
 
 
 def without_gpu() -> list[str]:
@@ -218,7 +251,8 @@ def results(folder: Path) -> str:
         "in the same run: above 1 ours is faster. *At the ceiling*: the ratio had ours taken no more than its matrix",
         "products at the rate measured in the run; a ratio to reach above that is out of reach on the device. Times",
         "are kept from GPUs only. A reverse chain is of one stage, and its times to reach are half of what was asked",
-        "of both. Each record is of the commit that it names; operations may have been rewritten since.",
+        "of both. Each record is of the commit that it names; operations may have been rewritten since. Long calls are",
+        "repeated less often than short ones; a dash stands where a record does not say how often.",
         "",
     ]
     if not any(is_gpu(record) for record in records):

@@ -38,6 +38,21 @@ def contest(harness: Any) -> Any:
     return harness.Contest(torch.device("cpu"), repeats=3)
 
 
+def unchecked(name: str, n: int, result: Any) -> None:
+    """A check of what cannot be wrong."""
+
+
+def looped(chain: Any, wrong: float) -> Callable[..., Callable[[], torch.Tensor]]:
+    """A stand-in for diffusers' loop, ``wrong`` times its value."""
+
+    def made(network: Any, latent: torch.Tensor, condition: torch.Tensor, schedule: Any) -> Callable[[], torch.Tensor]:
+        sampler = schedule.sampler("ddim", chain.STEPS)
+        x = latent * float(sampler.initial_noise)
+        return lambda: wrong * chain.loop(network, x, condition, sampler.coefficients.tolist())
+
+    return made
+
+
 def spin(calls: list[str], name: str, count: int) -> Callable[[], int]:
     def call() -> int:
         calls.append(name)
@@ -73,8 +88,12 @@ def test_competitors_are_interleaved_and_compared(harness: Any, contest: Any) ->
     assert ours.median is None, "a CPU's times are not kept"
 
 
-def test_sizes_are_compared_with_competitors_and_one_that_fails_is_named(harness: Any, contest: Any) -> None:
+def test_sizes_are_compared_with_competitors_and_one_that_fails_is_named(
+    harness: Any, contest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
+    # This process's own time: others on the machine take turns as long as these calls.
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
 
     def broken() -> int:
         raise ValueError("no code for this size")
@@ -82,13 +101,244 @@ def test_sizes_are_compared_with_competitors_and_one_that_fails_is_named(harness
     sizes = (20_000, 40_000, 80_000)
     points = {size: spin(calls, "ours", size) for size in sizes}
     others = {"slow": {size: spin(calls, "slow", 4 * size) for size in sizes}, "broken": dict.fromkeys(sizes, broken)}
-    harness.measure_growth(contest, "sums", points, others)
+    harness.measure_growth(contest, "sums", points, unchecked, others)
     found = contest.growth["sums"]
     assert found["sizes"] == list(sizes)
     assert set(found["ratios"]) == {"slow"}
     assert all(2 < ratio < 8 for ratio in found["ratios"]["slow"]), found
     assert found["times"][0] == 1, "a CPU's times are not kept"
+    assert found["counts"] == {"seda_fast": [3, 3, 3], "slow": [3, 3, 3]}
+    assert all(0 <= spread < 10 for spreads in found["spreads"].values() for spread in spreads)
     assert contest.left_out == {"sums: broken": "ValueError: no code for this size"}
+
+
+def test_a_competitor_that_is_wrong_at_one_size_is_found_before_anything_is_timed(harness: Any, contest: Any) -> None:
+    points = {size: lambda size=size: size for size in (1, 2)}
+    others = {1: lambda: 1, 2: lambda: 3}
+
+    def check(name: str, n: int, result: int) -> None:
+        assert result == n, f"{name} of {n}"
+
+    with pytest.raises(AssertionError, match="other of 2"):
+        harness.measure_growth(contest, "sizes", points, check, {"other": others})
+    with pytest.raises(AssertionError, match="seda_fast of 2"):
+        harness.measure_growth(contest, "sizes", others, check)
+    assert contest.growth == {} and contest.left_out == {}
+
+
+class KnownClock:
+    """Takes a call's result for its seconds."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, call: Callable[[], float], calls: int = 1) -> float:
+        self.calls += 1
+        return call()
+
+    def calls_of(self, seconds: float) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_the_fitted_slope_is_the_power_of_known_times(
+    harness: Any, contest: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, power: float
+) -> None:
+    contest.clock, contest.repeats = KnownClock(), 30
+    sizes = (1, 10, 100, 1000)
+    points, slower = (
+        {size: lambda size=size, times=times: times * 0.002 * size**power for size in sizes} for times in (1, 3)
+    )
+    harness.measure_growth(contest, "known", points, unchecked, {"slower": slower})
+    found = contest.growth["known"]
+    assert found["slope"] == pytest.approx(power)
+    assert found["times"] == pytest.approx([size**power for size in sizes])
+    assert found["ratios"]["slower"] == pytest.approx([3, 3, 3, 3])
+    # Twenty times, as the calls take no time of the budget; the long ones' first time is that of the warm-up.
+    assert found["counts"]["slower"] == [20, 20, 20, 20]
+    assert found["spreads"]["slower"] == pytest.approx([0, 0, 0, 0])
+    assert harness.draw_growth(contest, "title", tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    line = f"known: time grows with size to the power {power:.2f} (20 to 20 repeats)"
+    assert line in harness.as_growth_table(contest)
+    monkeypatch.setattr(harness, "GROWTH_BUDGET", 0.0)
+    harness.measure_growth(contest, "known", points, unchecked)
+    assert contest.growth["known"]["counts"] == {"seda_fast": [3, 3, 3, 3]}
+
+
+TOLD = """
+import os, pathlib, sys
+places = [pathlib.Path(os.environ[name]) for name in (
+    "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SEDA_FAST_CACHE_DIR")]
+cold = not all(place.is_dir() for place in places)
+for place in places:
+    place.mkdir(parents=True, exist_ok=True)
+print("a compiler's line")
+print(6.0 if cold else 3.0, 2.0, 4.0, 1.0, 1e6 + int(os.environ["SEDA_FAST_AUTOTUNE"]))
+"""
+
+
+def test_a_start_is_what_new_processes_say_cold_and_with_caches(harness: Any, contest: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TOLD]
+    folders = [tmp_path / str(i) for i in range(2)]
+    harness.measure_start(contest, "cold", command, folders, True)
+    harness.measure_start(contest, "warm", command, folders[:1], False)
+    figures = {"import_over_torch": 0.25, "peak_memory_bytes": 1e6}
+    assert contest.starts["warm"] == {"first_step_over_later": 1.5, **figures, "count": 1}
+    assert contest.starts["cold"] == {
+        **figures, "first_step_over_later": 3.0, "peak_memory_bytes": 1e6 + 1, "count": 2, "spread": 0.0
+    }  # fmt: skip
+    assert "start (cold): first step 3.0 later steps, import 0.25 of PyTorch's" in harness.as_growth_table(contest)
+    with pytest.raises(subprocess.CalledProcessError):
+        harness.measure_start(contest, "broken", [sys.executable, "-c", "raise SystemExit(1)"], folders, False)
+
+
+def test_cold_starts_share_no_caches_and_warm_ones_have_those_of_the_first(repository: Path, tmp_path: Path) -> None:
+    train, asked = load(repository / "benchmarks" / "bench_train.py"), dict[str, list[Path]]()
+
+    def startup(contest: Any, name: str, command: list[str], caches: list[Path], tuned: bool) -> None:
+        asked[name] = caches
+        compile(command[2], "the first step", "exec")
+
+    train.bench_start(None, False, startup, tmp_path)
+    for engine, count in (("eager", 5), ("compile", 1)):
+        cold, warm = (asked[f"{engine}, caches {state}"] for state in ("cold", "warm"))
+        assert len(cold) == len(set(cold)) == len(warm) == count
+        assert set(warm) == {cold[0]}
+    assert not set(asked["eager, caches cold"]) & set(asked["compile, caches cold"])
+
+
+def test_whole_runs_are_checked_and_counted(harness: Any, contest: Any) -> None:
+    def command(loss: float, seconds: float) -> list[str]:
+        return [sys.executable, "-c", f"print('a line'); print({loss}, {seconds}, 1e6)"]
+
+    told = []
+    commands = {"seda_fast": command(1.0, 2.0), "eager": command(1.5, 3.0)}
+    harness.measure_run(contest, "a run", commands, 2, told.append, "all of it")
+    assert told == [{"seda_fast": [1.0], "eager": [1.5]}] * 2
+    assert contest.runs["a run"]["eager"] == {
+        "ratio": 1.5, "spread": 0.0, "peak_memory_ratio": 1.0, "count": 2, "covers": "all of it",
+    }  # fmt: skip
+    assert "a run, eager: 1.50 of our time (spread 0%), 1.00 of our peak memory (2 repeats)" in harness.as_growth_table(
+        contest
+    )
+
+    def check(figures: dict[str, list[float]]) -> None:
+        assert figures["eager"] == [1.0], "eager"
+
+    with pytest.raises(AssertionError, match="eager"):
+        harness.measure_run(contest, "another", commands, 2, check, "all of it")
+    assert set(contest.runs) == {"a run"}
+
+
+def test_both_sides_of_a_whole_run_prepare_train_and_predict_alike(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = load(repository / "benchmarks" / "bench_run.py")
+    compile(bench.RUN, "a run", "exec")
+    data, model, rows = bench.prepared(112, 28, 28, 1)
+    raw = torch.from_numpy(data.visual_test)
+    bench.assert_same_loss(model, rows, 64)
+    bench.assert_same_outputs(model, raw)
+    told = {}
+    for who in ("seda_fast", "eager"):
+        bench.run(time.perf_counter(), who, 112, 28, 28, 2, 1)
+        *told[who], seconds, peak = map(float, capsys.readouterr().out.split())
+        assert seconds > 0 and peak > 1e7
+    bench.check(told)
+    loss, right = told["eager"]
+    for wrong in ([1.2 * loss, right], [loss, right + 0.2], [float("nan"), right]):
+        with pytest.raises(AssertionError, match="eager's"):
+            bench.check({**told, "seda_fast": wrong})
+    chain = bench.plain_chain
+    bench.plain_chain = lambda *operands: 1.001 * chain(*operands)
+    with pytest.raises(AssertionError):
+        bench.assert_same_outputs(model, raw)
+
+
+def test_each_size_of_a_chain_is_checked_and_diffusers_among_them(
+    repository: Path, harness: Any, contest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = load(repository / "benchmarks" / "bench_reverse_chain.py")
+    monkeypatch.setattr(chain, "diffusers_loop", looped(chain, 1.0))
+    fixtures: dict[str, Any] = {
+        "contest": contest, "device": torch.device("cpu"), "quick": True, "growth": harness.measure_growth,
+        "close": harness.agree, "peer": harness.built, "any_size": lambda call, device: {},
+    }  # fmt: skip
+    chain.bench_chain_sizes(**fixtures)
+    (found,) = contest.growth.values()
+    assert set(found["ratios"]) == {"eager", "eager, gates once", "eager, diffusers' DDIMScheduler"}
+    monkeypatch.setattr(chain, "diffusers_loop", looped(chain, 1.02))
+    with pytest.raises(AssertionError, match="eager, diffusers' DDIMScheduler, 1 rows"):
+        chain.bench_chain_sizes(**fixtures)
+    monkeypatch.undo()
+    wrong = {"any_size": lambda call, device: {"compiled": lambda *given: 1.02 * call(*given)}}
+    with pytest.raises(AssertionError, match="compiled, 1 rows"):
+        chain.bench_chain_sizes(**{**fixtures, **wrong})
+
+
+def test_a_size_s_last_rows_are_checked_where_there_are_many(
+    repository: Path, harness: Any, contest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = load(repository / "benchmarks" / "bench_reverse_chain.py")
+    monkeypatch.setattr(chain, "SIZES", (3, 7))
+    monkeypatch.setattr(chain, "CHECKED", 4)
+
+    def last_row_wrong(call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda network, x, *rest: torch.cat((call(network, x, *rest)[:-1], x[-1:]))
+
+    with pytest.raises(AssertionError, match="compiled, 3 rows"):
+        chain.bench_chain_sizes(
+            contest, torch.device("cpu"), True, harness.measure_growth,
+            lambda call, device: {"compiled": last_row_wrong(call)}, harness.agree, harness.built,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_each_size_of_a_batch_is_checked(repository: Path, harness: Any, contest: Any, wrong: str) -> None:
+    train = load(repository / "benchmarks" / "bench_train.py")
+
+    def compiled(loss: Callable[..., torch.Tensor], device: torch.device) -> dict[str, Callable[..., torch.Tensor]]:
+        def changed(*given: Any) -> torch.Tensor:
+            value = loss(*given)
+            return 3 * value if wrong == "loss" else value.detach() + 0.9 * (value - value.detach())
+
+        return {"compiled": changed}
+
+    arguments = (contest, torch.device("cpu"), True, harness.measure_growth)
+    train.bench_batch_sizes(*arguments, lambda loss, device: {"compiled": loss}, harness.agree)
+    (found,) = contest.growth.values()
+    assert set(found["ratios"]) == {"eager", "compiled"}
+    with pytest.raises(AssertionError, match=r"compiled, .*1 rows"):
+        train.bench_batch_sizes(*arguments, compiled, harness.agree)
+
+
+@pytest.mark.parametrize("what", ["classes, K", "training rows, N", "sampling steps, S"])
+def test_each_point_of_a_growth_is_checked(
+    repository: Path, harness: Any, contest: Any, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    train = load(repository / "benchmarks" / "bench_train.py")
+    sizes = [16, 32] if what == "sampling steps, S" else [32, 64]
+    given = [8 * size for size in sizes] if what == "training rows, N" else sizes
+    monkeypatch.setitem(train.GROWTH, what, (train.GROWTH[what][0], {"cpu": given}))
+    arguments = (contest, torch.device("cpu"), True, harness.measure_growth, harness.agree, what)
+    train.bench_growth(*arguments)
+    (found,) = contest.growth.values()
+    assert found["sizes"] == sizes
+    losses, align = train.SeDA.losses, train.SeDA.align
+
+    def wrong_losses(*given: Any, **options: Any) -> Any:
+        found = losses(*given, **options)
+        return found._replace(total=1.02 * found.total)
+
+    def wrong_align(self: Any, visual: torch.Tensor, **options: Any) -> Any:
+        s, t = align(self, visual, **options)
+        return s, t if visual.dtype == torch.float64 else 1.02 * t
+
+    monkeypatch.setattr(train.SeDA, "losses", wrong_losses)
+    monkeypatch.setattr(train.SeDA, "align", wrong_align)
+    with pytest.raises(AssertionError):
+        train.bench_growth(*arguments)
 
 
 def test_whoever_comes_first_after_another_size_does_not_pay_for_that(harness: Any, contest: Any) -> None:
@@ -103,7 +353,7 @@ def test_whoever_comes_first_after_another_size_does_not_pay_for_that(harness: A
 
     contest.repeats = 5
     points, others = ({size: call(size) for size in sizes} for _ in range(2))
-    harness.measure_growth(contest, "naps", points, {"other": others})
+    harness.measure_growth(contest, "naps", points, unchecked, {"other": others})
     assert all(0.5 < ratio < 2 for ratio in contest.growth["naps"]["ratios"]["other"]), contest.growth
 
 

@@ -76,6 +76,41 @@ def test_a_cpu_gives_ratios_and_leaves_the_gpu_unmeasured(maker: Any, tmp_path: 
     assert "xformers" not in text
 
 
+def test_what_is_counted_is_shown_and_nothing_else_claims_a_count(maker: Any, tmp_path: Path) -> None:
+    (tmp_path / "cpu.json").write_text(json.dumps(record(gpu=False)))
+    old = maker.results(tmp_path)
+    assert "Commit abc; torch 2.13.0.\n\n30 repeats of each:\n\n| workload |" in old
+    assert "| training step over rows | 1, 10 | 0.95 | 0.95 | - | - |" in old
+    assert "| a whole run | eager | 1.30 | 1.41 | 3% | 1.10 | - |" in old
+    assert "| eager, caches cold | 12.3 | 0.30 | 400 MB | - | - |" in old
+    new = record(gpu=False)
+    (growth,) = new["growth"].values()
+    growth |= {
+        "counts": {"seda_fast": [20, 4], "eager": [20, 3]},
+        "spreads": {"seda_fast": [0.02, 0.1], "eager": [0.03, 0.04]},
+        "ratios": {"eager": [1.5, 2.5]},
+    }
+    new["starts"]["eager, caches cold"] |= {"count": 5, "spread": 0.07}
+    for run in new["runs"]["a whole run"].values():
+        run |= {"count": 3, "covers": "both sides do all of it"}
+    (tmp_path / "cpu.json").write_text(json.dumps(new))
+    text = maker.results(tmp_path)
+    assert "| training step over rows | 1, 10 | 0.95 | 0.95 | 20, 4 | 2%, 10% |" in text
+    assert "Time over ours, and in brackets its spread: training step over rows\n" in text
+    assert "| eager | 1.50 (3%) | 2.50 (4%) |\n| repeats, at least | 20 | 3 |" in text
+    assert "| a whole run | eager | 1.30 | 1.41 | 3% | 1.10 | 3 |" in text
+    assert "| eager, caches cold | 12.3 | 0.30 | 400 MB | 5 | 7% |" in text
+    assert "\nA whole run: both sides do all of it. " in text
+
+
+def test_a_run_that_does_not_say_what_it_covers_is_of_the_training_alone(maker: Any, repository: Path) -> None:
+    assert "without what is fitted before and predicted after" in maker.runs_of(record(gpu=False))[-1]
+    published = json.loads((repository / "benchmarks/results/amd-epyc-2-threads.json").read_text(encoding="utf-8"))
+    alone = not any("covers" in run for found in published["runs"].values() for run in found.values())
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    assert ("The run is without the classifiers that are fitted before it" in readme) == alone
+
+
 def test_a_gpu_gives_times(maker: Any, tmp_path: Path) -> None:
     (tmp_path / "gpu.json").write_text(json.dumps(record(gpu=True)))
     text = maker.results(tmp_path)
