@@ -2,7 +2,8 @@
 
 Each training is written down when it ends; repeated, the command goes on where it was stopped. It then writes
 ``quality.json``, ``docs/quality.md`` and its pictures from all that is known. ``--quick`` measures anew, into a folder
-of its own; so are sets measured that are not the published ones (``--data FOLDER --sets NAME``).
+of its own, and needs no data; into another are sets measured that are not the published ones (``--data FOLDER --sets
+NAME``).
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from . import selection, summary, workers
 from .methods import ABLATIONS, METHODS, MLP_PSEUDO, SEDA
 from .page import markdown
 from .plots import plot
-from .regimes import REGIMES, SETS, load
+from .regimes import EMBEDDED, REGIMES, SETS, is_embedded, load
 from .runs import CHOICE, FRESH, TEST, Job, Runs, earlier_recipe, other_file
 from .selection import Selected
 
 ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
 PUBLISHED = {"runs": "benchmarks/results/quality_runs.jsonl", "out": "benchmarks/results/quality.json", "docs": "docs",
              "selected": "benchmarks/results/quality_selected.json"}  # fmt: skip
 FILES = {"runs": "runs.jsonl", "out": "quality.json", "docs": "", "selected": "selected.json"}
@@ -41,13 +43,13 @@ LEAST = {"seeds": 1, "select": 0, "folds": 2, "cross_validate": 0, "repeats": 1,
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the paired sets")
+    parser.add_argument("--data", type=Path, help=f"folder of the paired sets (default: {DATA})")
     parser.add_argument(
         "--sets",
         nargs="+",
         metavar="NAME",
         help=f"{', '.join(SETS)} (default: these), or others whose NAME.npz lies in --data, as seda_fast.train takes "
-        "them: measured for themselves, into runs/quality_own",
+        f"them, or {EMBEDDED}, which needs no file: measured for themselves, into runs/quality_own",
     )
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, help="default: all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
@@ -55,8 +57,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two small sets, two regimes, three methods and one seed, unless told otherwise, all anew, into "
-        "runs/quality_quick",
+        help=f"the embedded {EMBEDDED}, or {' and '.join(QUICK['sets'])} of --data, two regimes, three methods and one "
+        "seed, unless told otherwise, all anew, into runs/quality_quick",
     )
     parser.add_argument(
         "--select",
@@ -98,6 +100,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def completed(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> argparse.Namespace:
     """With the defaults of what was not given, which depend on what was; leaves where a count is too small."""
+    if chosen.quick and chosen.sets is None and (why := _why_embedded(chosen.data)):
+        chosen.sets = [EMBEDDED]
+        print(f"benchmarks.quality: {why}", file=sys.stderr)
+    chosen.data = chosen.data or DATA
     for name, value in (QUICK if chosen.quick else USUAL).items():
         if getattr(chosen, name) is None:
             setattr(chosen, name, value)
@@ -108,12 +114,22 @@ def completed(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> ar
     chosen.anew = chosen.quick and chosen.runs is None
     chosen.own = not set(chosen.sets) <= set(SETS)
     places = QUICK_FILES if chosen.quick else OWN_FILES if chosen.own else PUBLISHED
-    if chosen.quick and chosen.select:  # its settings are its own, and the published ones stay
+    # Settings that are chosen quickly are its own, and the published ones stay; they are of no other sets.
+    if chosen.quick and (chosen.select or chosen.own):
         places = places | {"selected": f"runs/quality_quick/{FILES['selected']}"}
     for name, place in places.items():
         if getattr(chosen, name) is None:
             setattr(chosen, name, ROOT / place)
     return chosen
+
+
+def _why_embedded(folder: Path | None) -> str:
+    """Why a quick command measures the set that needs no file, in one sentence; empty where it has its usual ones."""
+    files = [f"{SETS[name]}.npz" for name in QUICK["sets"]]
+    if folder is None:
+        return f"--quick measures the embedded {EMBEDDED}; --data FOLDER has it measure {' and '.join(files)} of FOLDER"
+    missing = [file for file in files if not (folder / file).is_file()]
+    return f"{folder} has no {missing[0]}; --quick measures the embedded {EMBEDDED}" if missing else ""
 
 
 def jobs(chosen: argparse.Namespace, selected: Selected) -> list[Job]:
@@ -175,14 +191,15 @@ def read_selected(file: Path) -> Selected:
 
 def _command(chosen: argparse.Namespace) -> str:
     """What makes the page again."""
-    own = ["--data", str(chosen.data), "--sets", *chosen.sets] if chosen.own else []
+    files = not all(is_embedded(name, chosen.data) for name in chosen.sets)
+    own = [*(["--data", str(chosen.data)] if files else []), "--sets", *chosen.sets] if chosen.own else []
     return shlex.join(["python", "-m", "benchmarks.quality", *own])
 
 
 def _refusal(chosen: argparse.Namespace) -> str:
     """Why the sets cannot be measured, in one sentence."""
     for name in chosen.sets:
-        if not (chosen.data / f"{SETS.get(name, name)}.npz").is_file():
+        if not is_embedded(name, chosen.data) and not (chosen.data / f"{SETS.get(name, name)}.npz").is_file():
             return f"{chosen.data} has no {SETS.get(name, name)}.npz; give --data"
         try:
             load(name, chosen.data)

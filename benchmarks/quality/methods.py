@@ -41,6 +41,8 @@ METHODS = (SEDA, LINEAR, MLP, ONE_STEP, *PEERS, *ABLATIONS)
 LINEAR_SETTINGS = {f.name for f in fields(LinearSettings)}
 # Against the best of these the accuracy of SeDA is held.
 BASELINES = (LINEAR, MLP, ONE_STEP, *PEERS)
+# They see no text, neither in training nor by labels that a text gave.
+TEXT_FREE = (LINEAR, MLP)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def fit(method: str, task: Task, seed: int, settings: Settings, precision: Preci
     """
     name, _, ablation = method.partition(":")
     if name == SEDA:
-        return _seda(task, seed, settings, ablation, precision)
+        model, seconds = train_ablated(task, seed, settings, ablation, precision)
+        return seda_predictions(model, task, seconds)
     task = standardised(task, seed)
     if name == MLP_PSEUDO:
         return _baseline(MLP, Task(_pseudo_labelled(task.train), task.test, task.n_classes), seed, settings)
@@ -256,7 +259,12 @@ def train_seda(
     return model, time.perf_counter() - begin
 
 
-def _seda(task: Task, seed: int, settings: Settings, ablation: str, precision: PrecisionName) -> Fitted:
+def train_ablated(
+    task: Task, seed: int, settings: Settings, ablation: str, precision: PrecisionName
+) -> tuple[SeDA, float]:
+    """What `train_seda` gives of SeDA without what ``ablation`` names, one of `ABLATIONS` without "seda:"; whole where
+    it is empty."""
+
     def ablate(model: SeDA, task: Task) -> None:
         if ablation in ("dcsl_only", "no_teacher"):
             model.teacher = model.opinion = None
@@ -266,8 +274,7 @@ def _seda(task: Task, seed: int, settings: Settings, ablation: str, precision: P
             for stage in (model.learner, model.translator):
                 stage.network.gates.requires_grad_(False)  # at its initial 0, so that g = 1
 
-    model, seconds = train_seda(task, seed, {**settings, **_ABLATED[ablation]}, precision, ablate)
-    return seda_predictions(model, task, seconds)
+    return train_seda(task, seed, {**settings, **_ABLATED[ablation]}, precision, ablate)
 
 
 def _refit_kernel_head(model: SeDA, task: Task, seed: int) -> None:

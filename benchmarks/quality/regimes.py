@@ -20,6 +20,8 @@ Float = NDArray[np.float32]
 Int = NDArray[np.int64]
 
 SETS = {"fashion_products": "fashion_products", "wikipedia": "wikipedia", "cub10": "cub10_googlenet_doc2vec"}
+# Not of those, as it needs no file: the images and sentences that `FeatureSet.load` has under this name.
+EMBEDDED = "digits"
 REGIMES = (
     "full",
     "labels-4",
@@ -85,10 +87,12 @@ class DataSet:
 
 
 def load(name: str, folder: Path) -> DataSet:
-    """One of `SETS` from ``folder``, or what `FeatureSet.load` takes from another file NAME.npz there.
+    """One of `SETS` from ``folder``, or what `FeatureSet.load` takes from another file NAME.npz there, or `EMBEDDED`.
 
     Raises DataError where the regimes cannot be made of it.
     """
+    if is_embedded(name, folder):
+        return _own(name, Path(EMBEDDED))
     file, *titles = files_of(name, folder, folds=True).values()
     if name not in SETS:
         return _own(name, file)
@@ -96,6 +100,11 @@ def load(name: str, folder: Path) -> DataSet:
         return _published(name, file, titles[0])
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{file}, or the titles beside it, cannot be read: {error}") from None
+
+
+def is_embedded(name: str, folder: Path) -> bool:
+    """Whether a set is the one that needs no file, and ``folder`` has none of that name."""
+    return name == EMBEDDED and not (folder / f"{name}.npz").is_file()
 
 
 def files_of(name: str, folder: Path, folds: bool) -> dict[str, Path]:
