@@ -582,28 +582,62 @@ class SeDA(WholeBuffers):
         over ``noise_draws``. With ``heads`` the result is ``(combined, semantic head's, textual head's, visual
         head's)``, and at its end the kernel head's where there is one. ``sample_ids`` and ``seed`` as in `align`.
         """
-        config = self.config
-        draws = config.noise_draws if noise_draws is None else noise_draws
-        if not 1 <= draws < 1 << _DRAW_SHIFT:
-            raise ValueError(f"noise_draws must be in 1 .. {(1 << _DRAW_SHIFT) - 1}, not {draws}")
-        samplers = self._samplers(None, config.classification_steps, visual)
+        draws = self._draws(noise_draws)
+        samplers = self._samplers(None, self.config.classification_steps, visual)
 
         def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-            standardised = self.standardise_visual(rows)
-            of_visual = [self.visual(standardised.to(self.centres.dtype))]
-            of_visual += [self.kernel(standardised)] if self.kernel.fitted else []
-            found: list[list[Tensor]] = [[], [], []]
-            for draw in range(draws):
-                s, t = self._align_block(rows, ids, samplers, seed, draw)
-                aligned = (self.learner.head, s), (self.translator.head, t)
-                logits = (*(placeless_linear(x, head.weight, head.bias) for head, x in aligned), *of_visual)
-                for kept, value in zip(found, self._combined(logits), strict=True):
-                    kept.append(value)
-            averaged = (torch.logsumexp(torch.stack(kept), dim=0) - math.log(draws) for kept in found)
-            return (*averaged, *(self._log_proba(logits) for logits in of_visual))
+            return self._predict_block(rows, ids, samplers, seed, draws)[0]
 
         combined, *single = self._in_blocks(visual, sample_ids, block)
         return (combined, *single) if heads else combined
+
+    def predict_and_align(
+        self, visual: Tensor, sample_ids: Tensor | None = None, *, seed: int = 0
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+        """What `predict_log_proba` and `align` give of raw ``visual`` (B, Dv), to the bit, each stage carried out once.
+
+        Returns:
+            ``(log_proba, s, t_, point)``: `predict_log_proba`'s with ``heads``; `align`'s, (B, Dv) and (B, Dt); and its
+            ``t_`` with `SeDAConfig.classification_steps` in place of `SeDAConfig.textual_steps`, (B, Dt).
+
+        Raises:
+            ValueError: as `align`.
+        """
+        config, draws = self.config, self._draws(None)
+        samplers = self._samplers(None, config.classification_steps, visual)
+        sampled = None if config.textual_steps == config.classification_steps else self._samplers(None, None, visual)[1]
+
+        def block(rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            log_proba, s, point = self._predict_block(rows, ids, samplers, seed, draws)
+            v = self._standardised(rows)
+            t = point if sampled is None else self._textual_stage(v, s, sampled, ids, seed, 0)
+            return (*log_proba, s, t, point)
+
+        *log_proba, s, t, point = self._in_blocks(visual, sample_ids, block)
+        return tuple(log_proba), s, t, point
+
+    def _draws(self, given: int | None) -> int:
+        draws = self.config.noise_draws if given is None else given
+        if not 1 <= draws < 1 << _DRAW_SHIFT:
+            raise ValueError(f"noise_draws must be in 1 .. {(1 << _DRAW_SHIFT) - 1}, not {draws}")
+        return draws
+
+    def _predict_block(
+        self, rows: Tensor, ids: Tensor, samplers: tuple[Sampler, Sampler], seed: int, draws: int
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The log-probabilities of `predict_log_proba`, and what the first draw's are of, s and t_."""
+        standardised = self.standardise_visual(rows)
+        of_visual = [self.visual(standardised.to(self.centres.dtype))]
+        of_visual += [self.kernel(standardised)] if self.kernel.fitted else []
+        found: list[list[Tensor]] = [[], [], []]
+        drawn = [self._align_block(rows, ids, samplers, seed, draw) for draw in range(draws)]
+        for s, t in drawn:
+            aligned = (self.learner.head, s), (self.translator.head, t)
+            logits = (*(placeless_linear(x, head.weight, head.bias) for head, x in aligned), *of_visual)
+            for kept, value in zip(found, self._combined(logits), strict=True):
+                kept.append(value)
+        averaged = (torch.logsumexp(torch.stack(kept), dim=0) - math.log(draws) for kept in found)
+        return (*averaged, *(self._log_proba(logits) for logits in of_visual)), *drawn[0]
 
     def _log_proba(self, logits: Tensor) -> Tensor:
         """Log-probabilities (B, K) of a head's logits: of one class among all, or of each class by itself."""
@@ -661,12 +695,20 @@ class SeDA(WholeBuffers):
     def _align_block(
         self, visual: Tensor, sample_ids: Tensor, samplers: tuple[Sampler, Sampler], seed: int, draw: int
     ) -> tuple[Tensor, Tensor]:
-        v = self.standardise_visual(visual).to(self.centres.dtype)
+        v = self._standardised(visual)
         s = self._stage(self.learner.network, v, v, samplers[0], sample_ids, seed, draw, SEMANTIC_CHAIN)
+        return s, self._textual_stage(v, s, samplers[1], sample_ids, seed, draw)
+
+    def _standardised(self, visual: Tensor) -> Tensor:
+        """What the networks read of raw (B, Dv)."""
+        return self.standardise_visual(visual).to(self.centres.dtype)
+
+    def _textual_stage(
+        self, v: Tensor, s: Tensor, sampler: Sampler, sample_ids: Tensor, seed: int, draw: int
+    ) -> Tensor:
         blank = v.new_zeros(v.shape[0], self.config.text_dim)
         condition = torch.cat(self._conditions(s, v), dim=1)
-        t = self._stage(self.translator.network, blank, condition, samplers[1], sample_ids, seed, draw, TEXTUAL_CHAIN)
-        return s, t
+        return self._stage(self.translator.network, blank, condition, sampler, sample_ids, seed, draw, TEXTUAL_CHAIN)
 
     def _stage(
         self,

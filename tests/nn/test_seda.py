@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from seda_fast import DataError, SeDA, SeDAConfig, TrainConfig, reference
+from seda_fast.nn.seda import BLOCK_ROWS
 
 DV, DT, K = 10, 6, 4
 CONFIG = SeDAConfig(visual_dim=DV, text_dim=DT, n_classes=K, width=16, blocks=2, time_embedding=8, diffusion_steps=100)
@@ -410,6 +411,30 @@ def test_a_part_of_a_state_leaves_the_rest_as_it_is() -> None:
     whole = {name: t for name, t in made.state_dict().items() if not name.startswith("kernel.") and name != "unseen"}
     made.load_state_dict(whole)
     assert not made.kernel.fitted and made.unseen is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"noise_draws": 3, "semantic_steps": 2}, {"textual_steps": 1}])
+def test_predicting_and_aligning_at_once_has_the_bits_of_each_alone(
+    settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = SeDA(SeDAConfig(visual_dim=DV, text_dim=DT, n_classes=K, width=16, blocks=1, **settings)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    visual, ids = torch.randn(70, DV), torch.arange(5, 75)
+    with torch.no_grad():
+        log_proba = model.predict_log_proba(visual, ids, seed=3, heads=True)
+        s, t = model.align(visual, ids, seed=3)
+        _, point = model.align(visual, ids, steps=model.config.classification_steps, seed=3)
+        stages = []
+        stage = SeDA._stage
+        monkeypatch.setattr(SeDA, "_stage", lambda *given: (stages.append(given), stage(*given))[1])
+        found = model.predict_and_align(visual, ids, seed=3)
+    assert all(map(torch.equal, found[0], log_proba)) and len(found[0]) == len(log_proba)
+    assert torch.equal(found[1], s) and torch.equal(found[2], t) and torch.equal(found[3], point)
+    blocks = -(-70 // BLOCK_ROWS["cpu"])
+    same = model.config.textual_steps == model.config.classification_steps
+    assert len(stages) == blocks * (2 * model.config.noise_draws + (not same))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
