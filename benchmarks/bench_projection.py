@@ -63,7 +63,7 @@ def bench_projection(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     features = torch.randn(rows, DIM, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(classes, DIM, device=device) * DIM**-0.5).to(dtype).requires_grad_()
-    bias = torch.zeros(classes, device=device).to(dtype).requires_grad_()
+    bias = (0.1 * torch.randn(classes, device=device)).to(dtype).requires_grad_()
     labels, centres = torch.randint(0, classes, (rows,), device=device), torch.randn(classes, DIM, device=device)
     leaves = (features, weight, bias)
 

@@ -134,7 +134,7 @@ class Contest:
 
     def _copy_rate(self, moved: float) -> float:
         """Bytes a second, read and written, of a copy that moves ``moved`` bytes."""
-        source = torch.zeros(max(1, round(moved / 2)), dtype=torch.uint8, device=self.device)
+        source = torch.randint(0, 256, (max(1, round(moved / 2)),), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         calls = self.clock.calls_for(lambda: target.copy_(source))
         return 2 * source.nbytes / min(self.clock(lambda: target.copy_(source), calls) for _ in range(self.repeats))
