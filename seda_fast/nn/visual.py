@@ -39,9 +39,10 @@ class GaussianDropout(NamedTuple):
         rates = settings.visual_input_dropout, settings.visual_dropout, settings.condition_dropout, told
         return cls(*rates, seed, step, sample_ids, stream)
 
-    def __call__(self, x: Tensor, rate: float, layer: int) -> Tensor:
+    def on(self, x: Tensor, rate: float, layer: int) -> Tensor:
         """``x * (1 + sqrt(p / (1 - p)) * eps)`` (Srivastava et al. 2014, sec. 10), (B, D) -> (B, D).
 
+        A method with a name: of a tuple that is called itself, PyTorch 2.10's compiler wants all parts to be constants.
         Mean and variance are those of dropout with rate p. ``eps`` is the counter generator's, drawn by the noising
         operation on ones, so that every backend that has the operation has this.
         """
@@ -80,11 +81,11 @@ class VisualHead(nn.Module):
 
     def hidden(self, visual: Tensor, dropout: GaussianDropout | None = None) -> Tensor:
         """(B, Dv) -> (B, w)."""
-        x = visual if dropout is None else dropout(visual, dropout.input_rate, 0)
+        x = visual if dropout is None else dropout.on(visual, dropout.input_rate, 0)
         # Predictions, which have no dropout, are of rows that do not see their place.
         of_input = self.input(x) if dropout else placeless_linear(x, self.input.weight, self.input.bias)
         h = F.gelu(self.norm(of_input))
-        return h if dropout is None else dropout(h, dropout.hidden_rate, 1)
+        return h if dropout is None else dropout.on(h, dropout.hidden_rate, 1)
 
     def forward(self, visual: Tensor) -> Tensor:
         """Logits without dropout, (B, Dv) -> (B, K)."""

@@ -23,24 +23,24 @@ def test_dropout_is_the_contracts_noise_times_the_feature(rate: float) -> None:
     x = torch.randn(300, 40)
     eps = reference.normals(torch.tensor(3), torch.tensor(4), torch.arange(300), 40, 13)
     expected = x * (1 + math.sqrt(rate / (1 - rate)) * eps).float()
-    torch.testing.assert_close(dropout(300)(x, rate, 1), expected, rtol=1e-4, atol=1e-5)
-    factor = dropout(300)(torch.ones(300, 40), rate, 0)
+    torch.testing.assert_close(dropout(300).on(x, rate, 1), expected, rtol=1e-4, atol=1e-5)
+    factor = dropout(300).on(torch.ones(300, 40), rate, 0)
     assert abs(float(factor.mean()) - 1) < 0.05
     assert abs(float(factor.var()) - rate / (1 - rate)) < 0.05
 
 
 def test_every_part_of_the_conditions_has_noise_of_its_own() -> None:
     factors = dropout(300).conditions(torch.ones(300, 40))
-    drawn = dropout(300)(torch.ones(300, 80), 0.4, 2)
+    drawn = dropout(300).on(torch.ones(300, 80), 0.4, 2)
     assert torch.equal(torch.cat(factors[:2], dim=1), drawn)  # type: ignore[arg-type]
-    assert torch.equal(factors[2], dropout(300)(torch.ones(300, 40), 0.3, 3))  # type: ignore[arg-type]
+    assert torch.equal(factors[2], dropout(300).on(torch.ones(300, 40), 0.3, 3))  # type: ignore[arg-type]
     none = dropout(300, condition_rate=0.0, translator_rate=0.0)
     assert none.conditions(torch.ones(300, 40)) == (1, 1, 1)
 
 
 def test_a_rate_of_0_leaves_the_feature_alone() -> None:
     x = torch.randn(4, 6)
-    assert dropout(4)(x, 0.0, 0) is x
+    assert dropout(4).on(x, 0.0, 0) is x
 
 
 def test_head_draws_two_streams_and_none_at_prediction() -> None:
