@@ -69,7 +69,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Row:
-    """One competitor in one workload; times in seconds, None where only ratios count."""
+    """One competitor in one workload; times in seconds, None where only ratios count. ``moved`` and ``flops`` are the
+    workload's, and ``other_share`` the share of the ceiling that does not bind; records of before have none of them."""
 
     workload: str
     competitor: str
@@ -81,6 +82,9 @@ class Row:
     share_of_ceiling: float
     bound: str
     extra: dict[str, float]
+    moved: float | None = None
+    flops: float | None = None
+    other_share: float | None = None
 
 
 class Clock:
@@ -180,7 +184,7 @@ class Contest:
                 times[name].append(self.clock(call, counts[name], host=workload.host))
         if workload.dtype in self.matrix_rate:
             self.matrix_rate[workload.dtype] = max(self.matrix_rate[workload.dtype], self._matrix_rate(workload.dtype))
-        floor, bound = self.floor(workload)
+        (floor, bound), (other, _) = self.floors(workload)
         ours = statistics.median(times[OURS])
         backend = "torch"  # a function of PyTorch's own operations
         if workload.operation:
@@ -200,16 +204,19 @@ class Contest:
                     share_of_ceiling=floor / median,
                     bound=bound,
                     extra=extra or {} if name == OURS else {},
+                    moved=workload.moved,
+                    flops=workload.flops,
+                    other_share=other / median,
                 )
             )
 
-    def floor(self, workload: Workload) -> tuple[float, str]:
-        """Least seconds on this machine, and what binds: "copy" or "matrix"."""
+    def floors(self, workload: Workload) -> list[tuple[float, str]]:
+        """Least seconds on this machine by both, "copy" and "matrix", the one that binds first."""
         # On a CPU the operands of a small workload stay in the caches, so a copy of its own size is the measure.
         rate = self.copy_rate if self.device.type == "cuda" else self._copy_rate(workload.moved)
         copy = workload.moved / rate
         matrix = workload.flops / self.matrix_rate[workload.dtype] if workload.flops else 0.0
-        return max((copy, "copy"), (matrix, "matrix"))
+        return sorted([(copy, "copy"), (matrix, "matrix")], reverse=True)
 
 
 def spread_of(taken: list[float]) -> float:

@@ -73,6 +73,18 @@ def is_gpu(record: dict[str, Any]) -> bool:
     return record["copy_bytes_per_second"] is not None
 
 
+def shares_of(row: dict[str, Any]) -> str:
+    """Of a row's two ceilings, that which binds first; then what the workload moves and multiplies."""
+    told = f"{row['share_of_ceiling']:.0%} of {row['bound']}"
+    if row.get("moved") is None:
+        return told
+    other = "copy" if row["bound"] == "matrix" else "matrix"
+    if row["flops"]:
+        told += f", {row['other_share']:.0%} of {other}"
+    counted = f"{row['moved'] / 1e6:.3g} MB" + (f", {row['flops'] / 1e9:.3g} GFLOP" if row["flops"] else "")
+    return f"{told} ({counted})"
+
+
 def table_of(record: dict[str, Any]) -> list[str]:
     """A row for each workload and competitor."""
     lines = [
@@ -88,7 +100,7 @@ def table_of(record: dict[str, Any]) -> list[str]:
         target = target_of(name)
         wanted = (target.gpu if is_gpu(record) else target.cpu) if target else {}
         to_reach = duration(target.gpu_seconds) if target and target.gpu_seconds and is_gpu(record) else "-"
-        share = f"{ours['share_of_ceiling']:.0%} of {ours['bound']}"
+        share = shares_of(ours)
         times = (duration(ours["floor"]), to_reach, duration(ours["median"])) if is_gpu(record) else ("-", "-", "-")
         for row in rows:
             if row is ours:

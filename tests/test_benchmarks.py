@@ -85,6 +85,8 @@ def test_competitors_are_interleaved_and_compared(harness: Any, contest: Any) ->
     assert ours.ratio == 1
     assert slow.ratio > 1.5
     assert ours.share_of_ceiling > slow.share_of_ceiling > 0
+    assert ours.moved is not None and ours.flops is not None and ours.other_share is not None
+    assert ours.share_of_ceiling >= ours.other_share
     assert ours.median is None, "a CPU's times are not kept"
 
 

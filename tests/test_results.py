@@ -43,6 +43,20 @@ def record(gpu: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_both_ceilings_are_told_with_what_was_counted(maker: Any, tmp_path: Path) -> None:
+    made = record(gpu=False)
+    (tmp_path / "cpu.json").write_text(json.dumps(made))
+    assert "| 53% of matrix | eager |" in maker.results(tmp_path)  # a record of before has no more
+    for row in made["rows"]:
+        row |= {"moved": 2.5e7, "flops": 3.21e10, "other_share": 0.12}
+    (tmp_path / "cpu.json").write_text(json.dumps(made))
+    assert "| 53% of matrix, 12% of copy (25 MB, 32.1 GFLOP) | eager |" in maker.results(tmp_path)
+    for row in made["rows"]:
+        row |= {"bound": "copy", "flops": 0.0, "other_share": 0.0}
+    (tmp_path / "cpu.json").write_text(json.dumps(made))
+    assert "| 53% of copy (25 MB) | eager |" in maker.results(tmp_path)
+
+
 def test_nothing_recorded_is_said(maker: Any, tmp_path: Path) -> None:
     text = maker.results(tmp_path)
     assert text.count("not measured") == 2 * len(maker.TARGETS)
